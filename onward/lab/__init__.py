@@ -1,0 +1,1 @@
+"""The application: data, networks, the training loop, the command."""

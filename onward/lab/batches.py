@@ -1,0 +1,129 @@
+"""Batches of normalised, augmented images from a split held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from onward.errors import UsageError, unknown
+from onward.lab.data import Split
+from onward.lab.extra import lab_extra
+
+AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What happens to a batch: pixels go to [0, 1], then (x - mean) / std; training batches are augmented in between.
+
+    Attributes:
+        mean, std: one number, or one per channel.
+        augment: what is done to training batches: `none`; `crop-flip`, a random crop of the image padded with 4 black
+            pixels on every side, mirrored half of the time; `resized-crop-flip`, a random 8 to 100 % of its area resized
+            to `size`, mirrored half of the time.
+        size: side of the images that come out; None leaves them as they are.
+
+    Raises:
+        UsageError: an unknown augmentation, a size below 1, a standard deviation that is not positive.
+    """
+
+    mean: float | tuple[float, ...] = 0.5
+    std: float | tuple[float, ...] = 0.5
+    augment: str = "none"
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.augment not in AUGMENTATIONS:
+            raise unknown("augmentation", self.augment, AUGMENTATIONS)
+        if self.size is not None and self.size < 1:
+            raise UsageError(f"image size {self.size}: use at least 1")
+        if not all(value > 0 for value in _tuple(self.std)):
+            raise UsageError(f"std {self.std} of the images: use positive numbers")
+
+
+def batches(
+    split: Split,
+    batch_size: int,
+    *,
+    transform: Transform,
+    train: bool,
+    seed: int = 0,
+    epoch: int = 0,
+    device: str | torch.device = "cpu",
+    drop_last: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (x, y) of one epoch: x float32 (N, C, H, W), y int64 (N,).
+
+    With `train`, samples come in an order that depends on (seed, epoch) only, augmented by draws that depend on
+    (seed, epoch, number of the batch) only; the global generator is neither read nor moved. Without, in file order.
+
+    Raises:
+        UsageError: a batch size below 1, `drop_last` with no full batch, a mean or std for another number of channels.
+
+    >>> split = Split(torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5))
+    >>> [(x.shape[0], x.min().item(), y.tolist()) for x, y in batches(split, 3, transform=Transform(), train=False)]
+    [(3, -1.0, [0, 1, 2]), (2, -1.0, [3, 4])]
+    """
+    if batch_size < 1:
+        raise UsageError(f"batch size {batch_size}: use at least 1")
+    if drop_last and len(split) < batch_size:
+        raise UsageError(
+            f"batch size {batch_size} with only {len(split)} images leaves no full batch: use at most that"
+        )
+    channels, height, width = split.images.shape[1:]
+    for what, values in (("mean", _tuple(transform.mean)), ("std", _tuple(transform.std))):
+        if len(values) not in (1, channels):
+            raise UsageError(
+                f"{what} {values} for images of {channels} channel(s): give one number, or one per channel"
+            )
+    mean = torch.tensor(_tuple(transform.mean), device=device).view(-1, 1, 1)
+    std = torch.tensor(_tuple(transform.std), device=device).view(-1, 1, 1)
+    size = (transform.size, transform.size) if transform.size else (height, width)
+    augment = _augmentation(transform.augment, (height, width), size) if train else None
+    stop = len(split) - len(split) % batch_size if drop_last else len(split)
+
+    def produce() -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.arange(len(split))
+        if train:
+            order = torch.randperm(len(split), generator=torch.Generator().manual_seed(_key(seed, epoch)))
+        for number, start in enumerate(range(0, stop, batch_size)):
+            rows = order[start : min(start + batch_size, stop)].to(split.images.device)
+            x = split.images[rows].to(device).to(torch.float32).div_(255)
+            if augment is not None:
+                with torch.random.fork_rng(devices=[]):  # kornia draws on the CPU, wherever the images are
+                    torch.default_generator.manual_seed(_key(seed, epoch, number))
+                    x = augment(x)
+            if x.shape[2:] != size:
+                x = F.interpolate(x, size, mode="bilinear", antialias=size[0] < height or size[1] < width)
+            yield x.sub_(mean).div_(std), split.labels[rows].to(device)
+
+    return produce()
+
+
+def _tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _key(*numbers: int) -> int:
+    """One generator seed from several numbers, distinct for distinct ones and without a pattern."""
+    import numpy as np
+
+    return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])
+
+
+def _augmentation(name: str, size: tuple[int, int], new_size: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+    if name == "none":
+        return None
+    with lab_extra():
+        import kornia.augmentation as K
+    # cropping_mode="slice" copies pixels; "resample" would interpolate them, slower and not quite where they were
+    if name == "crop-flip":
+        crop = K.RandomCrop(size, padding=4, cropping_mode="slice")
+    else:
+        crop = K.RandomResizedCrop(new_size, cropping_mode="slice", align_corners=False)
+    flip = K.RandomHorizontalFlip(p=0.5)
+    return lambda x: flip(crop(x))

@@ -1,0 +1,183 @@
+"""Image classification data sets, held as uint8 tensors."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onward.errors import UsageError, unknown
+from onward.lab import folder, hub
+from onward.lab.encoded import Sample, decode
+from onward.lab.extra import lab_extra
+
+DATASETS = {
+    "digits": "1,797 handwritten digits, 8x8 grey, 10 classes; comes with scikit-learn, needs no network",
+    "mnist": "70,000 handwritten digits, 28x28 grey, 10 classes",
+    "fashion-mnist": "70,000 articles of clothing, 28x28 grey, 10 classes",
+    "k-mnist": "70,000 cursive Japanese characters, 28x28 grey, 10 classes",
+    "svhn": "99,289 house-number digits from photographs, 32x32 colour, 10 classes",
+    "cifar10": "60,000 photographs of animals and vehicles, 32x32 colour, 10 classes",
+    "cifar100": "60,000 photographs, 32x32 colour, 100 classes",
+}
+
+ON_HUB = {
+    "mnist": "ylecun/mnist",
+    "fashion-mnist": "zalando-datasets/fashion_mnist",
+    "k-mnist": "tanganke/kmnist",
+    "svhn": "ufldl-stanford/svhn:cropped_digits",
+    "cifar10": "uoft-cs/cifar10",
+    "cifar100": "uoft-cs/cifar100",
+}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images, uint8 (N, C, H, W), and their labels, int64 (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A training and a test split of images of one shape, labelled 0 .. classes - 1."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: int
+    class_names: tuple[str, ...]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of every image."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def load(
+    name: str,
+    data_dir: str | PathLike[str] | None = None,
+    *,
+    train_samples: int | None = None,
+    test_samples: int | None = None,
+) -> ImageData:
+    """A data set by one of the `DATASETS` names, by its name on the Hugging Face hub, or from a folder of one's own.
+
+    `owner/name` (or `owner/name:subset`) is looked for in the hub's cache, then on the hub. `data_dir` wins over
+    `name`: a folder of parquet files as on the hub (train-*.parquet, test-*.parquet), or of class folders of images
+    (train/cat/1.png, test/cat/2.png, or cat/1.png). Without a test part, a fixed fifth of each class is held out for it.
+    `train_samples`, `test_samples` keep a fixed random subset.
+
+    Raises:
+        UsageError: an unknown name, a data set out of reach, data that cannot be used.
+
+    >>> data = load("digits")
+    >>> data.shape, data.classes, len(data.train), len(data.test)
+    ((1, 8, 8), 10, 1442, 355)
+    """
+    asked = {"train": train_samples, "test": test_samples}
+    if data_dir is not None:
+        path = Path(data_dir)
+        return _decoded(path.resolve().name, *folder.read(path), asked)
+    if name == "digits":
+        return _digits(asked)
+    if name not in ON_HUB and "/" not in name:
+        raise unknown("data set", name, [*DATASETS, "owner/name on the Hugging Face hub"])
+    return _decoded(name, *hub.read(ON_HUB.get(name, name)), asked)
+
+
+def _digits(asked: dict[str, int | None]) -> ImageData:
+    with lab_extra():
+        from sklearn.datasets import load_digits
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images * 255 / 16).round().to(torch.uint8).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target).long()
+    splits = {}
+    for split, rows in zip(asked, _hold_out(labels.tolist()), strict=True):
+        kept = torch.tensor([rows[i] for i in _keep(len(rows), asked[split], split, "digits")])
+        splits[split] = Split(images[kept], labels[kept])
+    return ImageData("digits", **splits, classes=10, class_names=tuple(map(str, range(10))))
+
+
+def _decoded(
+    name: str, splits: dict[str, list[Sample]], class_names: tuple[str, ...], asked: dict[str, int | None]
+) -> ImageData:
+    """Check the labels of every sample, then decode those that are asked for."""
+    for split, samples in splits.items():
+        if not samples:
+            raise UsageError(f"the {split} part of data set {name} has no images: give one that has")
+    train = splits["train"]
+    last = max(train, key=lambda sample: sample.label)
+    classes = len(class_names) or last.label + 1
+    if last.label >= classes:
+        raise UsageError(f"{last.place} has label {last.label}, but only {classes} classes are named: correct either")
+    if classes > len(train):
+        raise UsageError(f"{last.place} has label {last.label} among {len(train)} images: number the classes from 0")
+    if classes < 2:
+        raise UsageError(f"data set {name} has a single class: give images of at least two")
+    known = {sample.label for sample in train}
+    for sample in splits.get("test", []):
+        if sample.label not in known:
+            raise UsageError(
+                f"{sample.place} has label {sample.label}, which no training image has: drop it or add some"
+            )
+
+    if "test" not in splits:
+        rows, held = _hold_out([sample.label for sample in train])
+        if not held:
+            raise UsageError(f"data set {name} has no test part, and no class of 5 images to hold one out of: add one")
+        splits = {"train": [train[row] for row in rows], "test": [train[row] for row in held]}
+        log.warning(
+            "data set %s has no test part: %d of its %d images are held out for it", name, len(held), len(train)
+        )
+    kept = {
+        split: [samples[row] for row in _keep(len(samples), asked[split], split, name)]
+        for split, samples in splits.items()
+    }
+    images = decode(kept["train"] + kept["test"])
+    labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
+    cut = len(kept["train"])
+    return ImageData(
+        name,
+        train=Split(images[:cut], labels[:cut]),
+        test=Split(images[cut:], labels[cut:]),
+        classes=classes,
+        class_names=class_names or tuple(map(str, range(classes))),
+    )
+
+
+def _hold_out(labels: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Rows for training and for test: the same random fifth of each class every time.
+
+    >>> rows, held = _hold_out([0, 1] * 10)
+    >>> len(rows), [row % 2 for row in held]
+    (16, [0, 1, 0, 1])
+    """
+    by_class: dict[int, list[int]] = {}
+    for row in torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist():
+        by_class.setdefault(labels[row], []).append(row)
+    held = {row for rows in by_class.values() for row in rows[: len(rows) // 5]}
+    return [row for row in range(len(labels)) if row not in held], sorted(held)
+
+
+def _keep(available: int, asked: int | None, split: str, name: str) -> list[int]:
+    """Rows of a fixed random subset, in their order: files are often sorted by class, the first rows would not do."""
+    if asked is None:
+        return list(range(available))
+    if not 1 <= asked <= available:
+        raise UsageError(
+            f"{split}_samples {asked}: the {split} part of data set {name} has {available}, ask for 1 to that"
+        )
+    return sorted(torch.randperm(available, generator=torch.Generator().manual_seed(0))[:asked].tolist())

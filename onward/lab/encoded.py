@@ -1,0 +1,156 @@
+"""Labelled images as their files hold them, and their decoding to one uint8 tensor."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from onward.errors import UsageError
+from onward.lab.extra import lab_extra
+
+if TYPE_CHECKING:
+    import pyarrow
+    from PIL import Image
+
+IMAGE_NAMES = ("image", "img")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")  # CIFAR-100 has a coarse_label too
+
+
+class Sample(NamedTuple):
+    """One encoded image, its label, and where both came from (a file, a row in it)."""
+
+    image: bytes | Path
+    label: int
+    file: str
+    row: int | None = None
+
+    @property
+    def place(self) -> str:
+        return self.file if self.row is None else f"row {self.row} of {self.file}"
+
+
+def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str, ...]]:
+    """The samples of an Arrow table in the layout of the Hugging Face hub, and its class names (none if it has none).
+
+    The image column is the one of feature type `Image` (or of bytes), the label column the one of type `ClassLabel`
+    (or called label, labels, fine_label, class, target); where several fit, the usual names win.
+
+    Raises:
+        UsageError: no such column, an image or a label missing, labels that are no integers from 0.
+    """
+    with lab_extra():
+        import datasets
+        import pyarrow as pa
+        import pyarrow.compute as pc
+    features = datasets.Features.from_arrow_schema(table.schema)
+    columns = {field.name: field.type for field in table.schema}
+    held = ", ".join(columns) or "none"
+
+    def pick(kind: type, fitting: list[str], names: Sequence[str]) -> str | None:
+        typed = [name for name in columns if isinstance(features[name], kind)]
+        candidates = typed or fitting
+        return next((name for name in names if name in candidates), candidates[0] if candidates else None)
+
+    image = pick(datasets.Image, [name for name in columns if _holds_bytes(columns[name])], IMAGE_NAMES)
+    if image is None:
+        raise UsageError(
+            f"{file} has no column of encoded images (columns: {held}): store PNG or JPEG bytes in 'image'"
+        )
+    label = pick(datasets.ClassLabel, [name for name in LABEL_NAMES if name in columns], LABEL_NAMES)
+    if label is None:
+        raise UsageError(f"{file} has no column of labels (columns: {held}): name the one with the classes 'label'")
+
+    labels = table[label].combine_chunks()
+    if not pa.types.is_integer(labels.type):
+        raise UsageError(
+            f"labels in column {label!r} of {file} are {labels.type}, not integers: number the classes from 0"
+        )
+    if labels.null_count:
+        raise UsageError(
+            f"row {_first(pc.is_null(labels))} of {file} has no label: fill in column {label!r} or drop the row"
+        )
+    negative = pc.less(labels, 0)
+    if pc.any(negative).as_py():
+        row = _first(negative)
+        raise UsageError(
+            f"row {row} of {file} has label {labels[row]}: number the classes from 0, or drop unlabelled rows"
+        )
+    names = tuple(features[label].names) if isinstance(features[label], datasets.ClassLabel) else ()
+
+    encoded = table[image].combine_chunks()
+    if pa.types.is_struct(encoded.type):
+        encoded = pc.struct_field(encoded, "bytes")
+    if encoded.null_count:
+        raise UsageError(
+            f"row {_first(pc.is_null(encoded))} of {file} has no image bytes: store them in column {image!r}"
+        )
+    rows = zip(encoded.to_pylist(), labels.to_pylist(), strict=True)
+    return [Sample(data, number, file, row) for row, (data, number) in enumerate(rows)], names
+
+
+def _holds_bytes(kind: pyarrow.DataType) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _first(mask: Any) -> int:
+    return int(mask.index(True).as_py())
+
+
+def decode(samples: Sequence[Sample]) -> Tensor:
+    """The images as one uint8 tensor (N, C, H, W); C is 1 or 3, as the first image has it.
+
+    The others follow the first: colours turn to luminance, grey is repeated; palettes are looked up, an alpha channel
+    is dropped, 16-bit greys keep their upper 8 bits.
+
+    Raises:
+        UsageError: bytes that are no image, or images of more than one size, naming the rows.
+    """
+    with lab_extra():
+        import numpy as np
+        from PIL import Image
+    pixels = np.empty(0, np.uint8)
+    size, mode = (0, 0), ""
+    for index, sample in enumerate(samples):
+        source = io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image
+        try:
+            with Image.open(source) as image:
+                image.load()
+                if not mode:
+                    size, mode = image.size, "L" if image.mode[0] in "1LI" else "RGB"
+                    pixels = np.empty((len(samples), size[1], size[0], len(mode)), np.uint8)
+                if image.size == size:
+                    pixels[index] = np.asarray(_convert(image, mode)).reshape(pixels.shape[1:])
+                    continue
+                other = image.size
+        except Exception as error:  # Pillow's decoders raise half a dozen types, SyntaxError among them
+            reason = str(error).splitlines()[0] if str(error) and "BytesIO" not in str(error) else "unknown format"
+            raise UsageError(f"{sample.place} does not decode as an image ({reason}): replace or remove it") from error
+        raise UsageError(
+            f"images differ in size: {size[0]}x{size[1]} pixels in {samples[0].place}, {other[0]}x{other[1]} in "
+            f"{sample.place}: resize all of them to one size first"
+        )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _convert(image: Image.Image, mode: str) -> Image.Image:
+    import numpy as np
+    from PIL import Image
+
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip to 255 instead of scaling
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    elif image.mode == "P" and "transparency" in image.info:  # Pillow warns unless the palette's alpha is looked up too
+        image = image.convert("RGBA")
+    return image.convert(mode)

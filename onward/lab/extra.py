@@ -1,0 +1,23 @@
+"""The lab's own dependencies, imported where they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from onward.errors import UsageError
+
+
+@contextmanager
+def lab_extra() -> Iterator[None]:
+    """Turn a missing import in the body into a sentence that says what to install.
+
+    >>> with lab_extra():
+    ...     import no_such_module
+    Traceback (most recent call last):
+    onward.errors.UsageError: no_such_module is not installed: pip install onward[lab]
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{error.name} is not installed: pip install onward[lab]") from error
