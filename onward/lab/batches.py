@@ -23,8 +23,8 @@ class Transform:
     Attributes:
         mean, std: one number, or one per channel.
         augment: what is done to training batches: `none`; `crop-flip`, a random crop of the image padded with 4 black
-            pixels on every side, mirrored half of the time; `resized-crop-flip`, a random 8 to 100 % of its area resized
-            to `size`, mirrored half of the time.
+            pixels on every side, mirrored half of the time; `resized-crop-flip`, a random 8 to 100 % of its area,
+            resized to `size`, mirrored half of the time.
         size: side of the images that come out; None leaves them as they are.
 
     Raises:

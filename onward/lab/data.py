@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -77,8 +78,8 @@ def load(
 
     `owner/name` (or `owner/name:subset`) is looked for in the hub's cache, then on the hub. `data_dir` wins over
     `name`: a folder of parquet files as on the hub (train-*.parquet, test-*.parquet), or of class folders of images
-    (train/cat/1.png, test/cat/2.png, or cat/1.png). Without a test part, a fixed fifth of each class is held out for it.
-    `train_samples`, `test_samples` keep a fixed random subset.
+    (train/cat/1.png, test/cat/2.png, or cat/1.png). Without a test part, a fixed fifth of each class is held out for
+    it. `train_samples`, `test_samples` keep a fixed random subset.
 
     Raises:
         UsageError: an unknown name, a data set out of reach, data that cannot be used.
@@ -93,8 +94,10 @@ def load(
         return _decoded(path.resolve().name, *folder.read(path), asked)
     if name == "digits":
         return _digits(asked)
-    if name not in ON_HUB and "/" not in name:
+    if name not in ON_HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         raise unknown("data set", name, [*DATASETS, "owner/name on the Hugging Face hub"])
+    if name not in ON_HUB and Path(name).is_dir():
+        raise UsageError(f"data set {name} is a folder here: give it with --data-dir")
     return _decoded(name, *hub.read(ON_HUB.get(name, name)), asked)
 
 
@@ -162,8 +165,8 @@ def _hold_out(labels: Sequence[int]) -> tuple[list[int], list[int]]:
     """Rows for training and for test: the same random fifth of each class every time.
 
     >>> rows, held = _hold_out([0, 1] * 10)
-    >>> len(rows), [row % 2 for row in held]
-    (16, [0, 1, 0, 1])
+    >>> len(rows), sorted(row % 2 for row in held)
+    (16, [0, 0, 1, 1])
     """
     by_class: dict[int, list[int]] = {}
     for row in torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).tolist():
@@ -178,6 +181,6 @@ def _keep(available: int, asked: int | None, split: str, name: str) -> list[int]
         return list(range(available))
     if not 1 <= asked <= available:
         raise UsageError(
-            f"{split}_samples {asked}: the {split} part of data set {name} has {available}, ask for 1 to that"
+            f"{split}_samples {asked}: data set {name} has {available} {split} images, ask for 1 to {available}"
         )
     return sorted(torch.randperm(available, generator=torch.Generator().manual_seed(0))[:asked].tolist())

@@ -65,7 +65,7 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
     if label is None:
         raise UsageError(f"{file} has no column of labels (columns: {held}): name the one with the classes 'label'")
 
-    labels = table[label].combine_chunks()
+    labels = table[label]
     if not pa.types.is_integer(labels.type):
         raise UsageError(
             f"labels in column {label!r} of {file} are {labels.type}, not integers: number the classes from 0"
@@ -82,7 +82,7 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
         )
     names = tuple(features[label].names) if isinstance(features[label], datasets.ClassLabel) else ()
 
-    encoded = table[image].combine_chunks()
+    encoded = table[image]
     if pa.types.is_struct(encoded.type):
         encoded = pc.struct_field(encoded, "bytes")
     if encoded.null_count:

@@ -47,22 +47,27 @@ def choose_splits(found: Iterable[str], place: str) -> dict[str, str]:
 
 def _parquet(folder: Path, files: list[Path]) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
     parts: dict[str, list[Path]] = {}
-    for file in files:  # train-00000-of-00001.parquet, or train/0000.parquet
-        parts.setdefault(_part(file.stem) or _part(file.parent.name) or file.stem, []).append(file)
-    chosen = choose_splits(parts, f"data folder {folder}")
-    subsets = {file.parent.parent if _part(file.parent.name) else file.parent for file in parts[chosen["train"]]}
+    subsets = set()
+    for file in files:  # train-00000-of-00001.parquet or train/0000.parquet, perhaps below a folder for each subset
+        parent = file.parent.relative_to(folder)
+        parts.setdefault(_part(file.stem) or _part(parent.name) or file.stem, []).append(file)
+        subsets.add(parent.parent if _part(parent.name) else parent)
     if len(subsets) > 1:
-        raise UsageError(f"{folder} holds several data sets: give one of {', '.join(map(str, sorted(subsets)))}")
-    splits, names = {}, {}
-    for split, part in chosen.items():
-        tables = {file: _read_parquet(file) for file in parts[part]}
-        splits[split] = [sample for samples, _ in tables.values() for sample in samples]
-        names |= {file: file_names for file, (_, file_names) in tables.items()}
-    first = next(iter(names))
-    for file, file_names in names.items():
-        if file_names != names[first]:
+        names = ", ".join(sorted(str(subset) for subset in subsets))
+        raise UsageError(f"data folder {folder} holds several data sets: give one of its folders {names}")
+    splits: dict[str, list[Sample]] = {}
+    class_names: dict[Path, tuple[str, ...]] = {}
+    for split, part in choose_splits(parts, f"data folder {folder}").items():
+        _refuse_missing(parts[part])
+        splits[split] = []
+        for file in parts[part]:
+            samples, class_names[file] = _read_parquet(file)
+            splits[split] += samples
+    first, names_of_first = next(iter(class_names.items()))
+    for file, names_of_file in class_names.items():
+        if names_of_file != names_of_first:
             raise UsageError(f"{first} and {file} name their classes differently: give files of one data set")
-    return splits, names[first]
+    return splits, names_of_first
 
 
 def _part(name: str) -> str | None:
@@ -81,34 +86,39 @@ def _read_parquet(file: Path) -> tuple[list[Sample], tuple[str, ...]]:
     try:
         table = pyarrow.parquet.read_table(file, page_checksum_verification=True, partitioning=None)
         table.validate(full=True)
-    except PermissionError:
-        raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"{file} is not a readable parquet file ({reason}): download or write it again") from error
     return from_table(table, str(file))
 
 
+def _refuse_missing(shards: list[Path]) -> None:
+    """Refuse train-00000-of-00003.parquet without the other two, which a broken download leaves behind."""
+    for shard in shards:
+        numbers = re.search(r"-of-(\d+)$", shard.stem)
+        if numbers and int(numbers[1]) != len(shards):
+            raise UsageError(
+                f"{shard} is one of {int(numbers[1])} files, but {len(shards)} are there: fetch the others"
+            )
+
+
 def _class_folders(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
-    inner = _subfolders(folder)
-    parts = {
-        part: path for path in inner if (part := path.name.lower()) in {n for names in SPLITS.values() for n in names}
-    }
-    if not inner:
+    inside = {path.name: path for path in _subfolders(folder)}
+    if not inside:
         raise UsageError(
-            f"data folder {folder} holds neither parquet files nor class folders of images: fill it or give another"
+            f"data folder {folder} holds no parquet files and no class folders of images: give one that does"
         )
-    roots = (
-        {split: parts[part] for split, part in choose_splits(parts, f"data folder {folder}").items()}
-        if parts
-        else {"train": folder}
-    )
+    parts = {name: path for name, path in inside.items() if any(name in names for names in SPLITS.values())}
+    roots = {"train": folder}
+    if parts:
+        roots = {split: parts[part] for split, part in choose_splits(parts, f"data folder {folder}").items()}
     classes = [path.name for path in _subfolders(roots["train"])]
     if not classes:
         raise UsageError(f"{roots['train']} has no class folders: put the images of each class in a folder of its own")
-    splits = {}
-    for split, root in roots.items():
-        splits[split] = [sample for path in _subfolders(root) for sample in _class_folder(path, classes)]
+    splits = {
+        split: [sample for path in _subfolders(root) for sample in _class_folder(path, classes)]
+        for split, root in roots.items()
+    }
     return splits, tuple(classes)
 
 

@@ -47,7 +47,8 @@ def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
                 raise UsageError(
                     f"data set {name} cannot be had from the Hugging Face hub ({reason}): check it, {remedy}"
                 ) from error
-    splits, names = {}, ()
+    splits: dict[str, list[Sample]] = {}
+    names: tuple[str, ...] = ()
     for split, part in choose_splits(found, f"data set {path}").items():
         splits[split], names = from_table(found[part].with_format("arrow")[:], f"{path} ({part})")
     return splits, names
