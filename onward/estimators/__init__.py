@@ -1,0 +1,8 @@
+"""Gradient estimators, one idea a file."""
+
+from onward.estimators.backprop import Backprop
+from onward.estimators.base import Estimator, Step
+from onward.estimators.feedback import DFA, DKP, FDFA
+from onward.estimators.forward_gradient import ForwardGradient
+
+__all__ = ["DFA", "DKP", "FDFA", "Backprop", "Estimator", "ForwardGradient", "Step"]

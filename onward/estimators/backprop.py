@@ -1,0 +1,80 @@
+"""Backpropagation, and backpropagation with activation checkpointing: what every other estimator is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from onward.cuts import frozen_statistics
+from onward.estimators.base import Estimator, Loss, Step, call, compute_loss
+
+
+class Backprop(Estimator):
+    """The exact gradient, by ``loss.backward()``.
+
+    With ``checkpoint=True`` only the outputs of the blocks are kept and each block is run a second time when the backward
+    pass reaches it: the memory that a method without backpropagation has to beat. Running statistics move once and dropout
+    masks are the same in both runs. Blocks are what lies between ``cuts`` if those are children of a Sequential, else the
+    named modules themselves; without ``checkpoint`` cuts have no effect.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> step = Backprop(model).estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    >>> model[0].weight.grad.shape
+    torch.Size([8, 4])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[str] | None = None,
+        *,
+        loss: Loss = F.cross_entropy,
+        checkpoint: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, () if cuts is None and not checkpoint else cuts, loss=loss, seed=seed)
+        self.checkpoint = checkpoint
+        self.engine = "reverse, checkpointed" if checkpoint else "reverse"
+
+    def _estimate(self, x: Any, y: Any) -> Step:
+        with _checkpointed(self.model, self.cuts) if self.checkpoint else nullcontext():
+            logits = call(self.model, x)
+        loss = compute_loss(self.loss, logits, y)
+        loss.backward()
+        return Step(loss.detach(), logits.detach())
+
+
+@contextmanager
+def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
+    """Within the block, the network's forward keeps only the outputs of its blocks."""
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(model)))
+    children = dict(model.named_children())
+    if isinstance(model, nn.Sequential) and set(cuts) <= set(children):
+
+        def forward(h: Tensor) -> Tensor:
+            segment: list[nn.Module] = []
+            for name, child in children.items():
+                segment.append(child)
+                if name in cuts:
+                    h = again(nn.Sequential(*segment), h)
+                    segment = []
+            return nn.Sequential(*segment)(h)
+
+        forwards = {model: forward}
+    else:
+        modules = [model.get_submodule(name) for name in cuts]
+        forwards = {module: partial(again, module.forward) for module in modules}
+    for module, forward in forwards.items():
+        module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward

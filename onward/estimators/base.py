@@ -1,0 +1,137 @@
+"""What all gradient estimators share: they own a network, fill ``.grad``, and return the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onward.cuts import check_names, default_cuts
+from onward.errors import UsageError
+
+Loss = Callable[[Tensor, Any], Tensor]
+
+
+class Step(NamedTuple):
+    """What one call of ``estimate`` saw: the batch loss (a scalar) and the network's output, without a graph."""
+
+    loss: Tensor
+    logits: Tensor
+
+
+class Estimator(nn.Module):
+    """A network with a rule that estimates the gradient of its loss.
+
+    ``estimate(x, y)`` adds the estimate to ``.grad`` of every parameter, as ``loss.backward()`` would; calling the estimator
+    runs the plain network. ``x`` is one tensor, a tuple of positional inputs, or a dict of keyword inputs, samples first.
+    ``loss(output, y)`` returns a scalar, the mean over samples of a per-sample loss.
+    """
+
+    engine: str
+    """How the estimate is measured, to be printed beside every result."""
+
+    def __init__(
+        self, model: nn.Module, cuts: Sequence[str] | None = None, *, loss: Loss = F.cross_entropy, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.cuts = default_cuts(model) if cuts is None else check_names(model, cuts)
+        self.model = model
+        self.loss = loss
+        self.seed = seed
+        self.step = 0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    def estimate(self, x: Any, y: Any) -> Step:
+        """Add an estimate of the gradient of ``loss(model(x), y)`` to every ``.grad``; return the loss and the output.
+
+        Raises :class:`onward.UsageError` where the network, its cuts, or the batch make an estimate impossible.
+        """
+        try:
+            step = self._estimate(x, y)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UsageError(
+                "a batch of one sample has no batch statistics: this network has batch norm, so train it with batches of at "
+                "least 2 samples (drop_last=True in the data loader), or in eval mode"
+            ) from error
+        self.step += 1
+        return step
+
+    def _estimate(self, x: Any, y: Any) -> Step:
+        raise NotImplementedError
+
+    def parameter_groups(self, **options: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parameters by role, as groups for an optimizer, with the options of each role.
+
+        Roles are ``network`` and ``feedback``; a role that this estimator does not have is left out.
+
+        >>> import onward
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> groups = onward.FDFA(model).parameter_groups(network={"lr": 1e-4}, feedback={"lr": 1e-3})
+        >>> [(group["role"], group["lr"]) for group in groups]
+        [('network', 0.0001), ('feedback', 0.001)]
+        """
+        if unknown := set(options) - set(self._roles()):
+            if unknown - {"network", "feedback"}:
+                raise UsageError(f"unknown parameter role {min(unknown)!r}: the roles are network and feedback")
+        groups = [{"params": params, "role": role, **options.get(role, {})} for role, params in self._roles().items()]
+        return [group for group in groups if group["params"]]
+
+    def _roles(self) -> dict[str, list[nn.Parameter]]:
+        return {"network": list(self.model.parameters())}
+
+    def _output_error(self, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient with respect to the output, e = dL/dz; in float32 at least, whatever autocast says."""
+        z = logits.detach()
+        if z.dtype in (torch.float16, torch.bfloat16):
+            z = z.float()
+        z.requires_grad_()
+        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+            value = compute_loss(self.loss, z, y)
+            (e,) = torch.autograd.grad(value, z)
+        return value.detach(), e
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"step": self.step, "seed": self.seed}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.step, self.seed = state["step"], state["seed"]
+
+
+def call(model: nn.Module, x: Any) -> Tensor:
+    """The network's output for one input, a tuple of positional inputs, or a dict of keyword inputs."""
+    if isinstance(x, dict):
+        out = model(**x)
+    else:
+        out = model(*x) if isinstance(x, (tuple, list)) else model(x)
+    if not isinstance(out, Tensor):
+        raise UsageError(
+            f"the network returned a {type(out).__name__}, not a tensor: wrap it in a module that returns the tensor that "
+            "the loss needs"
+        )
+    return out
+
+
+def compute_loss(loss: Loss, output: Tensor, y: Any) -> Tensor:
+    """``loss(output, y)``, checked: a scalar, of targets that exist."""
+    try:
+        value = loss(output, y)
+    except IndexError as error:
+        raise UsageError(
+            f"the loss refused the targets: {error} The network has {output.shape[-1]} outputs, so labels run from 0 to "
+            f"{output.shape[-1] - 1}: check the labels, or give the network as many outputs as there are classes"
+        ) from error
+    if value.dim() != 0:
+        raise UsageError(f"the loss has shape {tuple(value.shape)}: it must return a scalar, the mean over samples")
+    return value
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the network's first parameter lives."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -1,0 +1,198 @@
+"""Direct feedback: the error signal of a hidden block is the output error times a matrix, ``delta_k = e B_k``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter, is_lazy
+
+from onward.cuts import cut_graph, frozen_statistics, same_randomness
+from onward.directions import seed_of
+from onward.errors import UsageError
+from onward.estimators.base import Loss, call, device_of
+from onward.estimators.signals import OutputError, SignalEstimator
+
+
+class DirectFeedback(SignalEstimator):
+    """delta_k = e B_k, with one matrix B_k (C x d_k: outputs by features of the block's output) for each cut.
+
+    The matrices are parameters with a ``.grad`` of their own, in ``feedback`` in the order of ``cuts``. Their sizes are those
+    of the first batch; until then they are :class:`torch.nn.UninitializedParameter`, which optimizers accept.
+    """
+
+    engine = "feedback"
+    learns = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[str] | None = None,
+        *,
+        loss: Loss = F.cross_entropy,
+        low_memory: bool = False,
+        seed: int = 0,
+        allow_bypass: bool = False,
+    ) -> None:
+        super().__init__(model, cuts, loss=loss, low_memory=low_memory, seed=seed, allow_bypass=allow_bypass)
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self.feedback = _LazyMatrices(
+            UninitializedParameter(self.learns, device=like.device, dtype=like.dtype) for _ in self.cuts
+        )
+
+    def initialize(self, x: Any) -> None:
+        """Size the feedback matrices by one forward pass over a batch, which changes nothing else."""
+        shapes: list[tuple[int, Tensor]] = []
+
+        def note(k: int, h: Tensor) -> Tensor:
+            shapes.append((k, h))
+            return h
+
+        again = same_randomness(device_of(self.model))
+        with again, torch.no_grad(), frozen_statistics(self.model), cut_graph(self.model, self.cuts, note):
+            logits = call(self.model, x)
+        with again:
+            for k, h in shapes:
+                self._matrix(k, h, logits.flatten(1))
+
+    def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
+        matrix = self._matrix(k, h, error.e)
+        delta = (error.e.to(matrix.dtype) @ matrix).view(h.shape)
+        gradient = self.feedback_gradient(k, h, error) if self.learns else None
+        if gradient is not None:
+            matrix.grad = gradient if matrix.grad is None else matrix.grad.add_(gradient)
+        return delta
+
+    def feedback_gradient(self, k: int, h: Tensor, error: OutputError) -> Tensor | None:
+        """What the optimizer of B_k is given after this step, or None where B_k does not learn."""
+        return None
+
+    def initial_matrix(self, k: int, matrix: Tensor) -> None:
+        """Fill B_k for the first time; zero unless a method says otherwise."""
+        matrix.zero_()
+
+    def _matrix(self, k: int, h: Tensor, e: Tensor) -> nn.Parameter:
+        if h.shape[0] != e.shape[0]:
+            raise UsageError(
+                f"the output of cut {self.cuts[k]!r} has shape {tuple(h.shape)} for {e.shape[0]} samples: feedback needs the "
+                "sample dimension first at every cut and at the output (batch_first=True in recurrent and attention layers)"
+            )
+        shape = (e.shape[1], h[0].numel())
+        matrix = self.feedback[k]
+        if is_lazy(matrix):
+            matrix.materialize(shape)
+            with torch.no_grad():
+                self.initial_matrix(k, matrix)
+        if tuple(matrix.shape) != shape:
+            raise UsageError(
+                f"the feedback matrix of cut {self.cuts[k]!r} is {matrix.shape[0]} x {matrix.shape[1]} and this batch needs "
+                f"{shape[0]} x {shape[1]} (outputs x features): feedback needs inputs of one size"
+            )
+        return matrix
+
+    def _roles(self) -> dict[str, list[nn.Parameter]]:
+        return {**super()._roles(), "feedback": list(self.feedback) if self.learns else []}
+
+
+class DFA(DirectFeedback):
+    """Direct feedback alignment: ``delta_k = e B_k`` with B_k random and fixed, U(-sqrt(6/d_k), sqrt(6/d_k)).
+
+    Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> estimator = DFA(model)
+    >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    >>> estimator.feedback[0].shape, model[0].weight.grad.shape
+    (torch.Size([2, 8]), torch.Size([8, 4]))
+    """
+
+    learns = False
+
+    def initial_matrix(self, k: int, matrix: Tensor) -> None:
+        generator = torch.Generator(device=matrix.device).manual_seed(seed_of(self.seed, "feedback", k))
+        bound = math.sqrt(6 / matrix.shape[1])
+        matrix.uniform_(-bound, bound, generator=generator)
+
+
+class DKP(DirectFeedback):
+    """Direct Kolen-Pollack: ``delta_k = e B_k``, with ``grad B_k = e^T h_k`` (C x d_k) and B_k = 0 at first.
+
+    The forward weights and the feedback learn from the same products and so grow alike; a small weight decay on both (1e-6)
+    helps. Webster, Choi and Ahn, "Learning the Connections in Direct Feedback Alignment", 2021.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> estimator = DKP(model)
+    >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    >>> estimator.feedback[0].grad.shape
+    torch.Size([2, 8])
+    """
+
+    def feedback_gradient(self, k: int, h: Tensor, error: OutputError) -> Tensor:
+        matrix = self.feedback[k]
+        return error.e.to(matrix.dtype).T @ h.flatten(1).to(matrix.dtype)
+
+
+class FDFA(DirectFeedback):
+    """Forward direct feedback alignment: B_k learns the Jacobian of the logits from forward-mode directional derivatives.
+
+    One forward pass carries a tangent ``u_k ~ N(0, I)`` added at the output of every hidden block; with ydot (N x C) the
+    tangent of the logits, E[ydot_n^T u_{k,n}] is the Jacobian dz_n/dh_{k,n}, and
+
+        grad B_k = B_k - (1/N) ydot^T u_k        (C x d_k),  averaged over ``directions`` tangents,  B_k = 0 at first.
+
+    With SGD at rate alpha on the feedback this is the moving average of Bacho & Chu, "Low-Variance Forward Gradients using
+    Direct Feedback Alignment and Momentum", Neural Networks 2024, equation 13; Adam works as well.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> estimator = FDFA(model)
+    >>> optimizer = torch.optim.Adam(estimator.parameter_groups(network={"lr": 1e-3}, feedback={"lr": 1e-3}))
+    >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    >>> estimator.feedback[0].grad.shape
+    torch.Size([2, 8])
+    """
+
+    engine = "feedback, forward"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[str] | None = None,
+        *,
+        directions: int = 1,
+        noise: str = "gaussian",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, cuts, **options)
+        self.directions, self.noise = directions, noise
+
+    def feedback_gradient(self, k: int, h: Tensor, error: OutputError) -> Tensor:
+        matrix = self.feedback[k]
+        gradient = matrix.detach()
+        scale = -1.0 / (error.e.shape[0] * self.directions)
+        for tangent, u in zip(error.tangents, error.directions(self, k, h)):
+            gradient = torch.addmm(gradient, tangent.to(matrix.dtype).T, u.flatten(1).to(matrix.dtype), alpha=scale)
+        return gradient
+
+
+class _LazyMatrices(nn.ParameterList):
+    """Parameters that may not have a size yet: saved where they have one, and sized by what is loaded into them."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for k, matrix in enumerate(self):
+            if not is_lazy(matrix):
+                destination[f"{prefix}{k}"] = matrix if keep_vars else matrix.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        for k, matrix in enumerate(self):
+            saved = state_dict.get(f"{prefix}{k}")
+            if saved is not None and is_lazy(matrix):
+                matrix.materialize(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        lazy = {f"{prefix}{k}" for k, matrix in enumerate(self) if is_lazy(matrix)}
+        missing[:] = [key for key in missing if key not in lazy]

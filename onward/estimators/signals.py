@@ -1,0 +1,190 @@
+"""The one procedure behind every estimator that hands each hidden block an error signal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onward import directions
+from onward.cuts import BypassCheck, cut_graph, frozen_statistics, same_randomness
+from onward.errors import UsageError
+from onward.estimators.base import Estimator, Loss, Step, call, device_of
+from onward.forward_mode import Tangents
+
+
+class SignalEstimator(Estimator):
+    """Cut the graph after every hidden block, deliver an error signal to each, and the true gradient to the last.
+
+    A child class says what the signal of block k is (:meth:`signal`), and whether it needs tangents: then a direction is added
+    at the output of every hidden block, all at once, and the signal is given the tangents of the logits.
+
+    Two forms of the same estimate. The plain one runs the network once and keeps every block's graph until the output error
+    is known. ``low_memory=True`` runs it twice: first without any graph, for the output error and the tangents of the logits;
+    then block by block, where each block gets its signal, differentiates itself and is forgotten. Directions are redrawn
+    instead of stored, dropout draws the same masks twice, running statistics move once.
+    """
+
+    directions = 0  # tangents carried by the forward pass
+    noise = "gaussian"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[str] | None = None,
+        *,
+        loss: Loss = F.cross_entropy,
+        low_memory: bool = False,
+        seed: int = 0,
+        allow_bypass: bool = False,
+    ) -> None:
+        super().__init__(model, cuts, loss=loss, seed=seed)
+        if low_memory and allow_bypass:
+            raise UsageError("low_memory=True frees each block before the next, which a bypassed cut makes impossible")
+        self.low_memory = low_memory
+        self._check_bypass = not allow_bypass
+
+    def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
+        """delta_k, the error signal for the output h of block k; learns from the same numbers where there is something to."""
+        raise NotImplementedError
+
+    def direction(self, k: int, h: Tensor, index: int) -> Tensor:
+        """The index-th random direction at the output h of block k in this step."""
+        return directions.draw(
+            h.shape,
+            seed=self.seed,
+            step=self.step,
+            block=k,
+            direction=index,
+            noise=self.noise,
+            dtype=h.dtype,
+            device=h.device,
+        )
+
+    def _estimate(self, x: Any, y: Any) -> Step:
+        return self._block_by_block(x, y) if self.low_memory else self._all_at_once(x, y)
+
+    def _all_at_once(self, x: Any, y: Any) -> Step:
+        outputs: list[Tensor] = []
+        drawn: list[list[Tensor]] = []
+
+        def deliver(k: int, h: Tensor) -> Tensor:
+            outputs.append(h)
+            passed_on = h.detach()
+            if tangents is not None:
+                drawn.append(self._perturb(tangents, k, h, passed_on))
+            return passed_on
+
+        tangents = Tangents(self.directions) if self.directions else None
+        with tangents or nullcontext(), cut_graph(self.model, self.cuts, deliver):
+            logits = call(self.model, x)
+            tangents_out = self._tangents_of(tangents, logits)
+        self._check(outputs, logits)
+        loss, e = self._output_error(logits, y)
+        with torch.no_grad():
+            error = OutputError(e, tangents_out, drawn)
+            signals = [self.signal(k, h.detach(), error).to(h.dtype) for k, h in enumerate(outputs)]
+        ends = [(h, delta) for h, delta in zip(outputs, signals) if h.requires_grad]
+        torch.autograd.backward([h for h, _ in ends] + [logits], [delta for _, delta in ends] + [e.to(logits.dtype)])
+        return Step(loss, logits.detach())
+
+    def _block_by_block(self, x: Any, y: Any) -> Step:
+        again = same_randomness(device_of(self.model))
+
+        def pass_on(k: int, h: Tensor) -> Tensor:
+            passed_on = h.detach()
+            if tangents is not None:
+                self._perturb(tangents, k, h, passed_on)
+            return passed_on
+
+        tangents = Tangents(self.directions) if self.directions else None
+        with again, torch.no_grad(), frozen_statistics(self.model), tangents or nullcontext():
+            with cut_graph(self.model, self.cuts, pass_on):
+                logits = call(self.model, x)
+            tangents_out = self._tangents_of(tangents, logits)
+        loss, e = self._output_error(logits, y)
+        error = OutputError(e, tangents_out, None)
+        check = BypassCheck(self.model, self.cuts) if self._check_bypass else None
+
+        def deliver(k: int, h: Tensor) -> Tensor:
+            if check:
+                check.visit(k, h)
+            with torch.no_grad():
+                delta = self.signal(k, h.detach(), error).to(h.dtype)
+            if h.requires_grad:
+                torch.autograd.backward(h, delta)
+            return h.detach()
+
+        with again, cut_graph(self.model, self.cuts, deliver):
+            output = call(self.model, x)
+        if check:
+            check.visit(len(self.cuts), output)
+        self._check_last_block(output)
+        self._check_bypass = False
+        torch.autograd.backward(output, e.to(output.dtype))
+        return Step(loss, logits)
+
+    def _perturb(self, tangents: Tangents, k: int, h: Tensor, passed_on: Tensor) -> list[Tensor]:
+        """Add a fresh direction to the tangent that arrives at cut k; the tangents inside the block have done their work."""
+        drawn = [self.direction(k, passed_on, index) for index in range(self.directions)]
+        arrived = [tangents.get(h, index) for index in range(self.directions)]
+        if k > 0 and any(t is None for t in arrived):
+            raise UsageError(
+                f"no tangent reached cut {self.cuts[k]!r}: something before it is invisible to forward mode, such as a "
+                "compiled or scripted module, NumPy, or .detach(): train the uncompiled network"
+            )
+        tangents.release()
+        tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn)))
+        return drawn
+
+    def _tangents_of(self, tangents: Tangents | None, logits: Tensor) -> list[Tensor]:
+        if tangents is None or not self.cuts:
+            return []
+        found = [tangents.get(logits, index) for index in range(self.directions)]
+        tangents.release()
+        if any(t is None for t in found):
+            raise UsageError(
+                f"no tangent reached the network's output from cut {self.cuts[-1]!r}: something after it is invisible to "
+                "forward mode, such as a compiled or scripted module, NumPy, or .detach(): train the uncompiled network"
+            )
+        return [t for t in found if t is not None]
+
+    def _check(self, outputs: list[Tensor], logits: Tensor) -> None:
+        """On the first batch: does every cut separate, and does the last block have anything to train?"""
+        if self._check_bypass:
+            check = BypassCheck(self.model, self.cuts)
+            for k, output in enumerate([*outputs, logits]):
+                check.visit(k, output)
+            self._check_bypass = False
+        self._check_last_block(logits)
+
+    def _check_last_block(self, logits: Tensor) -> None:
+        if not logits.requires_grad:
+            where = f"after the cut {self.cuts[-1]!r} " if self.cuts else ""
+            raise UsageError(
+                f"the last block has no parameters to train: nothing {where}requires a gradient. Leave out that cut, or unfreeze "
+                "the output layer"
+            )
+
+
+class OutputError:
+    """What one pass learned at the network's output.
+
+    ``e`` = dL/dz (N x C, already divided by N for a mean loss); ``tangents``, one N x C matrix per direction; ``drawn``, the
+    directions of each block where they were kept.
+    """
+
+    def __init__(self, e: Tensor, tangents: Sequence[Tensor], drawn: list[list[Tensor]] | None) -> None:
+        self.e = e.flatten(1) if e.dim() > 1 else e.unsqueeze(1)
+        self.tangents = [t.reshape(self.e.shape) for t in tangents]
+        self.drawn = drawn
+
+    def directions(self, estimator: SignalEstimator, k: int, h: Tensor) -> list[Tensor]:
+        """The directions that were added at block k."""
+        if self.drawn is not None:
+            return self.drawn[k]
+        return [estimator.direction(k, h, index) for index in range(estimator.directions)]

@@ -1,0 +1,255 @@
+"""Forward mode beside an ordinary forward pass: tangents that travel with the tensors, and never build a graph.
+
+:class:`Tangents` listens below autograd, where every network is made of the same few hundred operations, and carries a
+tangent through each of them by the rules of :mod:`onward.forward_rules`. The primal pass is untouched: the same numbers, the
+same graph if gradients are enabled, running statistics and dropout masks drawn once. So one forward pass can carry both what
+a block needs to differentiate itself and the directional derivatives that direct feedback and forward gradients need.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from onward.errors import UsageError
+from onward.forward_rules import RULES, Rule, by_forward_ad
+
+_KEY = "_onward_tangents"  # the attribute under which a tensor carries (mode, tangents)
+
+# In-place operations that overwrite with values that do not depend on any tangent.
+_OVERWRITES = {"zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_"}
+
+
+class Tangents(TorchDispatchMode):
+    """Carry tangents through everything computed inside the ``with`` block.
+
+    For y = f(x) and a tangent t set on x, ``get(y)`` is the Jacobian-vector product J_f(x) t, with the shape, strides and
+    dtype of y, or None where y does not depend on x. ``directions`` tangents travel side by side, in one primal pass.
+    Tensors keep their autograd graph if gradients are enabled; tangents never have one. ``torch.no_grad()`` does not stop a
+    tangent and ``.detach()`` does, as in PyTorch's own forward mode. Running statistics are updated once. A
+    :class:`torch.autograd.Function` is differentiated through its forward.
+
+    Inside the block attention uses its mathematical form, since the fused kernels have no forward derivative.
+
+    Raises :class:`onward.UsageError` naming the operation, where one has no forward derivative.
+
+    >>> import torch, onward
+    >>> x = torch.tensor([0.0, 1.0])
+    >>> with onward.forward_mode.Tangents() as tangents:
+    ...     tangents.set(x, torch.tensor([1.0, 0.0]))
+    ...     y = x.sin() * 2
+    >>> tangents.get(y)
+    tensor([2., 0.])
+    """
+
+    def __init__(self, directions: int = 1) -> None:
+        super().__init__()
+        self.directions = directions
+        self._carriers: list[weakref.ref[Tensor]] = []
+
+    def set(self, tensor: Tensor, *tangents: Tensor) -> None:
+        """Give ``tensor`` its tangents, one for each direction; they become ours (in-place operations may write to them)."""
+        if len(tangents) != self.directions:
+            raise UsageError(f"{len(tangents)} tangents for {self.directions} directions: give one for each")
+        for tangent in tangents:
+            if tangent.shape != tensor.shape:
+                raise UsageError(
+                    f"a tangent of shape {tuple(tangent.shape)} for a tensor of shape {tuple(tensor.shape)}"
+                )
+        self._attach(tensor, tangents)
+
+    def get(self, tensor: Tensor, direction: int = 0) -> Tensor | None:
+        """The tangent of ``tensor`` in one direction, or None where it does not depend on any tensor that was given one."""
+        held = self._held(tensor)
+        return None if held is None else held[direction]
+
+    def release(self) -> None:
+        """Take back every tangent given out so far (a tensor that autograd keeps would keep its tangent too)."""
+        for reference in self._carriers:
+            if (tensor := reference()) is not None:
+                tensor.__dict__.pop(_KEY, None)
+        self._carriers.clear()
+
+    def __enter__(self) -> Tangents:
+        # A rule may need autograd's forward mode for one operation: remember how dispatch looks outside of this mode.
+        self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
+        with ExitStack() as stack:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            fast_path, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+            stack.callback(torch.set_autocast_cache_enabled, cached)
+            torch.backends.mha.set_fastpath_enabled(False)
+            torch.set_autocast_cache_enabled(False)  # a cached cast of a weight has no tangent
+            super().__enter__()
+            self._settings = stack.pop_all()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        super().__exit__(*failure)
+        self._settings.close()
+        # Parameters outlive the pass; a tangent left on one would be taken for this pass's own.
+        for reference in self._carriers:
+            if isinstance(tensor := reference(), torch.nn.Parameter):
+                tensor.__dict__.pop(_KEY, None)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        held = [self._held_by(argument) for argument in args]
+        if any(isinstance(value, Tensor) and self._held(value) for value in kwargs.values()):
+            raise UsageError(f"{func} was given a tensor with a tangent by keyword, which forward mode does not follow")
+        if not any(held):
+            return func(*args, **kwargs)
+        rule = RULES.get(func.overloadpacket)
+        if rule is None and func.is_view:
+            rule = _view
+        if rule is None and func._schema.is_mutable:
+            return self._in_place(func, args, kwargs, held)
+        generator_state = torch.get_rng_state() if rule is None and _is_random(func) else None
+        out = func(*args, **kwargs)
+        tangents = self._apply(rule, func, args, kwargs, out, held, generator_state)
+        if isinstance(out, Tensor):
+            self._give(out, tangents, func, held)
+        else:
+            for index, part in enumerate(out):
+                if isinstance(part, Tensor):
+                    self._give(part, [None if t is None else t[index] for t in tangents], func, held)
+        return out
+
+    def _apply(
+        self,
+        rule: Rule | None,
+        func: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        out: Any,
+        held: list[Any],
+        generator_state: Tensor | None = None,
+    ) -> list[Any]:
+        """The tangent of ``out`` in each direction."""
+        results = []
+        for direction in range(self.directions):
+            tangents = [_pick(entry, direction) for entry in held]
+            if all(t is None for t in tangents):
+                results.append(None)
+            elif rule is not None:
+                results.append(rule(func, args, kwargs, out, tangents))
+            else:
+                after = torch.get_rng_state() if generator_state is not None else None
+                if generator_state is not None:
+                    torch.set_rng_state(generator_state)
+                with torch._C._ForceDispatchKeyGuard(*self._outside), torch.no_grad():
+                    results.append(by_forward_ad(func, args, kwargs, out, tangents))
+                if after is not None:
+                    torch.set_rng_state(after)
+        return results
+
+    def _give(self, out: Tensor, tangents: Sequence[Tensor | None], func: Any, held: list[Any]) -> None:
+        if not out.is_floating_point() or all(t is None for t in tangents):
+            return
+        fitted = []
+        for direction, tangent in enumerate(tangents):
+            if tangent is not None:
+                # A tangent mirrors its tensor's layout, so that every view of the one is a view of the other; and no two
+                # tensors share one unless they share memory, so that in-place operations may write to it.
+                if tangent.stride() != out.stride() or tangent.dtype != out.dtype:
+                    tangent = torch.empty_like(out).copy_(tangent)
+                elif not func.is_view and any(_contains(_pick(entry, direction), tangent) for entry in held):
+                    tangent = tangent.clone()
+            fitted.append(tangent)
+        self._attach(out, fitted)
+
+    def _in_place(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], held: list[Any]) -> Any:
+        """Compute out of place, then write value and tangent into the tensor."""
+        name = func.overloadpacket.__name__
+        target = args[0]
+        if name in _OVERWRITES:
+            func(*args, **kwargs)
+            self._write(target, [None] * self.directions)
+            return target
+        if name == "copy_":
+            func(*args, **kwargs)
+            self._write(target, [_pick(held[1], direction) for direction in range(self.directions)])
+            return target
+        if not name.endswith("_"):
+            raise UsageError(
+                f"forward mode cannot follow {func}, which writes to an argument: use the form that returns its result"
+            )
+        functional = getattr(getattr(torch.ops.aten, name[:-1]), func._overloadname)
+        value = functional(*args, **kwargs)
+        rule = RULES.get(functional.overloadpacket)
+        tangents = self._apply(rule, functional, args, kwargs, value, held)
+        target.copy_(value)
+        self._write(target, tangents)
+        return target
+
+    def _write(self, target: Tensor, tangents: Sequence[Tensor | None]) -> None:
+        if self._held(target) is None:
+            owner = target._base if target._is_view() else target
+            self._attach(owner, [torch.zeros_like(owner) for _ in range(self.directions)])
+        held = self._held(target)
+        assert held is not None
+        for old, new in zip(held, tangents):
+            if old is None:
+                if new is not None:
+                    raise UsageError("an in-place operation mixes directions of which only some have a tangent")
+            elif new is None:
+                old.zero_()
+            else:
+                old.copy_(new)
+
+    def _attach(self, tensor: Tensor, tangents: Sequence[Tensor | None]) -> None:
+        tensor.__dict__[_KEY] = (self, tuple(tangents))
+        self._carriers.append(weakref.ref(tensor))
+
+    def _held(self, tensor: Tensor) -> tuple[Tensor | None, ...] | None:
+        carried = tensor.__dict__.get(_KEY)
+        if carried is not None:
+            return carried[1] if carried[0] is self else None
+        if tensor._is_view():  # its base may have been given a tangent after the view was taken
+            base = tensor._base
+            carried = base.__dict__.get(_KEY) if base is not None else None
+            if carried is not None and carried[0] is self:
+                return tuple(None if t is None else _same_view(tensor, base, t) for t in carried[1])
+        return None
+
+    def _held_by(self, argument: Any) -> Any:
+        if isinstance(argument, Tensor):
+            return self._held(argument)
+        if isinstance(argument, (list, tuple)) and argument and any(isinstance(a, Tensor) for a in argument):
+            held = [self._held(a) if isinstance(a, Tensor) else None for a in argument]
+            return held if any(entry is not None for entry in held) else None
+        return None
+
+
+def _pick(held: Any, direction: int) -> Any:
+    """One direction out of what an argument holds: a tangent, None, or a list of these for a list of tensors."""
+    if isinstance(held, list):
+        picked = [None if entry is None else entry[direction] for entry in held]
+        return None if all(p is None for p in picked) else picked
+    return None if held is None else held[direction]
+
+
+def _contains(tangents: Any, tangent: Tensor) -> bool:
+    return tangents is tangent or (isinstance(tangents, list) and any(t is tangent for t in tangents))
+
+
+def _same_view(view: Tensor, base: Tensor, tangent: Tensor) -> Tensor:
+    offset = view.storage_offset() - base.storage_offset() + tangent.storage_offset()
+    return tangent.as_strided(view.shape, view.stride(), offset)
+
+
+def _view(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
+    return func(t[0], *args[1:], **kwargs)
+
+
+def _is_random(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
