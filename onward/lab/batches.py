@@ -71,15 +71,11 @@ def batches(
     if batch_size < 1:
         raise UsageError(f"batch size {batch_size}: use at least 1")
     if drop_last and len(split) < batch_size:
-        raise UsageError(
-            f"batch size {batch_size} with only {len(split)} images leaves no full batch: use at most that"
-        )
+        raise UsageError(f"batch size {batch_size} with only {len(split)} images leaves no full batch: use at most that")
     channels, height, width = split.images.shape[1:]
     for what, values in (("mean", _tuple(transform.mean)), ("std", _tuple(transform.std))):
         if len(values) not in (1, channels):
-            raise UsageError(
-                f"{what} {values} for images of {channels} channel(s): give one number, or one per channel"
-            )
+            raise UsageError(f"{what} {values} for images of {channels} channel(s): give one number, or one per channel")
     mean = torch.tensor(_tuple(transform.mean), device=device).view(-1, 1, 1)
     std = torch.tensor(_tuple(transform.std), device=device).view(-1, 1, 1)
     size = (transform.size, transform.size) if transform.size else (height, width)

@@ -133,21 +133,16 @@ def _decoded(
     known = {sample.label for sample in train}
     for sample in splits.get("test", []):
         if sample.label not in known:
-            raise UsageError(
-                f"{sample.place} has label {sample.label}, which no training image has: drop it or add some"
-            )
+            raise UsageError(f"{sample.place} has label {sample.label}, which no training image has: drop it or add some")
 
     if "test" not in splits:
         rows, held = _hold_out([sample.label for sample in train])
         if not held:
             raise UsageError(f"data set {name} has no test part, and no class of 5 images to hold one out of: add one")
         splits = {"train": [train[row] for row in rows], "test": [train[row] for row in held]}
-        log.warning(
-            "data set %s has no test part: %d of its %d images are held out for it", name, len(held), len(train)
-        )
+        log.warning("data set %s has no test part: %d of its %d images are held out for it", name, len(held), len(train))
     kept = {
-        split: [samples[row] for row in _keep(len(samples), asked[split], split, name)]
-        for split, samples in splits.items()
+        split: [samples[row] for row in _keep(len(samples), asked[split], split, name)] for split, samples in splits.items()
     }
     images = decode(kept["train"] + kept["test"])
     labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
@@ -180,7 +175,5 @@ def _keep(available: int, asked: int | None, split: str, name: str) -> list[int]
     if asked is None:
         return list(range(available))
     if not 1 <= asked <= available:
-        raise UsageError(
-            f"{split}_samples {asked}: data set {name} has {available} {split} images, ask for 1 to {available}"
-        )
+        raise UsageError(f"{split}_samples {asked}: data set {name} has {available} {split} images, ask for 1 to {available}")
     return sorted(torch.randperm(available, generator=torch.Generator().manual_seed(0))[:asked].tolist())

@@ -47,8 +47,11 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
         import datasets
         import pyarrow as pa
         import pyarrow.compute as pc
-    features = datasets.Features.from_arrow_schema(table.schema)
-    columns = {field.name: field.type for field in table.schema}
+    try:
+        features = datasets.Features.from_arrow_schema(table.schema)
+        columns = {field.name: field.type for field in table.schema}
+    except Exception as error:  # names and metadata that are neither text nor JSON raise whatever parsing them does
+        raise UsageError(f"{file} describes its columns in a way that cannot be read ({error}): write it again") from error
     held = ", ".join(columns) or "none"
 
     def pick(kind: type, fitting: list[str], names: Sequence[str]) -> str | None:
@@ -58,37 +61,27 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
 
     image = pick(datasets.Image, [name for name in columns if _holds_bytes(columns[name])], IMAGE_NAMES)
     if image is None:
-        raise UsageError(
-            f"{file} has no column of encoded images (columns: {held}): store PNG or JPEG bytes in 'image'"
-        )
+        raise UsageError(f"{file} has no column of encoded images (columns: {held}): store PNG or JPEG bytes in 'image'")
     label = pick(datasets.ClassLabel, [name for name in LABEL_NAMES if name in columns], LABEL_NAMES)
     if label is None:
         raise UsageError(f"{file} has no column of labels (columns: {held}): name the one with the classes 'label'")
 
     labels = table[label]
     if not pa.types.is_integer(labels.type):
-        raise UsageError(
-            f"labels in column {label!r} of {file} are {labels.type}, not integers: number the classes from 0"
-        )
+        raise UsageError(f"labels in column {label!r} of {file} are {labels.type}, not integers: number the classes from 0")
     if labels.null_count:
-        raise UsageError(
-            f"row {_first(pc.is_null(labels))} of {file} has no label: fill in column {label!r} or drop the row"
-        )
+        raise UsageError(f"row {_first(pc.is_null(labels))} of {file} has no label: fill in column {label!r} or drop the row")
     negative = pc.less(labels, 0)
     if pc.any(negative).as_py():
         row = _first(negative)
-        raise UsageError(
-            f"row {row} of {file} has label {labels[row]}: number the classes from 0, or drop unlabelled rows"
-        )
+        raise UsageError(f"row {row} of {file} has label {labels[row]}: number the classes from 0, or drop unlabelled rows")
     names = tuple(features[label].names) if isinstance(features[label], datasets.ClassLabel) else ()
 
     encoded = table[image]
     if pa.types.is_struct(encoded.type):
         encoded = pc.struct_field(encoded, "bytes")
     if encoded.null_count:
-        raise UsageError(
-            f"row {_first(pc.is_null(encoded))} of {file} has no image bytes: store them in column {image!r}"
-        )
+        raise UsageError(f"row {_first(pc.is_null(encoded))} of {file} has no image bytes: store them in column {image!r}")
     rows = zip(encoded.to_pylist(), labels.to_pylist(), strict=True)
     return [Sample(data, number, file, row) for row, (data, number) in enumerate(rows)], names
 
@@ -98,7 +91,7 @@ def _holds_bytes(kind: pyarrow.DataType) -> bool:
 
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _first(mask: Any) -> int:
@@ -116,7 +109,7 @@ def decode(samples: Sequence[Sample]) -> Tensor:
     """
     with lab_extra():
         import numpy as np
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     pixels = np.empty(0, np.uint8)
     size, mode = (0, 0), ""
     for index, sample in enumerate(samples):
@@ -125,14 +118,15 @@ def decode(samples: Sequence[Sample]) -> Tensor:
             with Image.open(source) as image:
                 image.load()
                 if not mode:
-                    size, mode = image.size, "L" if image.mode[0] in "1LI" else "RGB"
+                    size, mode = image.size, "L" if Image.getmodebase(image.mode) == "L" else "RGB"
                     pixels = np.empty((len(samples), size[1], size[0], len(mode)), np.uint8)
                 if image.size == size:
                     pixels[index] = np.asarray(_convert(image, mode)).reshape(pixels.shape[1:])
                     continue
                 other = image.size
         except Exception as error:  # Pillow's decoders raise half a dozen types, SyntaxError among them
-            reason = str(error).splitlines()[0] if str(error) and "BytesIO" not in str(error) else "unknown format"
+            unknown = isinstance(error, UnidentifiedImageError)
+            reason = "unknown format" if unknown else str(error).partition("\n")[0]
             raise UsageError(f"{sample.place} does not decode as an image ({reason}): replace or remove it") from error
         raise UsageError(
             f"images differ in size: {size[0]}x{size[1]} pixels in {samples[0].place}, {other[0]}x{other[1]} in "

@@ -20,9 +20,7 @@ def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
         UsageError: no such folder, nothing in it, no training part, a file that cannot be read.
     """
     if not folder.exists():
-        raise UsageError(
-            f"data folder {folder} does not exist: give a folder of parquet files or class folders of images"
-        )
+        raise UsageError(f"data folder {folder} does not exist: give a folder of parquet files or class folders of images")
     if not folder.is_dir():
         raise UsageError(f"data folder {folder} is a file: give the folder that holds it")
     try:
@@ -97,17 +95,13 @@ def _refuse_missing(shards: list[Path]) -> None:
     for shard in shards:
         numbers = re.search(r"-of-(\d+)$", shard.stem)
         if numbers and int(numbers[1]) != len(shards):
-            raise UsageError(
-                f"{shard} is one of {int(numbers[1])} files, but {len(shards)} are there: fetch the others"
-            )
+            raise UsageError(f"{shard} is one of {int(numbers[1])} files, but {len(shards)} are there: fetch the others")
 
 
 def _class_folders(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
     inside = {path.name: path for path in _subfolders(folder)}
     if not inside:
-        raise UsageError(
-            f"data folder {folder} holds no parquet files and no class folders of images: give one that does"
-        )
+        raise UsageError(f"data folder {folder} holds no parquet files and no class folders of images: give one that does")
     parts = {name: path for name, path in inside.items() if any(name in names for names in SPLITS.values())}
     roots = {"train": folder}
     if parts:

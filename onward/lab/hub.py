@@ -32,9 +32,7 @@ def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
         found = _from_cache(path, subset or None)
         if found is None:
             if datasets.config.HF_HUB_OFFLINE:
-                raise UsageError(
-                    f"{cache} and HF_HUB_OFFLINE forbids to look on the Hugging Face hub: unset it, {remedy}"
-                )
+                raise UsageError(f"{cache} and HF_HUB_OFFLINE forbids to look on the Hugging Face hub: unset it, {remedy}")
             if silence := _silence(datasets.config.HF_ENDPOINT):
                 raise UsageError(
                     f"{cache} and the Hugging Face hub at {datasets.config.HF_ENDPOINT} does not answer ({silence}): "

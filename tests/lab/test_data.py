@@ -1,0 +1,435 @@
+"""Data sets: what comes out of the real formats, and what is said about files that cannot be used."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from onward.errors import UsageError
+from onward.lab.data import DATASETS, ON_HUB, load
+from tests.lab.fake_hub import serve
+
+CLASSES = ["cat", "dog", "owl"]
+
+
+def pictures(count: int, mode: str = "L", size: tuple[int, int] = (6, 5), seed: int = 0) -> list[Image.Image]:
+    shape = (count, size[1], size[0]) + ((3,) if mode == "RGB" else ())
+    return [Image.fromarray(pixels) for pixels in np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)]
+
+
+def png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(path: Path, images: list, labels: list, *, names: list[str] | None = CLASSES, **columns) -> None:
+    """A file as the hub stores it; `names=None` leaves the description of the features out."""
+    encoded = [{"bytes": png(image) if isinstance(image, Image.Image) else image, "path": None} for image in images]
+    image_type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table({"image": pa.array(encoded, image_type), "label": labels, **columns})
+    if names is not None:
+        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+        features |= {column: {"dtype": "int64", "_type": "Value"} for column in columns}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+
+
+def write_classes(folder: Path, counts: dict[str, int], **options) -> None:
+    for seed, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for index, picture in enumerate(pictures(count, seed=seed, **options)):
+            picture.save(folder / name / f"{index:03}.png")
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    write_parquet(tmp_path / "train-00000-of-00001.parquet", pictures(9), [0, 1, 2] * 3)
+    write_parquet(tmp_path / "test-00000-of-00001.parquet", pictures(3, seed=1), [2, 1, 0])
+    return tmp_path
+
+
+def refusal(*args, **options) -> str:
+    """The one sentence with which loading is refused."""
+    with pytest.raises(UsageError) as caught:
+        load(*args, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# ---- digits
+
+
+def test_digits_are_whole_stratified_and_the_same_every_time():
+    data, again = load("digits"), load("digits")
+    assert (data.name, data.shape, data.classes) == ("digits", (1, 8, 8), 10)
+    assert data.class_names == tuple("0123456789")
+    assert len(data.train) + len(data.test) == 1797
+    assert data.train.images.dtype == torch.uint8
+    assert data.train.labels.dtype == torch.int64
+    assert data.train.images.min() == 0
+    assert data.train.images.max() == 255
+    share = data.test.labels.bincount() / torch.cat([data.train.labels, data.test.labels]).bincount()
+    assert ((share - 0.2).abs() < 0.01).all()
+    assert torch.equal(data.test.images, again.test.images)
+    assert torch.equal(data.train.labels, again.train.labels)
+
+
+def test_the_splits_of_digits_hold_every_image_once():
+    from sklearn.datasets import load_digits
+
+    data = load("digits")
+    ours = torch.cat([data.train.images, data.test.images]).flatten(1).tolist()
+    theirs = np.rint(load_digits().images.reshape(1797, 64) * 255 / 16).astype(int).tolist()
+    assert sorted(ours) == sorted(theirs)
+
+
+# ---- folders
+
+
+def test_parquet_files_give_their_pixels_and_labels_in_order(parquet):
+    data = load("digits", parquet)
+    assert (data.name, data.shape, data.classes, data.class_names) == (parquet.name, (1, 5, 6), 3, tuple(CLASSES))
+    assert data.train.labels.tolist() == [0, 1, 2] * 3
+    assert data.test.labels.tolist() == [2, 1, 0]
+    assert np.array_equal(data.train.images[:, 0], np.stack([np.asarray(picture) for picture in pictures(9)]))
+    assert np.array_equal(data.test.images[:, 0], np.stack([np.asarray(picture) for picture in pictures(3, seed=1)]))
+
+
+def test_what_the_hub_library_writes_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    features = datasets.Features(img=datasets.Image(), fine_label=datasets.ClassLabel(names=CLASSES))
+    for part in ("train", "test"):
+        table = {"img": pictures(6, "RGB"), "fine_label": [0, 1, 2] * 2}
+        datasets.Dataset.from_dict(table, features=features).to_parquet(tmp_path / f"{part}.parquet")
+    data = load("digits", tmp_path)
+    assert data.class_names == tuple(CLASSES)
+    assert np.array_equal(data.train.images[4].permute(1, 2, 0), np.asarray(pictures(6, "RGB")[4]))
+
+
+def test_shards_follow_each_other_and_validation_serves_for_test(tmp_path):
+    for shard in range(2):
+        labels = [0, 1] if shard == 0 else [1, 2]
+        write_parquet(tmp_path / f"train-0000{shard}-of-00002.parquet", pictures(2, seed=shard), labels)
+    write_parquet(tmp_path / "validation-00000-of-00001.parquet", pictures(1), [2])
+    data = load("digits", tmp_path)
+    assert data.train.labels.tolist() == [0, 1, 1, 2]
+    assert np.array_equal(data.train.images[2, 0], np.asarray(pictures(2, seed=1)[0]))
+    assert data.test.labels.tolist() == [2]
+
+
+@pytest.mark.parametrize("layout", ["plain_text/{part}-00000-of-00001.parquet", "default/{part}/0000.parquet"])
+def test_parquet_files_may_lie_in_the_folders_the_hub_gives_them(tmp_path, layout):
+    for part in ("train", "test"):
+        write_parquet(tmp_path / layout.format(part=part), pictures(3), [0, 1, 2])
+    assert len(load("digits", tmp_path).train) == 3
+
+
+def test_parquet_without_a_description_of_its_features_names_classes_by_number(tmp_path):
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", pictures(3), [0, 1, 2], names=None)
+    assert load("digits", tmp_path).class_names == ("0", "1", "2")
+
+
+def test_of_several_labels_the_fine_one_is_taken(tmp_path):
+    table = {"img": [png(picture) for picture in pictures(3)], "coarse_label": [0, 0, 0], "fine_label": [0, 1, 2]}
+    for part in ("train", "test"):
+        pq.write_table(pa.table(table), tmp_path / f"{part}.parquet")
+    assert load("digits", tmp_path).train.labels.tolist() == [0, 1, 2]
+
+
+def test_class_folders_give_labels_in_the_order_of_their_names(tmp_path):
+    write_classes(tmp_path / "train", {"owl": 2, "cat": 1}, mode="RGB")
+    write_classes(tmp_path / "test", {"owl": 1}, mode="RGB")
+    (tmp_path / "train" / "owl" / "notes.txt").write_text("no image")
+    data = load("digits", tmp_path)
+    assert (data.shape, data.classes, data.class_names) == ((3, 5, 6), 2, ("cat", "owl"))
+    assert data.train.labels.tolist() == [0, 1, 1]
+    assert data.test.labels.tolist() == [1]
+    assert np.array_equal(data.train.images[2].permute(1, 2, 0), np.asarray(pictures(2, "RGB")[1]))
+
+
+def test_without_a_test_part_a_fixed_fifth_of_each_class_is_held_out_and_said_so(tmp_path, caplog):
+    write_classes(tmp_path, {"cat": 10, "dog": 20})
+    data, again = load("digits", tmp_path), load("digits", tmp_path)
+    assert data.train.labels.bincount().tolist() == [8, 16]
+    assert data.test.labels.bincount().tolist() == [2, 4]
+    assert torch.equal(data.test.images, again.test.images)
+    assert "has no test part: 6 of its 30 images are held out for it" in caplog.text
+
+
+def test_a_subset_is_fixed_and_drawn_from_everywhere(tmp_path):
+    write_parquet(tmp_path / "train.parquet", pictures(60), sorted([0, 1, 2] * 20))  # sorted by class
+    write_parquet(tmp_path / "test.parquet", pictures(3), [0, 1, 2])
+    data = load("digits", tmp_path, train_samples=12, test_samples=2)
+    again = load("digits", tmp_path, train_samples=12)
+    assert (len(data.train), len(data.test), len(again.test), data.classes) == (12, 2, 3, 3)
+    assert torch.equal(data.train.images, again.train.images)
+    assert set(data.train.labels.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("first", ["L", "LA", "I", "RGB", "RGBA", "P"])
+def test_every_kind_of_image_follows_the_first(tmp_path, first):
+    grey = Image.new("L", (4, 4), 100)
+    transparent = Image.new("P", (4, 4), 0)
+    transparent.putpalette([100, 100, 100])
+    transparent.info["transparency"] = bytes([0])
+    kinds = [grey.convert(mode) for mode in ("L", "RGB", "RGBA", "LA", "P")] + [transparent]
+    kinds += [Image.fromarray(np.full((4, 4), 100 * 256 + 7, np.uint16))]
+    start = Image.fromarray(np.full((4, 4), 100 * 256, np.uint16)) if first == "I" else grey.convert(first)
+    images = [start, *kinds]
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", images, [0, 1] * 4, names=None)
+    data = load("digits", tmp_path)
+    assert data.shape == (1 if first[0] in "LI" else 3, 4, 4)
+    assert data.train.images.unique().tolist() == [100]
+
+
+def test_bilevel_images_become_black_and_white(tmp_path):
+    images = [Image.new("1", (4, 4), value) for value in (0, 1)]
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", images, [0, 1], names=None)
+    assert load("digits", tmp_path).train.images.flatten(1).unique(dim=1).flatten().tolist() == [0, 255]
+
+
+# ---- what cannot be used
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    message = refusal("fashion_mnist")
+    assert message.startswith("unknown data set 'fashion_mnist': did you mean 'fashion-mnist'?")
+    assert refusal("/no/such/folder").startswith("unknown data set '/no/such/folder': ")
+
+
+def test_a_folder_given_as_a_name_is_sent_to_data_dir(tmp_path, monkeypatch):
+    (tmp_path / "my" / "pictures").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert refusal("my/pictures") == "data set my/pictures is a folder here: give it with --data-dir"
+
+
+def test_folders_that_are_no_data_set(tmp_path):
+    assert "nowhere does not exist: give a folder of parquet files" in refusal("digits", tmp_path / "nowhere")
+    assert "holds no parquet files and no class folders" in refusal("digits", tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "file is a file: give the folder that holds it" in refusal("digits", tmp_path / "file")
+    (tmp_path / "train").mkdir()
+    assert "train has no class folders: put the images of each class" in refusal("digits", tmp_path)
+    (tmp_path / "train" / "cat").mkdir()
+    assert f"class folder {tmp_path / 'train' / 'cat'} has no images: add some" in refusal("digits", tmp_path)
+
+
+def test_several_data_sets_in_one_folder(tmp_path):
+    for name in ("full", "cropped"):
+        write_parquet(tmp_path / name / "train.parquet", pictures(3), [0, 1, 2])
+    assert refusal("digits", tmp_path).endswith("holds several data sets: give one of its folders cropped, full")
+
+
+def test_no_training_part(tmp_path):
+    write_parquet(tmp_path / "test.parquet", pictures(3), [0, 1, 2])
+    assert refusal("digits", tmp_path).endswith("has no training part (found: test): name it 'train'")
+    write_classes(tmp_path / "images" / "test", {"cat": 3})
+    assert refusal("digits", tmp_path / "images").endswith("has no training part (found: test): name it 'train'")
+
+
+def test_a_missing_shard(parquet):
+    (parquet / "train-00000-of-00001.parquet").rename(parquet / "train-00000-of-00003.parquet")
+    assert refusal("digits", parquet).endswith(
+        "train-00000-of-00003.parquet is one of 3 files, but 1 are there: fetch the others"
+    )
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "other"])
+def test_a_corrupt_parquet_file_is_named(parquet, damage):
+    path = parquet / "test-00000-of-00001.parquet"
+    content = bytearray(path.read_bytes())
+    if damage == "flipped":
+        content[-100:-50] = bytes(byte ^ 255 for byte in content[-100:-50])
+    path.write_bytes({"empty": b"", "truncated": content[: len(content) // 2], "other": b"PNG" * 99}.get(damage, content))
+    message = refusal("digits", parquet)
+    assert str(path) in message
+    assert message.endswith(("download or write it again", "write it again"))
+
+
+def test_no_damage_to_a_parquet_file_escapes_as_another_error(parquet):
+    path = parquet / "train-00000-of-00001.parquet"
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(100):
+        content = bytearray(whole)
+        for position in random.integers(len(content), size=random.integers(1, 8)):
+            content[position] ^= 1 << random.integers(8)
+        path.write_bytes(content)
+        with contextlib.suppress(UsageError):
+            load("digits", parquet)  # a bit of a label may go unseen
+
+
+def test_an_image_that_does_not_decode_is_named(parquet, tmp_path_factory):
+    path = parquet / "train-00000-of-00001.parquet"
+    images = pictures(9)
+    for bad, reason in ((b"no image", "unknown format"), (png(images[0])[:60], "")):
+        write_parquet(path, [*images[:4], bad, *images[5:]], [0, 1, 2] * 3)
+        message = refusal("digits", parquet)
+        assert f"row 4 of {path} does not decode as an image ({reason}" in message
+        assert message.endswith("replace or remove it")
+    folder = tmp_path_factory.mktemp("classes")
+    write_classes(folder, {"cat": 5, "dog": 5})
+    (folder / "dog" / "003.png").write_bytes(b"")
+    assert refusal("digits", folder).startswith(f"{folder / 'dog' / '003.png'} does not decode as an image (unknown")
+
+
+def test_an_image_of_floating_point_numbers_is_refused(tmp_path):
+    write_classes(tmp_path, {"cat": 5, "dog": 5})
+    Image.new("F", (6, 5)).save(tmp_path / "dog" / "000.tiff")
+    assert "000.tiff does not decode as an image (floating-point pixels have no fixed range)" in refusal("digits", tmp_path)
+
+
+def test_images_of_two_sizes_are_named(parquet):
+    test = parquet / "test-00000-of-00001.parquet"
+    write_parquet(test, [*pictures(2), *pictures(1, size=(7, 5))], [0, 1, 2])
+    assert refusal("digits", parquet) == (
+        f"images differ in size: 6x5 pixels in row 0 of {parquet / 'train-00000-of-00001.parquet'}, 7x5 in row 2 of {test}: "
+        "resize all of them to one size first"
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, None, 2], "row 1 of {file} has no label: fill in column 'label' or drop the row"),
+        ([0, 1, -1], "row 2 of {file} has label -1: number the classes from 0, or drop unlabelled rows"),
+        ([0.0, 1.0, 2.0], "labels in column 'label' of {file} are double, not integers: number the classes from 0"),
+        (["a", "b", "c"], "labels in column 'label' of {file} are string, not integers: number the classes from 0"),
+        ([0, 1, 3], "row 2 of {file} has label 3, but only 3 classes are named: correct either"),
+    ],
+)
+def test_labels_that_cannot_be_used(parquet, labels, message):
+    file = parquet / "train-00000-of-00001.parquet"
+    write_parquet(file, pictures(3), labels)
+    assert refusal("digits", parquet) == message.format(file=file)
+
+
+def test_labels_that_are_no_class_numbers(tmp_path):
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", pictures(3), [0, 1, 10**12], names=None)
+    message = refusal("digits", tmp_path)
+    assert message.endswith("train.parquet has label 1000000000000 among 3 images: number the classes from 0")
+
+
+def test_a_single_class(tmp_path):
+    write_classes(tmp_path / "train", {"images": 5})
+    assert refusal("digits", tmp_path).endswith("has a single class: give images of at least two")
+
+
+def test_a_class_that_only_the_test_part_has(parquet, tmp_path_factory):
+    write_parquet(parquet / "train-00000-of-00001.parquet", pictures(4), [0, 1, 0, 1])
+    test = parquet / "test-00000-of-00001.parquet"
+    assert refusal("digits", parquet) == f"row 0 of {test} has label 2, which no training image has: drop it or add some"
+    folder = tmp_path_factory.mktemp("classes")
+    write_classes(folder / "train", {"cat": 2, "dog": 2})
+    write_classes(folder / "test", {"cat": 1, "owl": 1})
+    message = refusal("digits", folder)
+    assert message == f"class folder {folder / 'test' / 'owl'} has no counterpart in the training part: add one or remove it"
+
+
+def test_class_names_that_differ_between_files(parquet):
+    write_parquet(parquet / "test-00000-of-00001.parquet", pictures(3), [0, 1, 2], names=["cat", "owl", "dog"])
+    assert refusal("digits", parquet).endswith("name their classes differently: give files of one data set")
+
+
+def test_columns_that_are_missing(parquet):
+    file = parquet / "train-00000-of-00001.parquet"
+    pq.write_table(pa.table({"image": ["a.png"], "label": [0]}), file)
+    assert refusal("digits", parquet).startswith(f"{file} has no column of encoded images (columns: image, label): store")
+    pq.write_table(pa.table({"image": [b""], "kind": [0]}), file)
+    assert refusal("digits", parquet).startswith(f"{file} has no column of labels (columns: image, kind): name the one")
+    write_parquet(file, [*pictures(2), None], [0, 1, 2])
+    assert refusal("digits", parquet) == f"row 2 of {file} has no image bytes: store them in column 'image'"
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_part_without_images(parquet, part):
+    file = parquet / f"{part}-00000-of-00001.parquet"
+    pq.write_table(pq.read_table(file).slice(0, 0), file)
+    assert refusal("digits", parquet) == f"the {part} part of data set {parquet.name} has no images: give one that has"
+
+
+def test_too_few_images_to_hold_any_out(tmp_path):
+    write_classes(tmp_path, {"cat": 4, "dog": 4})
+    assert "has no test part, and no class of 5 images to hold one out of" in refusal("digits", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["folder", "digits"])
+def test_more_samples_than_there_are(parquet, name):
+    path, available, known = (parquet, 9, parquet.name) if name == "folder" else (None, 1442, "digits")
+    for asked in (available + 1, 0, -5):
+        expected = f"train_samples {asked}: data set {known} has {available} train images, ask for 1 to {available}"
+        assert refusal("digits", path, train_samples=asked) == expected
+
+
+# ---- the hub
+
+SCRIPT = """
+import sys, time
+from onward.errors import UsageError
+from onward.lab.data import load
+for name in sys.argv[1:]:
+    start = time.perf_counter()
+    try:
+        data = load(name)
+        print(name, data.shape, len(data.train), len(data.test), *data.class_names)
+    except UsageError as error:
+        print(error)
+    assert time.perf_counter() - start < 10
+"""
+
+
+def load_elsewhere(home: Path, endpoint: str, *names: str, **environment: str) -> tuple[list[str], str]:
+    """Load in a process of its own, for the hub's client reads its settings when imported; gives lines and noise."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **environment}
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *names]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True, timeout=60)
+    return result.stdout.splitlines(), result.stderr
+
+
+def test_known_names_are_those_with_a_source():
+    assert set(DATASETS) == {"digits", *ON_HUB}
+
+
+def test_without_a_network_and_a_cache_one_sentence_comes_within_ten_seconds(tmp_path):
+    start = time.perf_counter()
+    lines, noise = load_elsewhere(tmp_path, "http://127.0.0.1:9", "mnist", "someone/something")
+    assert time.perf_counter() - start < 20  # two of them, and the imports
+    assert noise == ""
+    assert [line.partition(" does not answer")[0] for line in lines] == [
+        f"data set {name} is not in the cache {tmp_path / 'datasets'} and the Hugging Face hub at http://127.0.0.1:9"
+        for name in ("ylecun/mnist", "someone/something")
+    ]
+    assert all(line.endswith("or class folders of images with --data-dir") for line in lines)
+
+
+def test_a_data_set_comes_from_the_hub_once_and_from_its_cache_afterwards(parquet, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    files = {f"data/{file.name}": file.read_bytes() for file in parquet.iterdir()}
+    with serve("someone/animals", files) as endpoint:
+        lines, _ = load_elsewhere(home, endpoint, "someone/animals", "someone/animals:wild", "someone/plants")
+    assert lines[0] == "someone/animals (1, 5, 6) 9 3 cat dog owl"
+    assert lines[1].startswith("data set someone/animals:wild cannot be had from the Hugging Face hub (BuilderConfig 'wild'")
+    assert lines[2].startswith("data set someone/plants cannot be had from the Hugging Face hub (")
+    lines, noise = load_elsewhere(home, "http://127.0.0.1:9", "someone/animals", HF_HUB_OFFLINE="1")
+    assert lines == ["someone/animals (1, 5, 6) 9 3 cat dog owl"]
+    assert noise == ""
