@@ -126,7 +126,7 @@ def _decoded(
     classes = len(class_names) or last.label + 1
     if last.label >= classes:
         raise UsageError(f"{last.place} has label {last.label}, but only {classes} classes are named: correct either")
-    if classes > len(train):
+    if not class_names and classes > len(train):
         raise UsageError(f"{last.place} has label {last.label} among {len(train)} images: number the classes from 0")
     if classes < 2:
         raise UsageError(f"data set {name} has a single class: give images of at least two")

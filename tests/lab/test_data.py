@@ -329,6 +329,12 @@ def test_labels_that_are_no_class_numbers(tmp_path):
     assert message.endswith("train.parquet has label 1000000000000 among 3 images: number the classes from 0")
 
 
+def test_named_classes_may_outnumber_the_images(tmp_path):
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", pictures(2), [0, 2], names=[*CLASSES, "yak"])
+    assert load("digits", tmp_path).classes == 4
+
+
 def test_a_single_class(tmp_path):
     write_classes(tmp_path / "train", {"images": 5})
     assert refusal("digits", tmp_path).endswith("has a single class: give images of at least two")
