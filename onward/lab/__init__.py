@@ -1,1 +1,1 @@
-"""The application: data, networks, the training loop, the command."""
+"""The application: networks, data, the training loop and the commands around the library."""

@@ -1,0 +1,86 @@
+"""The `onward` command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Union
+
+from onward.errors import UsageError
+from onward.lab.extra import lab_extra
+
+
+@dataclass(frozen=True)
+class List:
+    """Name the algorithms, networks and data sets that there are."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code: 0, 1 if training failed, 2 if what was asked for cannot work."""
+    return guarded(lambda: _run(argv))
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Do the work; what goes wrong is told in one sentence on standard error and by the exit code."""
+    try:
+        with lab_extra():
+            from onward.lab.train import TrainingFailed
+        try:
+            work()
+        except TrainingFailed as error:
+            return _complain(error, 1)
+    except UsageError as error:
+        return _complain(error, 2)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    with lab_extra():
+        import tyro
+
+        from onward.lab.compare import compare
+        from onward.lab.config import Compare, Train
+        from onward.lab.train import train
+
+    commands = [
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
+        for kind in (Train, Compare, List)
+    ]
+    asked = tyro.cli(
+        Union[tuple(commands)],  # noqa: UP007 (made at run time)
+        prog="onward",
+        description="Train PyTorch networks without backpropagating through them.",
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    match asked:
+        case Train():
+            train(asked)
+        case Compare():
+            compare(asked)
+        case List():
+            _list()
+
+
+def _list() -> None:
+    from onward.lab.algorithms import ALGORITHMS
+    from onward.lab.data import DATASETS
+    from onward.lab.models import MODELS
+
+    def first_lines(functions: Mapping[str, Callable[..., object]]) -> dict[str, str]:
+        return {name: (function.__doc__ or "").partition("\n")[0] for name, function in functions.items()}
+
+    kinds = {"algorithms": first_lines(ALGORITHMS), "models": first_lines(MODELS), "data sets": DATASETS}
+    for kind, entries in kinds.items():
+        print(f"{kind}:")
+        for name, line in entries.items():
+            print(f"  {name:14} {line.rstrip('.')}")

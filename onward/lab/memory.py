@@ -1,0 +1,30 @@
+"""The most memory that a run needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget earlier peaks, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif RESET.exists():
+        RESET.write_text("5")
+
+
+def peak(device: torch.device) -> int:
+    """Bytes: the most tensors held on a GPU; on a CPU the process's largest resident size, interpreter and data included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if STATUS.exists():
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource  # where there is no /proc, but not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
