@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onward.errors import unknown
 
-# Samples are drawn in groups of this many, each from its own seed: any shard of a batch can draw its own rows at little cost.
-_GROUP = 16
+# A direction is drawn in pieces, each from a seed of its own: a shard of a batch can draw its own samples, and pieces can be
+# drawn side by side (a generator is serial, and on a processor it would cost as much as a convolution).
+_SAMPLES = 16  # samples in a piece
+_NUMBERS = 1 << 17  # numbers in a piece of a parameter's direction, and the least worth a thread
+_threads = ThreadPoolExecutor(thread_name_prefix="onward-directions")
 
 
 def draw(
@@ -45,18 +51,25 @@ def draw(
         raise unknown("noise", noise, NOISES)
     fill = NOISES[noise]
     key = (seed, step, block, direction)
-    generator = torch.Generator(device=device)
     if isinstance(block, str):
-        return fill(torch.empty(tuple(shape), dtype=dtype, device=device), generator.manual_seed(seed_of(*key)))
-    samples, *rest = shape
-    first, last = offset // _GROUP, -(-(offset + samples) // _GROUP)
-    if samples == 0 or first == last:
-        return torch.empty(tuple(shape), dtype=dtype, device=device)
-    rows = torch.empty(((last - first) * _GROUP, *rest), dtype=dtype, device=device)
-    for index, group in enumerate(rows.split(_GROUP), start=first):
-        fill(group, generator.manual_seed(seed_of(*key, index)))
-    start = offset - first * _GROUP
-    return rows[start : start + samples]
+        out = torch.empty(tuple(shape), dtype=dtype, device=device)
+        pieces, first = out.view(-1).split(_NUMBERS), 0
+    else:
+        first, last = offset // _SAMPLES, -(-(offset + shape[0]) // _SAMPLES)
+        rows = torch.empty(((last - first) * _SAMPLES, *shape[1:]), dtype=dtype, device=device)
+        start = offset - first * _SAMPLES
+        out, pieces = rows[start : start + shape[0]], rows.split(_SAMPLES)
+
+    def fill_piece(index: int, piece: Tensor) -> None:
+        fill(piece, torch.Generator(device=device).manual_seed(seed_of(*key, index)))
+
+    numbered = enumerate(pieces, start=first)
+    if out.numel() > 40000 and out.device.type == "cpu" and torch.get_num_threads() > 1:
+        list(_threads.map(lambda job: fill_piece(*job), numbered))
+    else:
+        for job in numbered:
+            fill_piece(*job)
+    return out
 
 
 def seed_of(*key: int | str) -> int:
@@ -77,9 +90,15 @@ def _rademacher(out: Tensor, generator: torch.Generator) -> Tensor:
     count = out.numel()
     words = torch.empty(-(-count // 64), dtype=torch.int64, device=out.device)
     words.random_(-(2**63), None, generator=generator)
-    bits = torch.arange(256, device=out.device).unsqueeze(1) >> torch.arange(8, device=out.device)
-    signs = (bits & 1).to(out.dtype).mul_(2).sub_(1)
-    return out.copy_(signs[words.view(torch.uint8).int()].flatten()[:count].view(out.shape))
+    signs = F.embedding(words.view(torch.uint8).int(), _signs(out.dtype, out.device))
+    return out.copy_(signs.view(-1)[:count].view(out.shape))
+
+
+@lru_cache
+def _signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs in each possible byte."""
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
+    return (bits & 1).to(dtype).mul_(2).sub_(1)
 
 
 NOISES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"gaussian": _gaussian, "rademacher": _rademacher}

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onward.errors import UsageError
@@ -35,8 +33,6 @@ class Tangents(TorchDispatchMode):
     Tensors keep their autograd graph if gradients are enabled; tangents never have one. ``torch.no_grad()`` does not stop a
     tangent and ``.detach()`` does, as in PyTorch's own forward mode. Running statistics are updated once. A
     :class:`torch.autograd.Function` is differentiated through its forward.
-
-    Inside the block attention uses its mathematical form, since the fused kernels have no forward derivative.
 
     Raises :class:`onward.UsageError` naming the operation, where one has no forward derivative.
 
@@ -60,9 +56,7 @@ class Tangents(TorchDispatchMode):
             raise UsageError(f"{len(tangents)} tangents for {self.directions} directions: give one for each")
         for tangent in tangents:
             if tangent.shape != tensor.shape:
-                raise UsageError(
-                    f"a tangent of shape {tuple(tangent.shape)} for a tensor of shape {tuple(tensor.shape)}"
-                )
+                raise UsageError(f"a tangent of shape {tuple(tangent.shape)} for a tensor of shape {tuple(tensor.shape)}")
         self._attach(tensor, tangents)
 
     def get(self, tensor: Tensor, direction: int = 0) -> Tensor | None:
@@ -80,20 +74,16 @@ class Tangents(TorchDispatchMode):
     def __enter__(self) -> Tangents:
         # A rule may need autograd's forward mode for one operation: remember how dispatch looks outside of this mode.
         self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
-        with ExitStack() as stack:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            fast_path, cached = torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled()
-            stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-            stack.callback(torch.set_autocast_cache_enabled, cached)
-            torch.backends.mha.set_fastpath_enabled(False)
-            torch.set_autocast_cache_enabled(False)  # a cached cast of a weight has no tangent
-            super().__enter__()
-            self._settings = stack.pop_all()
+        self._settings = (torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole encoder layer
+        torch.set_autocast_cache_enabled(False)  # a cached cast of a weight has no tangent
+        super().__enter__()
         return self
 
     def __exit__(self, *failure: Any) -> None:
         super().__exit__(*failure)
-        self._settings.close()
+        torch.backends.mha.set_fastpath_enabled(self._settings[0])
+        torch.set_autocast_cache_enabled(self._settings[1])
         # Parameters outlive the pass; a tangent left on one would be taken for this pass's own.
         for reference in self._carriers:
             if isinstance(tensor := reference(), torch.nn.Parameter):
@@ -104,9 +94,7 @@ class Tangents(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         held = [self._held_by(argument) for argument in args]
-        if any(isinstance(value, Tensor) and self._held(value) for value in kwargs.values()):
-            raise UsageError(f"{func} was given a tensor with a tangent by keyword, which forward mode does not follow")
-        if not any(held):
+        if not any(held) and not any(map(self._held_by, kwargs.values())):
             return func(*args, **kwargs)
         rule = RULES.get(func.overloadpacket)
         if rule is None and func.is_view:

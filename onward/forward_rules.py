@@ -44,9 +44,7 @@ def _on_tangent(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
 def _on_tangent_of_zero(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
     """As :func:`_on_tangent`, for operations whose last argument is a constant that fills in: its tangent is zero."""
     return (
-        func(t[0], *args[1:2], 0, **kwargs)
-        if t[0] is not None and len(args) > 2
-        else _on_tangent(func, args, kwargs, out, t)
+        func(t[0], *args[1:2], 0, **kwargs) if t[0] is not None and len(args) > 2 else _on_tangent(func, args, kwargs, out, t)
     )
 
 
@@ -121,13 +119,12 @@ def _batch_norm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
         )[0]
     if not training:
         mean, inverse = running_mean, torch.rsqrt(running_var + eps)
-    shift = t[2]
     if t[1] is not None:
-        scale = inverse * t[1]
-        shift = -mean * scale if shift is None else shift - mean * scale
-        tangent = _plus(tangent, x * _per_channel(scale, x))
-    if shift is not None:
-        tangent = _plus(tangent, _per_channel(shift.to(x.dtype), x).expand(x.shape))
+        scale = _per_channel(inverse * t[1], x)
+        tangent = x * scale if tangent is None else tangent.addcmul_(x, scale)
+        tangent.sub_(_per_channel(mean, x) * scale)
+    if t[2] is not None:
+        tangent = _plus(tangent, _per_channel(t[2].to(x.dtype), x).expand(x.shape))
     return tangent, None, None
 
 
@@ -180,6 +177,37 @@ def _native_dropout(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out:
     return (t[0] * out[1] / (1 - probability) if training else t[0]), None
 
 
+def _attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
+    """Fused attention, softmax(scale q k^T + mask) v, whose kernels have no forward derivative, written out for the tangent."""
+    q, k, v = args[:3]
+    dropout = next((a for a in args[3:] if isinstance(a, float)), kwargs.get("dropout_p", 0.0))
+    causal = next((a for a in reversed(args[3:]) if isinstance(a, bool)), kwargs.get("is_causal", False))
+    if dropout:
+        raise UsageError(
+            f"forward mode cannot differentiate {func} with dropout: run the step within "
+            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+        )
+    mask = kwargs.get("attn_mask")
+    if mask is None and len(args) > 3 and isinstance(args[3], Tensor):
+        mask = args[3]
+    scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+    scores = (q @ k.transpose(-2, -1)) * scale
+    if mask is not None:
+        scores = scores + mask
+    if causal:
+        scores = scores.masked_fill(scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+    weights = scores.softmax(-1)
+    moved = None if t[0] is None else t[0] @ k.transpose(-2, -1)
+    if t[1] is not None:
+        moved = _plus(moved, q @ t[1].transpose(-2, -1))
+    tangent = None
+    if moved is not None:
+        tangent = aten._softmax_backward_data(moved * scale, weights, -1, weights.dtype) @ v
+    if t[2] is not None:
+        tangent = _plus(tangent, weights @ t[2])
+    return (tangent, *[None] * (len(out) - 1))
+
+
 def _where(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
     zero = torch.zeros((), dtype=out.dtype, device=out.device)
     return torch.where(args[0], zero if t[1] is None else t[1], zero if t[2] is None else t[2])
@@ -211,29 +239,102 @@ _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     aten.tanh: lambda t, a, k, out: aten.tanh_backward(t, out),
     aten.sigmoid: lambda t, a, k, out: aten.sigmoid_backward(t, out),
     aten.softplus: lambda t, a, k, out: aten.softplus_backward(t, a[0], _option(a, 1, 1), _option(a, 2, 20)),
-    aten.elu: lambda t, a, k, out: aten.elu_backward(
-        t, _option(a, 1, 1), _option(a, 2, 1), _option(a, 3, 1), False, a[0]
-    ),
+    aten.elu: lambda t, a, k, out: aten.elu_backward(t, _option(a, 1, 1), _option(a, 2, 1), _option(a, 3, 1), False, a[0]),
+    aten.rrelu_with_noise: lambda t, a, k, out: t * torch.where(a[0] > 0, 1.0, a[1] if a[4] else (a[2] + a[3]) / 2),
     aten.exp: lambda t, a, k, out: t * out,
     aten.log: lambda t, a, k, out: t / a[0],
     aten.sqrt: lambda t, a, k, out: t / (2 * out),
     aten.rsqrt: lambda t, a, k, out: t * out.pow(3).mul_(-0.5),
 }
 
-_LINEAR = """
-clone _to_copy _unsafe_view neg sum mean cat stack cumsum flip roll repeat tril triu index index_select gather take
-avg_pool1d avg_pool2d avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d reflection_pad1d reflection_pad2d
-reflection_pad3d replication_pad1d replication_pad2d replication_pad3d upsample_nearest1d upsample_nearest2d
-upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d im2col col2im
-pixel_shuffle pixel_unshuffle channel_shuffle unsafe_split unsafe_split_with_sizes unsafe_chunk embedding
-""".split()
+_LINEAR = [
+    "clone",
+    "_to_copy",
+    "_unsafe_view",
+    "neg",
+    "sum",
+    "mean",
+    "cat",
+    "stack",
+    "cumsum",
+    "flip",
+    "roll",
+    "repeat",
+    "tril",
+    "triu",
+    "index",
+    "index_select",
+    "gather",
+    "take",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "_adaptive_avg_pool2d",
+    "_adaptive_avg_pool3d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "reflection_pad3d",
+    "replication_pad1d",
+    "replication_pad2d",
+    "replication_pad3d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_linear1d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_trilinear3d",
+    "im2col",
+    "col2im",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "channel_shuffle",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "unsafe_chunk",
+    "embedding",
+]
 
 # Functions whose output does not depend smoothly on their argument, and `.detach()`, which by its name stops a tangent.
-_CONSTANT = """
-detach empty_like zeros_like ones_like full_like rand_like randn_like randint_like new_empty new_empty_strided new_zeros
-new_ones new_full bernoulli sign signbit floor ceil round trunc isnan isinf isfinite equal _local_scalar_dense item
-eq ne lt le gt ge logical_not logical_and logical_or argmax argmin
-""".split()
+_CONSTANT = [
+    "detach",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "rand_like",
+    "randn_like",
+    "randint_like",
+    "new_empty",
+    "new_empty_strided",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "bernoulli",
+    "sign",
+    "signbit",
+    "floor",
+    "ceil",
+    "round",
+    "trunc",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "equal",
+    "_local_scalar_dense",
+    "item",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "logical_not",
+    "logical_and",
+    "logical_or",
+    "argmax",
+    "argmin",
+]
 
 
 def _constant(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
@@ -250,6 +351,15 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.native_batch_norm, aten.cudnn_batch_norm), _batch_norm),
     **dict.fromkeys((aten.max_pool2d_with_indices, aten.adaptive_max_pool2d, aten.fractional_max_pool2d), _gathered(2)),
     **dict.fromkeys((aten.max_pool3d_with_indices, aten.adaptive_max_pool3d), _gathered(3)),
+    **dict.fromkeys(
+        (
+            aten._scaled_dot_product_flash_attention_for_cpu,
+            aten._scaled_dot_product_flash_attention,
+            aten._scaled_dot_product_efficient_attention,
+            aten._scaled_dot_product_cudnn_attention,
+        ),
+        _attention,
+    ),
     aten.add: _add,
     aten.sub: _sub,
     aten.div: _div,

@@ -92,9 +92,7 @@ class ForwardGradient(SignalEstimator):
 
     def _shared_direction(self, x: Any, y: Any) -> Step:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        drawn = {
-            name: [self._weight_direction(name, p, i) for i in range(self.directions)] for name, p in trained.items()
-        }
+        drawn = {name: [self._weight_direction(name, p, i) for i in range(self.directions)] for name, p in trained.items()}
         with torch.no_grad(), Tangents(self.directions) as tangents:
             for name, p in trained.items():
                 tangents.set(p, *drawn[name])
