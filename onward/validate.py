@@ -42,6 +42,7 @@ def validate(model: nn.Module) -> list[Problem]:
     An empty list says that no known problem was found. Backprop, DFA and DKP need no forward mode and are not concerned by
     the first kind.
 
+    >>> from torch import nn
     >>> for problem in validate(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))):
     ...     print(problem.module, problem.problem)
     1 normalises with the statistics of the batch, so samples influence one another's losses

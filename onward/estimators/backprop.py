@@ -23,6 +23,8 @@ class Backprop(Estimator):
     masks are the same in both runs. Blocks are what lies between ``cuts`` if those are children of a Sequential, else the
     named modules themselves; without ``checkpoint`` cuts have no effect.
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> step = Backprop(model).estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
     >>> model[0].weight.grad.shape

@@ -72,6 +72,8 @@ class Estimator(nn.Module):
         Roles are ``network`` and ``feedback``; a role that this estimator does not have is left out.
 
         >>> import onward
+        >>> import torch
+        >>> from torch import nn
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> groups = onward.FDFA(model).parameter_groups(network={"lr": 1e-4}, feedback={"lr": 1e-3})
         >>> [(group["role"], group["lr"]) for group in groups]

@@ -103,6 +103,8 @@ class DFA(DirectFeedback):
 
     Nokland, "Direct Feedback Alignment Provides Learning in Deep Neural Networks", 2016.
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> estimator = DFA(model)
     >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
@@ -124,6 +126,8 @@ class DKP(DirectFeedback):
     The forward weights and the feedback learn from the same products and so grow alike; a small weight decay on both (1e-6)
     helps. Webster, Choi and Ahn, "Learning the Connections in Direct Feedback Alignment", 2021.
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> estimator = DKP(model)
     >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
@@ -147,6 +151,8 @@ class FDFA(DirectFeedback):
     With SGD at rate alpha on the feedback this is the moving average of Bacho & Chu, "Low-Variance Forward Gradients using
     Direct Feedback Alignment and Momentum", Neural Networks 2024, equation 13; Adam works as well.
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> estimator = FDFA(model)
     >>> optimizer = torch.optim.Adam(estimator.parameter_groups(network={"lr": 1e-3}, feedback={"lr": 1e-3}))

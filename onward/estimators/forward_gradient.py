@@ -41,6 +41,8 @@ class ForwardGradient(SignalEstimator):
 
     Raises :class:`onward.UsageError` for an unknown target, guess, space or noise.
 
+    >>> import torch
+    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> estimator = ForwardGradient(model, space="avg-weight", directions=4)
     >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,14 +20,13 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 import onward
 from onward.errors import UsageError
-from onward.lab import algorithms, memory, models, run_folder
+from onward.lab import algorithms, log, memory, models, run_folder
 from onward.lab.batches import Transform, batches
 from onward.lab.config import Train
 from onward.lab.data import ImageData, load
-from onward.lab.log import logging
 
 Row = dict[str, float]
-OPTIMIZERS = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "sgd": torch.optim.SGD}
 
 
 class TrainingFailed(RuntimeError):
@@ -87,6 +87,7 @@ def train(config: Train, data: ImageData | None = None) -> list[Row]:
     """
     algorithms.check(config.algorithm)
     models.check(config.model)
+    log.check(config)
     folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
     run_folder.claim(folder, overwrite=config.overwrite)
     try:
@@ -115,20 +116,20 @@ def train(config: Train, data: ImageData | None = None) -> list[Row]:
     rows: list[Row] = []
     memory.reset_peak(run.device)
     try:
-        with logging(folder, config) as log, _progress(console, config.epochs * run.steps) as advance:
+        with log.open_log(folder, config) as write, _progress(console, config.epochs * run.steps) as advance:
             for epoch in range(1, config.epochs + 1):
 
                 def report(step: int, loss: float, epoch: int = epoch) -> None:
                     advance(f"epoch {epoch}/{config.epochs}, loss {loss:.3f}")
                     if step % config.log_interval == 0:
-                        log({"step/train_loss": loss}, (epoch - 1) * run.steps + step)
+                        write({"step/train_loss": loss}, (epoch - 1) * run.steps + step)
 
                 row = {"epoch": epoch, **train_epoch(run, epoch, report), **evaluate(run)}
                 row["peak_memory_bytes"] = memory.peak(run.device)
                 run_folder.write_checkpoint(folder, run.state(epoch))
                 run_folder.add_metrics(folder, row)
                 rows.append(row)
-                log(row, epoch * run.steps)
+                write(row, epoch * run.steps)
                 console.print(
                     "epoch {epoch}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
                     "test accuracy {test_accuracy:.2f} %  {seconds:.1f} s".format(**row)
