@@ -14,13 +14,20 @@ from onward.lab.extra import lab_extra
 Log = Callable[[Mapping[str, float], int], None]
 
 
-@contextmanager
-def logging(folder: Path, config: Train) -> Iterator[Log]:
-    """A function that logs named numbers at a step.
+def check(config: Train) -> None:
+    """Raise a UsageError if what the log needs is not installed."""
+    with lab_extra():
+        import torch.utils.tensorboard  # noqa: F401
+    if config.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise UsageError("--wandb: wandb is not installed: pip install onward[wandb]") from error
 
-    Raises:
-        UsageError: TensorBoard, or Weights & Biases where it is asked for, is not installed.
-    """
+
+@contextmanager
+def open_log(folder: Path, config: Train) -> Iterator[Log]:
+    """A function that logs named numbers at a step."""
     with ExitStack() as stack:
         sinks = [stack.enter_context(_tensorboard(folder))]
         if config.wandb:
@@ -35,8 +42,7 @@ def logging(folder: Path, config: Train) -> Iterator[Log]:
 
 @contextmanager
 def _tensorboard(folder: Path) -> Iterator[Log]:
-    with lab_extra():
-        from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
 
@@ -49,10 +55,7 @@ def _tensorboard(folder: Path) -> Iterator[Log]:
 
 @contextmanager
 def _wandb(folder: Path, config: Train) -> Iterator[Log]:
-    try:
-        import wandb
-    except ModuleNotFoundError as error:
-        raise UsageError("--wandb: wandb is not installed: pip install onward[wandb]") from error
+    import wandb
 
     with wandb.init(project="onward", name=folder.name, dir=str(folder), config=dataclasses.asdict(config)) as run:
         yield lambda values, step: run.log(dict(values), step=step)

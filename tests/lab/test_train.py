@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onward.errors import UsageError
+from onward.lab import memory, models, run_folder
+from onward.lab import train as training
+from onward.lab.batches import Transform, batches
+from onward.lab.config import Backprop, Feedback, ForwardGradient, Network, Optimizer, Recipe, Schedule, Train, from_dict
+from onward.lab.data import ImageData
+from onward.lab.train import TrainingFailed, prepare, train
+
+Make = Callable[..., ImageData]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Train:
+    return Train(
+        algorithm="bp",
+        epochs=2,
+        batch_size=16,
+        lr=1e-2,
+        device="cpu",
+        out=str(tmp_path / "run"),
+        network=Network(width=0.04),
+    )
+
+
+def checkpoint(config: Train) -> dict[str, Any]:
+    return torch.load(Path(config.out or "") / "checkpoint.pt", weights_only=True)
+
+
+def metrics(config: Train) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (Path(config.out or "") / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "bp"},
+        {"algorithm": "bp", "backprop": Backprop(checkpoint=True)},
+        {"algorithm": "bp", "optimizer": Optimizer("sgd", momentum=0.9, weight_decay=1e-4)},
+        {"algorithm": "dfa"},
+        {"algorithm": "dkp", "feedback": Feedback(decay=1e-6)},
+        {"algorithm": "fdfa"},
+        {"algorithm": "fdfa", "feedback": Feedback(directions=2)},
+        {"algorithm": "fdfa", "feedback": Feedback(optimizer="sgd", lr=0.1)},
+        {"algorithm": "fdfa", "low_memory": True},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(noise="rademacher", directions=4)},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(space="avg-weight", directions=8), "epochs": 30},
+        {"algorithm": "fdfa", "model": "cnn", "network": Network(width=0.2), "transform": Transform(size=12)},
+    ],
+    ids=str,
+)
+def test_every_algorithm_learns(config: Train, images: Make, changes: dict[str, Any]) -> None:
+    rows = train(replace(config, **{"epochs": 8, **changes}), images())
+    assert rows[-1]["train_loss"] < 0.8 * rows[0]["train_loss"]
+    assert rows[-1]["test_accuracy"] > 60  # chance: 25
+
+
+def test_bp_is_the_plain_pytorch_loop(config: Train, images: Make) -> None:
+    data = images()
+    config = replace(config, optimizer=Optimizer(weight_decay=0.1), schedule=Schedule(gamma=0.5), seed=3)
+    rows = train(config, data)
+
+    torch.manual_seed(3)
+    model = models.build("mlp", (1, 8, 8), 4, config.network)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=0.1)
+    for epoch in (1, 2):
+        losses = []
+        for x, y in batches(data.train, 16, transform=Transform(), train=True, seed=3, epoch=epoch):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        optimizer.param_groups[0]["lr"] *= 0.5
+    model.eval()
+    with torch.no_grad():
+        logits = model((data.test.images / 255 - 0.5) / 0.5)
+    assert rows[-1]["train_loss"] == pytest.approx(sum(losses) / len(losses))
+    assert rows[-1]["test_loss"] == pytest.approx(F.cross_entropy(logits, data.test.labels).item(), rel=1e-5)
+    assert rows[-1]["test_accuracy"] == pytest.approx(100 * (logits.argmax(1) == data.test.labels).float().mean().item())
+    saved = checkpoint(config)["estimator"]
+    for name, parameter in model.state_dict().items():
+        torch.testing.assert_close(saved[f"model.{name}"], parameter)
+
+
+def test_the_learning_rate_falls_for_the_network_only(config: Train, images: Make) -> None:
+    config = replace(config, algorithm="fdfa", schedule=Schedule(gamma=0.5), feedback=Feedback(lr=0.25, decay=0.125))
+    train(config, images())
+    optimizers = checkpoint(config)["optimizers"]
+    assert optimizers["network"]["param_groups"][0]["lr"] == config.lr * 0.25
+    assert optimizers["feedback"]["param_groups"][0]["lr"] == 0.25
+    assert optimizers["feedback"]["param_groups"][0]["weight_decay"] == 0.125
+
+
+def test_feedback_under_sgd_is_a_moving_average(config: Train, images: Make) -> None:
+    """At rate 1 the matrix is the last step's measurement, so it does not depend on those before."""
+    data = images(train=16)
+    config = replace(config, algorithm="fdfa", lr=0.0, feedback=Feedback(optimizer="sgd", lr=1.0), epochs=1)
+    train(config, data)
+    (matrix, _) = (checkpoint(config)["estimator"][f"feedback.{k}"] for k in range(2))
+    run = prepare(config, data)
+    run.estimator.estimate(*next(run.training_batches(1)))
+    torch.testing.assert_close(matrix, -run.estimator.feedback[0].grad)  # B starts at 0, so its gradient is minus that
+
+
+def test_what_a_run_folder_holds(config: Train, images: Make) -> None:
+    config = replace(config, algorithm="fdfa")
+    train(config, images())
+    folder = Path(config.out or "")
+    kept = json.loads((folder / "config.json").read_text())
+    assert from_dict(Train, kept["config"]) == config
+    assert kept["environment"].keys() == {"engine", "parameters", "device", "onward", "torch", "python"}
+    assert kept["environment"]["torch"] == torch.__version__
+    assert kept["environment"]["parameters"] == 64 * 32 + 32 + 64 + 32 * 32 + 32 + 64 + 32 * 4 + 4
+    rows = metrics(config)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    names = {"epoch", "train_loss", "test_loss", "test_accuracy", "seconds", "peak_memory_bytes"}
+    assert all(row.keys() == names for row in rows)
+    assert len(list(folder.glob("events.out.tfevents.*"))) == 1
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_checkpoint_restores_the_network_that_was_measured(config: Train, images: Make) -> None:
+    config = replace(config, algorithm="fdfa")
+    rows = train(config, images())
+    saved = checkpoint(config)
+    run = prepare(replace(config, seed=99), images())
+    run.estimator.load_state_dict(saved["estimator"])
+    for role, optimizer in run.optimizers.items():
+        optimizer.load_state_dict(saved["optimizers"][role])
+    assert training.evaluate(run)["test_loss"] == pytest.approx(rows[-1]["test_loss"])
+    assert run.estimator.step == 2 * run.steps
+    assert saved["epoch"] == 2
+
+
+def test_tensorboard_has_every_epoch_and_some_steps(config: Train, images: Make) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, log_interval=2)
+    rows = train(config, images(train=80))
+    events = EventAccumulator(config.out)
+    events.Reload()
+    assert [event.step for event in events.Scalars("step/train_loss")] == [2, 4, 7, 9]
+    shown = [event.value for event in events.Scalars("test_accuracy")]
+    assert shown == pytest.approx([row["test_accuracy"] for row in rows])
+
+
+def test_the_seed_decides_everything(config: Train, images: Make, tmp_path: Path) -> None:
+    first, again, other = (
+        train(replace(config, algorithm="fdfa", seed=seed, out=str(tmp_path / name)), images())
+        for seed, name in ((0, "first"), (0, "again"), (1, "other"))
+    )
+    assert [row["test_loss"] for row in first] == [row["test_loss"] for row in again]
+    assert first[-1]["test_loss"] != other[-1]["test_loss"]
+
+
+def test_an_earlier_run_is_kept_unless_overwritten(config: Train, images: Make) -> None:
+    train(config, images())
+    before = metrics(config)
+    with pytest.raises(UsageError, match="already holds a run: choose another folder with --out, or replace it with --over"):
+        train(config, images())
+    with pytest.raises(UsageError, match="no such option"):  # a mistake must not cost the run it was to replace
+        train(replace(config, overwrite=True, network=Network(pool_first=True)), images())
+    assert metrics(config) == before
+    note = Path(config.out or "") / "note.txt"
+    note.write_text("mine")
+    train(replace(config, overwrite=True, epochs=1), images())
+    assert len(metrics(config)) == 1
+    assert len(list(note.parent.glob("events.out.tfevents.*"))) == 1
+    assert note.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "message"),
+    [
+        ({"algorithm": "fdaf"}, {}, "unknown algorithm 'fdaf': did you mean 'fdfa'"),
+        ({"model": "cnm"}, {}, "unknown model 'cnm': did you mean 'cnn'"),
+        ({"device": "tpu"}, {}, "--device tpu cannot be used"),
+        ({"device": "cuda:99"}, {}, "--device cuda:99 cannot be used"),
+        ({"batch_size": 1}, {}, "--batch-size 1: this network has batch norm, which needs at least 2 images in a batch"),
+        ({}, {"train": 1}, "training images: 1: this network has batch norm"),
+        ({"algorithm": "bp", "low_memory": True}, {}, "--low-memory: bp has no such form, use --backprop.checkpoint"),
+        ({"transform": Transform(mean=(0.1, 0.2))}, {}, "for images of 1 channel"),
+    ],
+)
+def test_refusals_leave_nothing_behind(config: Train, images: Make, changes: Any, data: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(replace(config, **changes), images(**data))
+    assert not Path(config.out or "").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "--epochs 0: use at least 1"),
+        ({"batch_size": -1}, "--batch-size -1: use at least 1"),
+        ({"lr": float("nan")}, "--lr nan"),
+        ({"feedback": Feedback(lr=-1)}, "--feedback.lr -1"),
+        ({"optimizer": Optimizer("adam", momentum=0.9)}, "--optimizer.momentum 0.9 is for --optimizer.name sgd"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Recipe(**changes)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(config: Train, images: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"file/run cannot be written to \(Not a directory\): choose another folder"):
+        train(replace(config, out=str(tmp_path / "file" / "run")), images())
+
+
+def test_a_last_batch_of_one_image_is_left_out(config: Train, images: Make) -> None:
+    config = replace(config, epochs=1)
+    train(config, images(train=33))
+    assert checkpoint(config)["estimator"]["_extra_state"]["step"] == 2
+
+
+def test_other_short_batches_are_used(config: Train, images: Make) -> None:
+    config = replace(config, epochs=1)
+    train(config, images(train=34))
+    assert checkpoint(config)["estimator"]["_extra_state"]["step"] == 3
+
+
+def test_training_stops_when_the_loss_is_not_finite(config: Train, images: Make) -> None:
+    config = replace(config, epochs=5, schedule=Schedule(gamma=1e38))
+    with pytest.raises(TrainingFailed) as failed:
+        train(config, images())
+    assert "the training loss is nan at epoch 2, step 2 of 6 (block1.2.running_var is not finite)" in str(failed.value)
+    assert str(failed.value).endswith("run/checkpoint.pt keeps the state after epoch 1")
+    assert checkpoint(config)["epoch"] == len(metrics(config)) == 1
+
+
+def test_a_run_that_fails_at_once_says_that_nothing_was_kept(config: Train, images: Make) -> None:
+    data = images()
+    with pytest.raises(TrainingFailed, match="epoch 1, step 1 .*the input is not finite.*; no epoch was completed"):
+        train(replace(config, transform=Transform(mean=float("nan"))), data)
+    assert not (Path(config.out or "") / "checkpoint.pt").exists()
+
+
+def test_an_interruption_says_what_is_kept(config: Train, images: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluate(run: Any) -> dict[str, float]:
+        if run.estimator.step > run.steps:
+            raise KeyboardInterrupt
+        return {"test_loss": 1.0, "test_accuracy": 10.0}
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt, match=r"checkpoint.pt keeps the state after epoch 1"):
+        train(config, images())
+    assert checkpoint(config)["epoch"] == 1
+
+
+def test_a_write_that_fails_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    run_folder.write_checkpoint(tmp_path, {"epoch": 1})
+    with pytest.raises(AttributeError):
+        run_folder.write_checkpoint(tmp_path, {"epoch": lambda: 2})
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True) == {"epoch": 1}
+
+
+def test_alexnet_has_its_images_resized(images: Make) -> None:
+    config = Train(model="alexnet", network=Network(width=0.02), batch_size=4, device="cpu")
+    run = prepare(config, images(train=8, channels=3, size=32))
+    x, _ = next(run.training_batches(1))
+    assert x.shape == (4, 3, 224, 224)
+    assert run.estimator(x).shape == (4, 4)
+
+
+def test_weights_and_biases_by_flag(config: Train, images: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[dict[str, float], int]] = []
+
+    class Session:
+        def __enter__(self) -> Session:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            logged.append((values, step))
+
+    started: list[dict[str, Any]] = []
+    fake = types.SimpleNamespace(init=lambda **options: started.append(options) or Session())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    rows = train(replace(config, wandb=True), images())
+    assert [(values["test_accuracy"], step) for values, step in logged] == [
+        (row["test_accuracy"], 6 * row["epoch"]) for row in rows
+    ]
+    assert started[0]["config"] == asdict(replace(config, wandb=True))
+
+
+def test_weights_and_biases_may_be_missing(config: Train, images: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match=r"--wandb: wandb is not installed: pip install onward\[wandb\]"):
+        train(replace(config, wandb=True), images())
+    assert not Path(config.out or "").exists()
+
+
+@pytest.mark.skipif(not memory.RESET.exists(), reason="the peak can be reset on Linux only")
+def test_the_peak_is_that_of_the_run() -> None:
+    cpu = torch.device("cpu")
+    memory.reset_peak(cpu)
+    start = memory.peak(cpu)
+    torch.zeros(200_000_000, dtype=torch.uint8)
+    assert memory.peak(cpu) > start + 150_000_000
+    memory.reset_peak(cpu)
+    assert memory.peak(cpu) < start + 50_000_000
+
+
+@pytest.mark.gpu
+def test_a_run_on_the_gpu(config: Train, images: Make) -> None:
+    rows = train(replace(config, algorithm="fdfa", device="cuda", epochs=8), images())
+    assert rows[-1]["test_accuracy"] > 60
+    assert 0 < rows[-1]["peak_memory_bytes"] < 1e9
