@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo test lint
 demo: .venv/installed
-	$(BIN)/onward compare --algorithms bp fdfa --data digits --model mlp --epochs 15 --lr 1e-3 --feedback.lr 1e-3 --out runs/demo
+	$(BIN)/onward compare --algorithms bp fdfa --data digits --model mlp --epochs 10 --lr 1e-3 --seeds 3 --out runs/demo --overwrite
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -q -n 2

@@ -246,7 +246,7 @@ def test_training_stops_when_the_loss_is_not_finite(config: Train, images: Make)
 
 def test_a_run_that_fails_at_once_says_that_nothing_was_kept(config: Train, images: Make) -> None:
     data = images()
-    with pytest.raises(TrainingFailed, match="epoch 1, step 1 .*the input is not finite.*; no epoch was completed"):
+    with pytest.raises(TrainingFailed, match=r"epoch 1, step 1 .*the input is not finite.*; no epoch was completed"):
         train(replace(config, transform=Transform(mean=float("nan"))), data)
     assert not (Path(config.out or "") / "checkpoint.pt").exists()
 

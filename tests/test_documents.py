@@ -1,0 +1,36 @@
+"""What the README and the examples show runs."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from onward.lab import command
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_readme_trains_its_network(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(block, "README.md", "exec"), {})
+    (loss,) = re.fullmatch(r"loss (.*)\n", capsys.readouterr().out).groups()  # type: ignore[union-attr]
+    assert float(loss) < 0.3
+
+
+def test_the_readmes_commands_can_be_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [shlex.split(line, comments=True) for line in re.findall(r"^onward .*$", README, re.MULTILINE)]
+    asked = []
+    monkeypatch.setattr("onward.lab.train.train", asked.append)
+    monkeypatch.setattr("onward.lab.compare.compare", asked.append)
+    assert [command.main(line[1:]) for line in lines] == [0] * len(lines)
+    assert [type(one).__name__ for one in asked] == ["Train", "Train", "Train", "Compare"]
+
+
+def test_the_example_learns() -> None:
+    main = runpy.run_path(str(ROOT / "examples" / "own_network.py"))["main"]
+    assert main() > 0.8
