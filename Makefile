@@ -2,8 +2,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test lint
+# One thread: on a network this small, several mostly wait for each other.
 demo: .venv/installed
-	$(BIN)/onward compare --algorithms bp fdfa --data digits --model mlp --epochs 10 --lr 1e-3 --seeds 3 --out runs/demo --overwrite
+	OMP_NUM_THREADS=1 $(BIN)/onward compare --algorithms bp fdfa --data digits --model mlp --epochs 5 --lr 1e-3 --seeds 3 --out runs/demo --overwrite
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -q -n 2

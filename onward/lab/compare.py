@@ -36,14 +36,14 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     if not config.algorithms or config.seeds < 1:
         raise UsageError(f"{len(config.algorithms)} algorithms with {config.seeds} seeds: compare at least one of each")
     folder = Path(config.out or run_folder.default_path(config, "compare"))
-    run_folder.claim(folder, overwrite=True)
     runs = [replace(run, out=str(folder / f"{run.algorithm}-s{run.seed}")) for run in config.runs()]
-    done = {} if config.overwrite else {run: run_folder.finished(Path(run.out), run) for run in runs}
-    data = None if all(done.get(run) for run in runs) else load_data(config)
     results: dict[str, list[list[Row]]] = {}
-    for run in runs:
-        rows = done.get(run) or train(replace(run, overwrite=True), data)
-        results.setdefault(run.algorithm, []).append(rows)
+    with run_folder.claimed(folder, overwrite=True):
+        done = {} if config.overwrite else {run: run_folder.finished(Path(run.out), run) for run in runs}
+        data = None if all(done.get(run) for run in runs) else load_data(config)
+        for run in runs:
+            rows = done.get(run) or train(replace(run, overwrite=True), data)
+            results.setdefault(run.algorithm, []).append(rows)
 
     engines = {run.algorithm: run_folder.read_config(Path(run.out))["environment"]["engine"] for run in runs}
     table = [{"algorithm": name, "engine": engines[name], **summary(rows)} for name, rows in results.items()]
@@ -52,7 +52,8 @@ def compare(config: Compare) -> list[dict[str, Any]]:
         writer = csv.DictWriter(file, table[0].keys())
         writer.writeheader()
         writer.writerows(table)
-    title = f"{config.model}, {config.data_dir or config.data}, {config.epochs} epochs, {config.seeds} seed(s)"
+    seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
+    title = f"{config.model}, {config.data_dir or config.data}, {config.epochs} epochs, {seeds}"
     learning_curves(folder / CURVES, results, title)
     show(table, title)
     Console(soft_wrap=True, highlight=False).print(f"table: {folder / JSON}, {folder / CSV}\npicture: {folder / CURVES}")

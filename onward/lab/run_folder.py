@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,11 +30,12 @@ def default_path(config: Recipe, what: str) -> Path:
     return Path("runs") / f"{data}-{config.model}-{what}"
 
 
-def claim(folder: Path, *, overwrite: bool = False) -> None:
-    """Create the folder and make sure that it can be written to.
+@contextmanager
+def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
+    """Create the folder and make sure that it can be written to; if the body fails and wrote nothing, it goes again.
 
     Raises:
-        UsageError: it cannot, or it holds a run and `overwrite` is off.
+        UsageError: it cannot be written to, or it holds a run and `overwrite` is off.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +46,12 @@ def claim(folder: Path, *, overwrite: bool = False) -> None:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder with --out") from error
     if _contents(folder) and not overwrite:
         raise UsageError(f"{folder} already holds a run: choose another folder with --out, or replace it with --overwrite")
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # a folder that is not empty stays
+            folder.rmdir()
+        raise
 
 
 def begin(folder: Path, config: Train, **environment: Any) -> None:

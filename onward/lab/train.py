@@ -89,14 +89,9 @@ def train(config: Train, data: ImageData | None = None) -> list[Row]:
     models.check(config.model)
     log.check(config)
     folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
-    run_folder.claim(folder, overwrite=config.overwrite)
-    try:
+    with run_folder.claimed(folder, overwrite=config.overwrite):
         run = prepare(config, data or load_data(config))
         run.training_batches(1)  # says so now if the images cannot be transformed as asked
-    except BaseException:
-        with contextlib.suppress(OSError):  # a folder that is not empty stays
-            folder.rmdir()
-        raise
     device = describe(run.device)
     run_folder.begin(
         folder,

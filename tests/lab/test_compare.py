@@ -95,10 +95,11 @@ def test_a_single_run_has_no_deviation(config: Compare) -> None:
         ({"algorithms": ("bp", "dfaa")}, "unknown algorithm 'dfaa': did you mean 'dfa'"),
         ({"model": "mpl"}, "unknown model 'mpl'"),
         ({"algorithms": ()}, "0 algorithms with 2 seeds: compare at least one of each"),
+        ({"data": "digit"}, "unknown data set 'digit'"),
         ({"seeds": 0}, "2 algorithms with 0 seeds: compare at least one of each"),
     ],
 )
-def test_refusals(config: Compare, tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_refusals_leave_nothing_behind(config: Compare, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        compare(replace(config, **changes))
-    assert not list(tmp_path.iterdir())
+        compare(replace(config, out=str(tmp_path / "new"), **changes))
+    assert not (tmp_path / "new").exists()
