@@ -1,0 +1,91 @@
+"""`Backprop` equals `loss.backward()`, checkpointed or not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import reference
+import torch
+from cases import CASES, Case
+from torch import nn
+
+from onward import Backprop, UsageError
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "checkpoint"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_equals_backward(case: Case, checkpoint: bool, train: bool) -> None:
+    model, x, y, cuts, loss = case.build(seed=1)
+    model.train(train)
+    plain = copy.deepcopy(model)
+    estimator = Backprop(model, cuts, loss=loss, checkpoint=checkpoint)
+    torch.manual_seed(reference.MASKS)
+    logits = reference.call(plain, x)
+    value = loss(logits, y)
+    value.backward()
+    after = torch.get_rng_state()
+
+    torch.manual_seed(reference.MASKS)
+    step = estimator.estimate(x, y)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert torch.equal(step.loss, value)
+    assert torch.equal(step.logits, logits)
+    assert not step.loss.requires_grad
+    assert not step.logits.requires_grad
+    for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-13)
+    for (name, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+
+
+def test_default_without_cuts() -> None:
+    """Backprop needs none, whatever the network."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    Backprop(Net()).estimate(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+
+
+def test_checkpointing_keeps_less() -> None:
+    """Bytes saved for the backward pass, at the moment when it starts."""
+    depth, width, samples = 12, 8, 64
+
+    def kept(checkpoint: bool) -> int:
+        blocks = [nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()) for _ in range(depth)]
+        model, total = nn.Sequential(*blocks, nn.Linear(width, 2)), []
+
+        def loss(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            total.append(sum(storages.values()))
+            return nn.functional.cross_entropy(z, y)
+
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if not isinstance(tensor, nn.Parameter):
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            estimator = Backprop(model, loss=loss, checkpoint=checkpoint)
+            estimator.estimate(torch.randn(samples, width), torch.zeros(samples, dtype=torch.long))
+        return total[0]
+
+    assert kept(True) < 0.6 * kept(False)
+
+
+def test_checkpoint_without_cuts_asks_for_them() -> None:
+    class Net(nn.Linear):
+        pass
+
+    with pytest.raises(UsageError, match="cuts"):
+        Backprop(Net(3, 2), checkpoint=True)

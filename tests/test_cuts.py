@@ -1,0 +1,281 @@
+"""Where networks are cut: the default, proposals, and every way in which a cut can be wrong."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case
+from torch import Tensor, nn
+
+import onward
+from onward import DFA, DKP, FDFA, Backprop, ForwardGradient, UsageError
+
+Linear, Sequential = nn.Linear, nn.Sequential
+X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
+
+
+def block(*extra: nn.Module) -> nn.Module:
+    return Sequential(Linear(3, 3), nn.Tanh(), *extra)
+
+
+@pytest.mark.parametrize(
+    ("model", "cuts"),
+    [
+        (lambda: Sequential(block(), block(), Linear(3, 3)), ("0", "1")),
+        (lambda: Sequential(block(), block(), block()), ("0", "1")),
+        (lambda: Sequential(OrderedDict(stem=block(), body=block(), head=Linear(3, 3))), ("stem", "body")),
+        (lambda: Sequential(Linear(3, 3), nn.ReLU(), Linear(3, 3), nn.GELU(), Linear(3, 3)), ("1", "3")),
+        (lambda: Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), Linear(8, 3)), ("2",)),
+        (lambda: Sequential(Linear(3, 3), nn.ReLU(), Linear(3, 3), nn.LogSoftmax(1)), ("1",)),
+        (lambda: Sequential(Linear(3, 3), nn.Tanh(), Linear(3, 1), nn.Sigmoid()), ("1",)),
+        (lambda: Sequential(OrderedDict(a=Linear(3, 3), act=nn.SiLU(), out=Linear(3, 3))), ("act",)),
+        (
+            lambda: Sequential(nn.Flatten(), Linear(3, 3), nn.ReLU(), nn.Dropout(), Linear(3, 3), nn.ReLU(), Linear(3, 3)),
+            ("2", "5"),
+        ),
+    ],
+)
+def test_default_cuts(model: Callable[[], nn.Module], cuts: tuple[str, ...]) -> None:
+    assert onward.default_cuts(model()) == cuts
+    assert DFA(model()).cuts == cuts
+
+
+class Custom(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stage = block(), nn.ModuleList([block(), block()])
+        self.head = Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stage:
+            x = stage(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("estimator", [DFA, DKP, FDFA, ForwardGradient])
+def test_other_modules_must_say_and_are_told_how(estimator: type) -> None:
+    with pytest.raises(UsageError, match=r"Custom.*cuts") as raised:
+        estimator(Custom())
+    for proposed in onward.suggest_cuts(Custom()):
+        assert proposed in str(raised.value)
+    assert set(onward.suggest_cuts(Custom())) == {"stem", "stage.0", "stage.1"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_what_is_suggested_names_modules(case: Case) -> None:
+    model = case.build().model
+    names = dict(model.named_modules())
+    suggestion = onward.suggest_cuts(model)
+    assert isinstance(suggestion, tuple)
+    assert all(name in names for name in suggestion)
+
+
+def test_suggestion_for_a_residual_network_works() -> None:
+    built = CASES[3].build()
+    suggestion = onward.suggest_cuts(built.model)
+    assert suggestion == built.cuts
+    DFA(built.model, suggestion).estimate(built.x, built.y)
+
+
+@pytest.mark.parametrize("estimator", [Backprop, DFA, DKP, FDFA, ForwardGradient])
+def test_unknown_name(estimator: type) -> None:
+    with pytest.raises(UsageError, match=r"stagge\.0.*did you mean 'stage\.0'"):
+        estimator(Custom(), ["stagge.0"])
+
+
+def test_a_cut_named_twice() -> None:
+    with pytest.raises(UsageError, match="stem"):
+        DFA(Custom(), ["stem", "stem"])
+
+
+class Returns(nn.Module):
+    """A network whose first block returns what it is told to."""
+
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first, self.head = first, Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.first(x)
+        return self.head(out[0] if isinstance(out, tuple) else out["h"])
+
+
+class AsDict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = Linear(3, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"h": self.linear(x)}
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.shared, self.unused = Linear(3, 3), block(), block()
+        self.head = Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.shared(self.shared(self.first(x))))
+
+
+LOW_MEMORY = pytest.mark.parametrize("low_memory", [False, True], ids=["", "low-memory"])
+SIGNALS = pytest.mark.parametrize("estimator", [DFA, DKP, FDFA, ForwardGradient])
+
+
+def refused(estimator: type, model: nn.Module, cuts: list[str], low_memory: bool, match: str) -> str:
+    """The estimate is refused, the network keeps no hooks, no gradients and still runs."""
+    with pytest.raises(UsageError, match=match) as raised:
+        estimator(model, cuts, low_memory=low_memory).estimate(X, Y)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    model(X)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+@LOW_MEMORY
+@SIGNALS
+@pytest.mark.parametrize("first", [lambda: nn.LSTM(3, 3), AsDict], ids=["tuple", "dict"])
+def test_output_that_is_not_a_tensor(estimator: type, first: Callable, low_memory: bool) -> None:
+    message = refused(estimator, Returns(first()), ["first"], low_memory, "'first'.*not a tensor")
+    assert "tuple" in message or "dict" in message
+
+
+@LOW_MEMORY
+@SIGNALS
+def test_reused_module(estimator: type, low_memory: bool) -> None:
+    refused(estimator, Twice(), ["shared"], low_memory, "'shared'.*more than once")
+
+
+@LOW_MEMORY
+@SIGNALS
+def test_reused_module_that_is_not_a_cut(estimator: type, low_memory: bool) -> None:
+    estimator(Twice(), ["first"], low_memory=low_memory).estimate(X, Y)
+
+
+@LOW_MEMORY
+@SIGNALS
+def test_cut_that_is_never_reached(estimator: type, low_memory: bool) -> None:
+    refused(estimator, Twice(), ["first", "unused"], low_memory, "'unused'.*did not run")
+
+
+@LOW_MEMORY
+@SIGNALS
+def test_last_block_without_parameters(estimator: type, low_memory: bool) -> None:
+    refused(estimator, Sequential(block(), Linear(3, 3)), ["0", "1"], low_memory, "last block has no parameters.*'1'")
+    refused(estimator, Sequential(block(), Linear(3, 3), nn.Tanh()), ["1"], low_memory, "last block has no parameters.*'1'")
+
+
+class Skip(nn.Module):
+    """h1 = stem(x); z = head(body(h1) + skip(h1))."""
+
+    def __init__(self, skip: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.stem, self.body, self.head = block(), block(), Linear(3, 3)
+        self.skip = skip or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        return self.head(self.body(h) + self.skip(h))
+
+
+@LOW_MEMORY
+@SIGNALS
+def test_bypassed_cut(estimator: type, low_memory: bool) -> None:
+    message = refused(estimator, Skip(), ["body"], low_memory, "'body'.*bypass")
+    assert "stem" in message
+    assert "head" not in message.split("bypass")[1].split("Cut where")[0]
+    refused(estimator, Skip(block()), ["body"], low_memory, "'body'.*bypass")
+
+
+@SIGNALS
+def test_bypass_from_the_first_block_to_a_later_one(estimator: type) -> None:
+    class Long(Skip):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem[0](x)
+            return self.head(self.body(self.stem[1](h)) + h)
+
+    with pytest.raises(UsageError, match=r"bypass") as raised:
+        estimator(Long(), ["stem.1", "body"]).estimate(X, Y)
+    assert "stem.0" in str(raised.value)
+
+
+@LOW_MEMORY
+@SIGNALS
+def test_what_is_no_bypass(estimator: type, low_memory: bool) -> None:
+    """A skip between two cuts' own values, the input handed on, and the end of a residual block."""
+    estimator(Skip(), ["stem", "body"], low_memory=low_memory).estimate(X, Y)
+    estimator(Skip(), ["stem"], low_memory=low_memory).estimate(X, Y)
+
+    class Input(Skip):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(self.stem(x)) + x.exp())
+
+    estimator(Input(), ["stem", "body"], low_memory=low_memory).estimate(X, Y)
+    estimator(Input(), ["stem", "body"], low_memory=low_memory).estimate(X.clone().requires_grad_(), Y)
+
+
+def test_bypass_allowed() -> None:
+    """The detour's gradient is the exact one, the cut path's comes from feedback."""
+    model = Skip().double()
+    estimator = DFA(model, ["body"], allow_bypass=True)
+    estimator.initialize(X.double())
+    expected, _, _ = reference.direct_feedback(model, X.double(), Y, ["body"], F.cross_entropy, estimator.feedback)
+    estimator.estimate(X.double(), Y)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+
+
+@SIGNALS
+def test_bypass_is_looked_for_again_after_a_failure(estimator: type) -> None:
+    attempt = estimator(Skip(), ["body"])
+    for _ in range(2):
+        with pytest.raises(UsageError, match="bypass"):
+            attempt.estimate(X, Y)
+
+
+@LOW_MEMORY
+@SIGNALS
+def test_cuts_in_another_order(estimator: type, low_memory: bool) -> None:
+    """Refused, or else right; never delivered to the wrong block."""
+    refused(estimator, Custom(), ["stage.0", "stem"], low_memory, "'stem'.*'stage.0'|'stage.0'.*'stem'")
+
+
+@LOW_MEMORY
+@pytest.mark.parametrize("estimator", [DFA, DKP, FDFA])
+def test_sample_dimension_not_first(estimator: type, low_memory: bool) -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.head = block(), Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.first(torch.stack([x] * 5)).mean(0))
+
+    refused(estimator, TimeFirst(), ["first"], low_memory, "'first'.*sample")
+
+
+@LOW_MEMORY
+@pytest.mark.parametrize("estimator", [DFA, DKP, FDFA])
+def test_inputs_of_another_size(estimator: type, low_memory: bool) -> None:
+    first = Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
+    model = Sequential(first, Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(2, 3)))
+    attempt = estimator(model, low_memory=low_memory)
+    attempt.estimate(torch.randn(4, 1, 5, 5), Y)
+    with pytest.raises(UsageError, match=r"'0'.*3 x 18.*3 x 32"):
+        attempt.estimate(torch.randn(4, 1, 6, 6), Y)
+
+
+@LOW_MEMORY
+@SIGNALS
+def test_several_cuts_on_one_tensor(estimator: type, low_memory: bool) -> None:
+    """A module that returns its input, and blocks without parameters, are blocks like any other."""
+    model = Sequential(block(), nn.Identity(), nn.Flatten(), block(), Linear(3, 3))
+    estimator(model, ["0", "1", "2", "3"], low_memory=low_memory).estimate(X, Y)

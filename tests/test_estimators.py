@@ -1,0 +1,441 @@
+"""What every estimator promises: accumulation, state, copies, groups, and clear refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from cases import by_name
+from test_feedback import close
+from torch import Tensor, nn
+
+from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, UsageError
+
+KINDS: dict[str, Callable[..., Estimator]] = {
+    "bp": Backprop,
+    "bp-checkpoint": partial(Backprop, checkpoint=True),
+    "dfa": DFA,
+    "dkp": DKP,
+    "fdfa": FDFA,
+    "fdfa-low-memory": partial(FDFA, low_memory=True),
+    "fg-activation": ForwardGradient,
+    "fg-weight": partial(ForwardGradient, space="avg-weight"),
+}
+ALL = pytest.mark.parametrize("kind", KINDS)
+FEEDBACK = pytest.mark.parametrize("kind", ["dfa", "dkp", "fdfa", "fdfa-low-memory"])
+SIGNALS = pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("bp")])
+
+
+def built(kind: str, name: str = "mlp-batch-norm", seed: int = 7, network_seed: int = 1) -> tuple[Estimator, Any, Tensor]:
+    model, x, y, cuts, loss = by_name(name).build(seed=network_seed)
+    return KINDS[kind](model, cuts, loss=loss, seed=seed), x, y
+
+
+def all_gradients(estimator: Estimator) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in estimator.parameters()]
+
+
+def train(estimator: Estimator, optimizer: torch.optim.Optimizer, x: Any, y: Tensor, steps: int) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        estimator.estimate(x, y)
+        optimizer.step()
+
+
+@ALL
+def test_is_the_network(kind: str) -> None:
+    estimator, x, _ = built(kind, "dict-of-inputs")
+    assert torch.equal(estimator(**x), estimator.model(**x))
+    assert isinstance(estimator.cuts, tuple)
+    assert isinstance(estimator.engine, str)
+    assert estimator.engine
+    assert all(module.training for module in estimator.modules())
+    estimator.eval()
+    assert not any(module.training for module in estimator.modules())
+    assert {id(p) for p in estimator.model.parameters()} <= {id(p) for p in estimator.parameters()}
+
+
+@ALL
+def test_two_estimates_add_up(kind: str) -> None:
+    estimator, x, y = built(kind, "mlp")
+    estimator.estimate(x, y)
+    first = all_gradients(estimator)
+    estimator.zero_grad()
+    estimator.estimate(x, y)
+    second = all_gradients(estimator)
+    again, _, _ = built(kind, "mlp")
+    again.estimate(x, y)
+    again.estimate(x, y)
+    for total, a, b in zip(all_gradients(again), first, second, strict=True):
+        close(total, None if a is None or b is None else a + b)
+    assert again.step == 2
+    random = kind.startswith("fg")
+    if random:
+        assert not torch.equal(first[0], second[0])
+    else:
+        assert torch.equal(first[0], second[0])
+
+
+@ALL
+def test_same_seed_same_numbers_whatever_the_global_generator(kind: str) -> None:
+    results = []
+    for global_seed, seed in [(0, 7), (1, 7), (0, 8)]:
+        estimator, x, y = built(kind, "mlp", seed=seed)
+        torch.manual_seed(global_seed)
+        before = torch.get_rng_state()
+        estimator.estimate(x, y)
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(torch.cat([p.grad.flatten() for p in estimator.parameters() if p.grad is not None]))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2]) == (kind.startswith("bp") or kind == "dkp")
+
+
+@ALL
+@pytest.mark.parametrize("through_a_file", [False, True])
+def test_a_run_goes_on_from_its_state(kind: str, through_a_file: bool) -> None:
+    """Into a fresh estimator, whose feedback has no size and whose seed is another."""
+    estimator, x, y = built(kind)
+    optimizer = torch.optim.Adam(estimator.parameters(), lr=0.01)
+    train(estimator, optimizer, x, y, 3)
+    state, optimizer_state = estimator.state_dict(), optimizer.state_dict()
+    if through_a_file:
+        file = io.BytesIO()
+        torch.save((state, optimizer_state), file)
+        file.seek(0)
+        state, optimizer_state = torch.load(file, weights_only=True)
+    state, optimizer_state = copy.deepcopy((state, optimizer_state))
+    train(estimator, optimizer, x, y, 3)
+
+    fresh, _, _ = built(kind, seed=99, network_seed=5)
+    fresh.load_state_dict(state)
+    assert fresh.step == 3
+    optimizer = torch.optim.Adam(fresh.parameters(), lr=0.01)
+    optimizer.load_state_dict(optimizer_state)
+    train(fresh, optimizer, x, y, 3)
+    assert fresh.step == estimator.step == 6
+    for a, b in zip(estimator.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(estimator.buffers(), fresh.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+@FEEDBACK
+def test_state_before_the_first_step(kind: str) -> None:
+    estimator, x, y = built(kind)
+    fresh, _, _ = built(kind, seed=99, network_seed=5)
+    fresh.load_state_dict(estimator.state_dict())
+    for each in (estimator, fresh):
+        each.estimate(x, y)
+    for a, b in zip(all_gradients(estimator), all_gradients(fresh), strict=True):
+        close(a, b)
+
+
+@ALL
+@pytest.mark.parametrize("steps", [0, 2])
+def test_deepcopy(kind: str, steps: int) -> None:
+    estimator, x, y = built(kind)
+    for _ in range(steps):
+        estimator.estimate(x, y)
+    estimator.zero_grad()
+    twin = copy.deepcopy(estimator)
+    for each in (estimator, twin):
+        each.estimate(x, y)
+    assert twin.step == estimator.step == steps + 1
+    for p, q in zip(estimator.parameters(), twin.parameters(), strict=True):
+        assert p is not q
+        close(p.grad, q.grad)
+
+
+@ALL
+@pytest.mark.parametrize("steps", [0, 1])
+def test_to_another_precision(kind: str, steps: int) -> None:
+    model, x, y, cuts, loss = by_name("mlp").build()
+    estimator = KINDS[kind](model.float(), cuts, loss=loss)
+    for _ in range(steps):
+        estimator.estimate(x.float(), y)
+    estimator.to(torch.float64)
+    estimator.zero_grad()
+    estimator.estimate(x, y)
+    for p in estimator.parameters():
+        assert p.dtype == torch.float64
+        assert p.grad is None or p.grad.dtype == torch.float64
+
+
+@ALL
+def test_parameter_groups(kind: str) -> None:
+    estimator, _, _ = built(kind)
+    options = {"network": {"lr": 0.5}, "feedback": {"lr": 0.25, "weight_decay": 1e-6}}
+    groups = estimator.parameter_groups(**options)
+    by_role = {group["role"]: group for group in groups}
+    assert len(by_role) == len(groups)
+    assert [id(p) for p in by_role["network"]["params"]] == [id(p) for p in estimator.model.parameters()]
+    assert set(by_role) == ({"network", "feedback"} if "dkp" in kind or "fdfa" in kind else {"network"})
+    for role, group in by_role.items():
+        assert group["params"]
+        assert {key: group[key] for key in options[role]} == options[role]
+    if "feedback" in by_role:
+        assert [id(p) for p in by_role["feedback"]["params"]] == [id(p) for p in estimator.feedback]
+    optimizer = torch.optim.SGD(estimator.parameter_groups(), lr=0.1)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1] * len(groups)
+
+
+@pytest.mark.parametrize("kind", ["dkp", "fdfa", "fdfa-low-memory"])
+def test_the_step_uses_the_feedback_from_before_it(kind: str) -> None:
+    """The first step has B = 0: hidden blocks get nothing, and the feedback's own gradient is not yet in use."""
+    estimator, x, y = built(kind, "mlp")
+    estimator.estimate(x, y)
+    assert not estimator.model[0][0].weight.grad.any()
+    assert estimator.model[2].weight.grad.any()
+    assert all(matrix.grad.any() and not matrix.any() for matrix in estimator.feedback)
+    assert [tuple(matrix.shape) for matrix in estimator.feedback] == [(3, 5), (3, 4)]
+
+
+@ALL
+def test_the_last_block_gets_the_exact_gradient(kind: str) -> None:
+    if kind == "fg-weight":
+        pytest.skip("every parameter is perturbed")
+    estimator, x, y = built(kind, "mlp-batch-norm")
+    expected = reference.backprop(estimator.model, x, y, F.cross_entropy)
+    estimator.estimate(x, y)
+    close(estimator.model[6].weight.grad, expected["6.weight"])
+    close(estimator.model[6].bias.grad, expected["6.bias"])
+
+
+@ALL
+@pytest.mark.parametrize("frozen", [["0.0"], ["0"], ["1"], ["0", "1"], ["2"]], ids=str)
+def test_frozen_parameters(kind: str, frozen: list[str]) -> None:
+    model, x, y, cuts, loss = by_name("mlp").build()
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
+    estimator = KINDS[kind](model, cuts, loss=loss)
+    if frozen == ["2"] and not kind.startswith(("bp", "fg-weight")):
+        with pytest.raises(UsageError, match="last block"):
+            estimator.estimate(x, y)
+        return
+    estimator.estimate(x, y)
+    for p in model.parameters():
+        assert (p.grad is not None) == p.requires_grad
+
+
+@ALL
+def test_batches_of_different_sizes(kind: str) -> None:
+    estimator, x, y = built(kind)
+    estimator.estimate(x, y)
+    estimator.estimate(x[:2], y[:2])
+    estimator.estimate(x.repeat(3, 1), y.repeat(3))
+
+
+@ALL
+@pytest.mark.parametrize("label", [3, 17, -1])
+def test_labels_out_of_range(kind: str, label: int) -> None:
+    estimator, x, y = built(kind, "cnn-batch-norm")
+    y[2] = label
+    with pytest.raises(UsageError, match=rf"{label}.*0 to 2"):
+        estimator.estimate(x, y)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in estimator.modules())
+    assert all(p.grad is None for p in estimator.parameters())
+    assert estimator.step == 0
+
+
+@ALL
+def test_batch_of_one_with_batch_norm(kind: str) -> None:
+    estimator, x, y = built(kind)
+    with pytest.raises(UsageError, match=r"batch norm.*at least 2"):
+        estimator.estimate(x[:1], y[:1])
+    estimator.eval().estimate(x[:1], y[:1])
+
+
+@ALL
+def test_loss_that_is_not_a_scalar(kind: str) -> None:
+    model, x, y, cuts, _ = by_name("mlp").build()
+    estimator = KINDS[kind](model, cuts, loss=partial(F.cross_entropy, reduction="none"))
+    with pytest.raises(UsageError, match=r"loss.*\(4,\).*scalar"):
+        estimator.estimate(x, y)
+
+
+@ALL
+def test_output_that_is_not_a_tensor(kind: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.b(self.a(x))}
+
+    with pytest.raises(UsageError, match=r"dict.*tensor"):
+        KINDS[kind](Net(), ["a"]).estimate(torch.randn(4, 3), torch.tensor([0, 1, 2, 1]))
+
+
+@SIGNALS
+def test_a_failure_in_the_network_leaves_nothing_behind(kind: str) -> None:
+    """Hooks, modes, statistics in use and switches are as they were."""
+    estimator, x, y = built(kind)
+    estimator.estimate(x, y)
+    switches = (
+        torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled(), torch.backends.mkldnn.enabled,
+        torch.is_grad_enabled(), torch.is_autocast_cache_enabled(),
+    )  # fmt: skip
+    buffers = list(estimator.buffers())
+    for wrong in (x[:, :2], x.long()):
+        with pytest.raises(Exception):  # noqa: B017, PT011 - PyTorch's own complaint about shapes or types
+            estimator.estimate(wrong, y)
+    assert switches == (
+        torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled(), torch.backends.mkldnn.enabled,
+        torch.is_grad_enabled(), torch.is_autocast_cache_enabled(),
+    )  # fmt: skip
+    assert torch.utils._python_dispatch._get_current_dispatch_mode() is None
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in estimator.modules())
+    assert all(a is b for a, b in zip(buffers, estimator.buffers(), strict=True))
+    assert estimator.step == 1
+    loss = F.cross_entropy(estimator(x), y)
+    estimator.zero_grad()
+    loss.backward()
+    assert all(p.grad is not None for p in estimator.model.parameters())
+
+
+@ALL
+def test_under_autocast(kind: str) -> None:
+    """The loss and its derivative are in single precision; the estimate is near the one without."""
+    model, x, y, cuts, loss = by_name("mlp").build(seed=2)
+    x = x.float()
+    plain = KINDS[kind](copy.deepcopy(model).float(), cuts, loss=loss)
+    half = KINDS[kind](model.float(), cuts, loss=loss)
+    for estimator in (plain, half):
+        if hasattr(estimator, "feedback"):
+            estimator.initialize(x)
+            with torch.no_grad():
+                for matrix in estimator.feedback:
+                    matrix.copy_(torch.linspace(-1, 1, matrix.numel()).view_as(matrix))
+    expected = plain.estimate(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        step = half.estimate(x, y)
+    assert step.loss.dtype == torch.float32
+    torch.testing.assert_close(step.loss, expected.loss, rtol=0.02, atol=0.02)
+    for p, q in zip(half.parameters(), plain.parameters(), strict=True):
+        if q.grad is not None:
+            assert p.grad.dtype == p.dtype
+            assert F.cosine_similarity(p.grad.flatten(), q.grad.flatten(), dim=0) > 0.97
+
+
+@ALL
+def test_channels_last(kind: str) -> None:
+    """The layout of images in memory changes nothing."""
+    model, x, y, cuts, loss = by_name("cnn-batch-norm").build(seed=2)
+    plain = KINDS[kind](copy.deepcopy(model), cuts, loss=loss)
+    other = KINDS[kind](model.to(memory_format=torch.channels_last), cuts, loss=loss)
+    plain.estimate(x, y)
+    plain.estimate(x, y)
+    for _ in range(2):
+        other.estimate(x.contiguous(memory_format=torch.channels_last), y)
+    for p, q in zip(other.parameters(), plain.parameters(), strict=True):
+        close(p.grad, q.grad)
+
+
+@SIGNALS
+def test_ends_of_blocks_that_are_overwritten(kind: str) -> None:
+    """In-place modules behind a cut: the numbers are those of the same network without them."""
+
+    def network(inplace: bool) -> nn.Module:
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 5), nn.ELU(inplace=inplace), nn.Linear(5, 4), nn.LeakyReLU(inplace=inplace), nn.Linear(4, 3)]
+        return nn.Sequential(*layers).double()
+
+    _, x, y, _, loss = by_name("mlp").build(seed=2)
+    pair = [KINDS[kind](network(inplace), ["0", "2"], loss=loss) for inplace in (False, True)]
+    for estimator in pair:
+        estimator.estimate(x, y)
+        estimator.estimate(x, y)
+    for p, q in zip(*(estimator.parameters() for estimator in pair), strict=True):
+        close(p.grad, q.grad)
+
+
+@SIGNALS
+def test_network_inside_no_grad_blocks_of_its_own(kind: str) -> None:
+    """A frozen feature extractor under `torch.no_grad()` in front of what is trained."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.features, self.body, self.head = nn.Linear(6, 5), nn.Sequential(nn.Linear(5, 4), nn.Tanh()), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                h = self.features(x)
+            return self.head(self.body(h))
+
+    model = Net().double()
+    model.features.requires_grad_(False)
+    _, x, y, _, loss = by_name("mlp").build(seed=2)
+    estimator = KINDS[kind](model, ["body"], loss=loss)
+    estimator.estimate(x, y)
+    estimator.estimate(x, y)
+    assert all(p.grad is not None for name, p in model.named_parameters() if not name.startswith("features"))
+
+
+class Counting(nn.Module):
+    """Keeps statistics of its own, in the ways that people write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+            self.calls += 1
+        return (h - self.mean).tanh()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "fg-low-memory"])
+def test_statistics_of_any_kind_move_once(kind: str) -> None:
+    _, x, y, _, _ = by_name("mlp").build(seed=2)
+    make = partial(ForwardGradient, low_memory=True) if kind == "fg-low-memory" else KINDS[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(Counting(), Counting(), nn.Linear(6, 3)).double()
+    plain = copy.deepcopy(model)
+    plain(x)
+    make(model, ["0", "1"]).estimate(x, y)
+    for (name, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, msg=name)
+
+
+class Reshaped(nn.Module):
+    def __init__(self, model: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.model, self.shape = model, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).view(self.shape)
+
+
+@ALL
+@pytest.mark.parametrize("initialized", [False, True])
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1, 1)], ids=["vector", "three dimensions"])
+def test_outputs_of_another_number_of_dimensions(kind: str, shape: tuple[int, ...], initialized: bool) -> None:
+    """One output per sample as a vector, or a map of outputs: the same numbers as a matrix of outputs."""
+    _, x, _, _, _ = by_name("mlp").build(seed=2)
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    pair = []
+    for each in ((-1, 1), shape):
+        model = Reshaped(copy.deepcopy(network), each)
+        estimator = KINDS[kind](model, ["model.1"], loss=lambda z, y: F.binary_cross_entropy_with_logits(z.flatten(), y))
+        if initialized and hasattr(estimator, "initialize"):
+            estimator.initialize(x)
+        estimator.estimate(x, y)
+        estimator.estimate(x, y)
+        pair.append(estimator)
+    for p, q in zip(*(estimator.parameters() for estimator in pair), strict=True):
+        close(p.grad, q.grad)

@@ -1,0 +1,212 @@
+"""DFA, DKP and FDFA against explicit loops, in both forms, on every network."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from cases import CASES, Case, by_name
+from torch import Tensor, nn
+
+from onward import DFA, DKP, FDFA, Backprop
+
+SEED = 11
+KINDS = {
+    "dfa": (DFA, {}),
+    "dkp": (DKP, {}),
+    "fdfa": (FDFA, {}),
+    "fdfa-rademacher-3": (FDFA, {"noise": "rademacher", "directions": 3}),
+}
+LOW_MEMORY = pytest.mark.parametrize("low_memory", [False, True], ids=["", "low-memory"])
+
+
+def close(actual: Tensor | None, expected: Tensor | None, name: str = "") -> None:
+    """Equal to nine digits; no gradient and a gradient of zeros are the same."""
+    if actual is None or expected is None:
+        rest = expected if actual is None else actual
+        assert rest is None or not rest.any(), f"{name}: {actual} against {expected}"
+        return
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12 * scale, msg=lambda text: f"{name}: {text}")
+
+
+def randomised(estimator: Any, x: Any) -> Any:
+    """Feedback matrices of the right size and of no special value."""
+    estimator.initialize(x)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for matrix in estimator.feedback:
+            matrix.copy_(torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype))
+    return estimator
+
+
+@LOW_MEMORY
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gradients(case: Case, kind: str, train: bool, low_memory: bool) -> None:
+    model, x, y, cuts, loss = case.build(seed=1)
+    model.train(train)
+    make, options = KINDS[kind]
+    estimator = randomised(make(model, cuts, loss=loss, low_memory=low_memory, seed=SEED, **options), x)
+    twin = copy.deepcopy(model)
+    feedback = [matrix.detach().clone() for matrix in estimator.feedback]
+    expected, e, hidden = reference.direct_feedback(twin, x, y, cuts, loss, feedback)
+
+    torch.manual_seed(reference.MASKS)
+    logits = reference.call(twin, x).detach()  # moves the twin's statistics once
+    after = torch.get_rng_state()
+    torch.manual_seed(reference.MASKS)
+    step = estimator.estimate(x, y)
+
+    assert torch.equal(torch.get_rng_state(), after)
+    assert not step.loss.requires_grad
+    assert not step.logits.requires_grad
+    torch.testing.assert_close(step.logits, logits)
+    torch.testing.assert_close(step.loss, loss(logits, y))
+    for name, p in model.named_parameters():
+        close(p.grad, expected.get(name), name)
+    for (name, buffer), other in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, msg=name)
+
+    if kind == "dfa":
+        gradients: list[Tensor | None] = [None] * len(cuts)
+    elif kind == "dkp":
+        gradients = [reference.outer_sum(e, h) for h in hidden]
+    else:
+        gradients = reference.fdfa_feedback(
+            case.build(seed=1).model.train(train), x, cuts, feedback, SEED, 0, options.get("directions", 1),
+            options.get("noise", "gaussian"),
+        )  # fmt: skip
+    for name, matrix, before, gradient in zip(cuts, estimator.feedback, feedback, gradients, strict=True):
+        assert torch.equal(matrix, before)
+        assert matrix.dtype == torch.float64
+        close(matrix.grad, gradient, f"feedback of {name}")
+
+
+@LOW_MEMORY
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["cnn-batch-norm", "transformer", "dropout"])
+def test_the_first_step_needs_no_initialisation(name: str, kind: str, low_memory: bool) -> None:
+    """Matrices are made on the way, and the same ones as by `initialize`, which changes nothing else."""
+    model, x, y, cuts, loss = by_name(name).build()
+    make, options = KINDS[kind]
+    estimator = make(model, cuts, loss=loss, low_memory=low_memory, **options)
+    ahead = make(copy.deepcopy(model), cuts, loss=loss, low_memory=low_memory, **options)
+    assert all(isinstance(matrix, nn.UninitializedParameter) for matrix in estimator.feedback)
+    state, rng = copy.deepcopy(ahead.model.state_dict()), torch.get_rng_state()
+    ahead.initialize(x)
+    assert ahead.step == 0
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), ahead.model.state_dict().values(), strict=True))
+    for each in (estimator, ahead):
+        torch.manual_seed(3)
+        each.estimate(x, y)
+    for a, b in zip(estimator.state_dict().values(), ahead.state_dict().values(), strict=True):
+        assert (a == b).all() if isinstance(a, Tensor) else a == b
+    for a, b in zip(estimator.parameters(), ahead.parameters(), strict=True):
+        close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("kind", [DFA, DKP, FDFA])
+def test_initial_feedback(kind: type) -> None:
+    model = nn.Sequential(nn.Linear(5, 300), nn.ReLU(), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
+    estimator = kind(model, seed=4)
+    estimator.initialize(torch.randn(3, 5))
+    assert [tuple(matrix.shape) for matrix in estimator.feedback] == [(10, 300), (10, 200)]
+    for matrix in estimator.feedback:
+        bound = math.sqrt(6 / matrix.shape[1])
+        if kind is not DFA:
+            assert not matrix.any()
+            continue
+        assert matrix.abs().max() <= bound
+        assert matrix.abs().max() > 0.98 * bound
+        assert abs(matrix.mean()) < 4 * bound / math.sqrt(3 * matrix.numel())
+        assert abs(matrix.var() / (bound**2 / 3) - 1) < 0.1
+    if kind is DFA:
+        same, other = (kind(model, seed=seed) for seed in (4, 5))
+        for each in (same, other):
+            each.initialize(torch.randn(3, 5))
+        assert torch.equal(estimator.feedback[0], same.feedback[0])
+        assert not torch.equal(estimator.feedback[0], other.feedback[0])
+        assert not torch.equal(estimator.feedback[0][:, :200], estimator.feedback[1])
+
+
+@LOW_MEMORY
+@pytest.mark.parametrize("case", [case for case in CASES if not case.mixes_samples], ids=lambda case: case.name)
+def test_feedback_through_the_true_jacobian_is_backprop(case: Case, low_memory: bool) -> None:
+    """On one sample, where one matrix can be the Jacobian of all samples."""
+    model, x, y, cuts, loss = case.build(seed=3)
+    if isinstance(x, tuple):
+        x = tuple(part[:1] for part in x)
+    elif isinstance(x, dict):
+        x = {key: part[:1] if isinstance(part, Tensor) else part for key, part in x.items()}
+    else:
+        x = x[:1]
+    estimator = DFA(model, cuts, loss=loss, low_memory=low_memory)
+    estimator.initialize(x)
+    for matrix, jacobian in zip(estimator.feedback, reference.jacobians(model, x, cuts), strict=True):
+        matrix.data.copy_(jacobian[0])
+    expected = reference.backprop(model, x, y[:1], loss)
+    torch.manual_seed(reference.MASKS)
+    estimator.estimate(x, y[:1])
+    for name, p in model.named_parameters():
+        close(p.grad, expected.get(name), name)
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("name", ["mlp", "group-norm", "mlp-batch-norm"])
+def test_fdfa_learns_the_mean_jacobian(name: str, noise: str) -> None:
+    """E[B - grad B] = mean_n dz_n/dh_{k,n}: the average of many steps comes within its own standard error."""
+    model, x, y, cuts, loss = by_name(name).build(seed=2)
+    estimator = FDFA(model.eval(), cuts, loss=loss, noise=noise, directions=8)
+    expected = [jacobian.mean(0) for jacobian in reference.jacobians(model, x, cuts)]
+    draws: list[list[Tensor]] = [[] for _ in cuts]
+    for _ in range(120):
+        estimator.zero_grad()
+        estimator.estimate(x, y)
+        for kept, matrix in zip(draws, estimator.feedback, strict=True):
+            assert matrix.grad is not None
+            kept.append(-matrix.grad)
+    for kept, jacobian in zip(draws, expected, strict=True):
+        reference.assert_mean(torch.stack(kept), jacobian, power=0.9)
+
+
+def test_moving_average_converges_to_the_jacobian() -> None:
+    """With SGD at rate alpha the feedback is B <- (1 - alpha) B + alpha mean(ydot (x) u)."""
+    model, x, y, cuts, loss = by_name("mlp").build(seed=2)
+    estimator = FDFA(model, cuts, loss=loss, directions=8)
+    optimizer = torch.optim.SGD(list(estimator.feedback), lr=0.02)
+    for _ in range(300):
+        optimizer.zero_grad()
+        estimator.estimate(x, y)
+        optimizer.step()
+    for matrix, jacobian in zip(estimator.feedback, reference.jacobians(model, x, cuts), strict=True):
+        assert F.cosine_similarity(matrix.flatten(), jacobian.mean(0).flatten(), dim=0) > 0.95
+        assert abs(matrix.norm() / jacobian.mean(0).norm() - 1) < 0.2
+
+
+@pytest.mark.parametrize("kind", [DFA, DKP, FDFA])
+def test_learns_beside_backprop(kind: type) -> None:
+    """A small problem, solved with an optimizer made before the feedback has a size."""
+
+    def final_loss(make: type, **options: Any) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(10, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 3))
+        x = torch.randn(128, 10)
+        y = (x[:, :3] ** 2).argmax(1)
+        estimator = make(model, **options)
+        optimizer = torch.optim.Adam(estimator.parameters(), lr=3e-3)
+        for _ in range(100):
+            optimizer.zero_grad()
+            step = estimator.estimate(x, y)
+            optimizer.step()
+        return step.loss.item()
+
+    assert final_loss(Backprop) < 0.2
+    assert final_loss(kind) < 0.8  # log 3 = 1.1 at first
