@@ -262,7 +262,7 @@ class same_randomness:
     def __init__(self, device: torch.device) -> None:
         self._device = device if device.type == "cuda" else None
         self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if self._device else None
+        self._cuda = torch.cuda.get_rng_state(device) if self._device else self._cpu
 
     def __enter__(self) -> None:
         torch.set_rng_state(self._cpu)

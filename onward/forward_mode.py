@@ -123,7 +123,7 @@ class Tangents(TorchDispatchMode):
         generator_state: Tensor | None = None,
     ) -> list[Any]:
         """The tangent of ``out`` in each direction."""
-        results = []
+        results: list[Any] = []
         for direction in range(self.directions):
             tangents = [_pick(entry, direction) for entry in held]
             if all(t is None for t in tangents):
@@ -181,11 +181,11 @@ class Tangents(TorchDispatchMode):
 
     def _write(self, target: Tensor, tangents: Sequence[Tensor | None]) -> None:
         if self._held(target) is None:
-            owner = target._base if target._is_view() else target
+            owner = target._base if target._base is not None else target
             self._attach(owner, [torch.zeros_like(owner) for _ in range(self.directions)])
         held = self._held(target)
         assert held is not None
-        for old, new in zip(held, tangents):
+        for old, new in zip(held, tangents, strict=True):
             if old is None:
                 if new is not None:
                     raise UsageError("an in-place operation mixes directions of which only some have a tangent")
@@ -202,9 +202,9 @@ class Tangents(TorchDispatchMode):
         carried = tensor.__dict__.get(_KEY)
         if carried is not None:
             return carried[1] if carried[0] is self else None
-        if tensor._is_view():  # its base may have been given a tangent after the view was taken
-            base = tensor._base
-            carried = base.__dict__.get(_KEY) if base is not None else None
+        base = tensor._base
+        if base is not None:  # a view: its base may have been given a tangent after the view was taken
+            carried = base.__dict__.get(_KEY)
             if carried is not None and carried[0] is self:
                 return tuple(None if t is None else _same_view(tensor, base, t) for t in carried[1])
         return None

@@ -37,7 +37,7 @@ def _on_tangent(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     """Linear in its first argument (a tensor, or a list of tensors of which some may have no tangent)."""
     first = t[0]
     if isinstance(first, list):
-        first = [torch.zeros_like(a) if s is None else s for a, s in zip(args[0], first)]
+        first = [torch.zeros_like(a) if s is None else s for a, s in zip(args[0], first, strict=True)]
     return None if first is None else func(first, *args[1:], **kwargs)
 
 
@@ -410,14 +410,14 @@ def by_forward_ad(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: A
 
     def dual(a: Any, s: Any) -> Any:
         if isinstance(s, list):
-            return [dual(b, r) for b, r in zip(a, s)]
+            return [dual(b, r) for b, r in zip(a, s, strict=True)]
         return a if s is None else forward_ad.make_dual(a.detach(), s)
 
     function = _UNFUSED.get(func.overloadpacket, func)
     try:
         with forward_ad.dual_level(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own, when it first loads its derivatives
-            result = function(*(dual(a, s) for a, s in zip(args, t)), **kwargs)
+            result = function(*(dual(a, s) for a, s in zip(args, t, strict=True)), **kwargs)
             return tree_map(lambda r: forward_ad.unpack_dual(r).tangent if isinstance(r, Tensor) else None, result)
     except (NotImplementedError, RuntimeError) as error:
         raise UsageError(

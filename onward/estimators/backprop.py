@@ -68,12 +68,12 @@ def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
                     segment = []
             return nn.Sequential(*segment)(h)
 
-        forwards = {model: forward}
+        forwards: dict[nn.Module, Any] = {model: forward}
     else:
         modules = [model.get_submodule(name) for name in cuts]
         forwards = {module: partial(again, module.forward) for module in modules}
-    for module, forward in forwards.items():
-        module.forward = forward  # type: ignore[method-assign]
+    for module, again_forward in forwards.items():
+        module.forward = again_forward
     try:
         yield
     finally:

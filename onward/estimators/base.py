@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward.cuts import check_names, default_cuts
-from onward.errors import UsageError
+from onward.errors import UsageError, unknown
 
 Loss = Callable[[Tensor, Any], Tensor]
+ROLES = ("network", "feedback")
 
 
 class Step(NamedTuple):
@@ -79,9 +80,9 @@ class Estimator(nn.Module):
         >>> [(group["role"], group["lr"]) for group in groups]
         [('network', 0.0001), ('feedback', 0.001)]
         """
-        if unknown := set(options) - set(self._roles()):
-            if unknown - {"network", "feedback"}:
-                raise UsageError(f"unknown parameter role {min(unknown)!r}: the roles are network and feedback")
+        for role in options:
+            if role not in ROLES:
+                raise unknown("parameter role", role, ROLES)
         groups = [{"params": params, "role": role, **options.get(role, {})} for role, params in self._roles().items()]
         return [group for group in groups if group["params"]]
 
@@ -108,10 +109,13 @@ class Estimator(nn.Module):
 
 def call(model: nn.Module, x: Any) -> Tensor:
     """The network's output for one input, a tuple of positional inputs, or a dict of keyword inputs."""
-    if isinstance(x, dict):
-        out = model(**x)
-    else:
-        out = model(*x) if isinstance(x, (tuple, list)) else model(x)
+    match x:
+        case dict():
+            out = model(**x)
+        case tuple() | list():
+            out = model(*x)
+        case _:
+            out = model(x)
     if not isinstance(out, Tensor):
         raise UsageError(
             f"the network returned a {type(out).__name__}, not a tensor: wrap it in a module that returns the tensor that "

@@ -41,7 +41,8 @@ class DirectFeedback(SignalEstimator):
         super().__init__(model, cuts, loss=loss, low_memory=low_memory, seed=seed, allow_bypass=allow_bypass)
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self.feedback = _LazyMatrices(
-            UninitializedParameter(self.learns, device=like.device, dtype=like.dtype) for _ in self.cuts
+            UninitializedParameter(self.learns, device=like.device, dtype=like.dtype)  # type: ignore[call-arg, arg-type]
+            for _ in self.cuts
         )
 
     def initialize(self, x: Any) -> None:
@@ -179,7 +180,7 @@ class FDFA(DirectFeedback):
         matrix = self.feedback[k]
         gradient = matrix.detach()
         scale = -1.0 / (error.e.shape[0] * self.directions)
-        for tangent, u in zip(error.tangents, error.directions(self, k, h)):
+        for tangent, u in zip(error.tangents, error.directions(self, k, h), strict=True):
             gradient = torch.addmm(gradient, tangent.to(matrix.dtype).T, u.flatten(1).to(matrix.dtype), alpha=scale)
         return gradient
 

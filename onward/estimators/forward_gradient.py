@@ -84,7 +84,7 @@ class ForwardGradient(SignalEstimator):
 
     def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
         delta = torch.zeros_like(h)
-        for tangent, u in zip(error.tangents, error.directions(self, k, h)):
+        for tangent, u in zip(error.tangents, error.directions(self, k, h), strict=True):
             slopes = (error.e * tangent).sum(1).view(-1, *[1] * (h.dim() - 1))
             delta.addcmul_(slopes.to(h.dtype), u, value=1 / self.directions)
         return delta
@@ -108,7 +108,7 @@ class ForwardGradient(SignalEstimator):
         loss, e = self._output_error(logits, y)
         slopes = [float((e * t).sum()) if t is not None else 0.0 for t in moved]
         for name, p in trained.items():
-            for slope, v in zip(slopes, drawn.pop(name)):
+            for slope, v in zip(slopes, drawn.pop(name), strict=True):
                 # The direction itself becomes the gradient: no memory beyond the model's own.
                 v.mul_(slope / self.directions)
                 p.grad = v if p.grad is None else p.grad.add_(v)

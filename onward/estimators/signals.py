@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from onward import directions
 from onward.cuts import BypassCheck, cut_graph, frozen_statistics, same_randomness
@@ -88,11 +89,15 @@ class SignalEstimator(Estimator):
         with torch.no_grad():
             error = OutputError(e, tangents_out, drawn)
             signals = [self.signal(k, h.detach(), error).to(h.dtype) for k, h in enumerate(outputs)]
-        ends = [(h, delta) for h, delta in zip(outputs, signals) if h.requires_grad]
+        ends = [(h, delta) for h, delta in zip(outputs, signals, strict=True) if h.requires_grad]
         torch.autograd.backward([h for h, _ in ends] + [logits], [delta for _, delta in ends] + [e.to(logits.dtype)])
         return Step(loss, logits.detach())
 
     def _block_by_block(self, x: Any, y: Any) -> Step:
+        for p in self.parameters():
+            # What outlives the pass comes first, so that it does not lie scattered among what the blocks allocate and free.
+            if p.requires_grad and p.grad is None and not is_lazy(p):
+                p.grad = torch.zeros_like(p)
         again = same_randomness(device_of(self.model))
 
         def pass_on(k: int, h: Tensor) -> Tensor:
@@ -138,7 +143,7 @@ class SignalEstimator(Estimator):
                 "compiled or scripted module, NumPy, or .detach(): train the uncompiled network"
             )
         tangents.release()
-        tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn)))
+        tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn, strict=True)))
         return drawn
 
     def _tangents_of(self, tangents: Tangents | None, logits: Tensor) -> list[Tensor]:
@@ -166,8 +171,8 @@ class SignalEstimator(Estimator):
         if not logits.requires_grad:
             where = f"after the cut {self.cuts[-1]!r} " if self.cuts else ""
             raise UsageError(
-                f"the last block has no parameters to train: nothing {where}requires a gradient. Leave out that cut, or unfreeze "
-                "the output layer"
+                f"the last block has no parameters to train: nothing {where}requires a gradient. Leave out that cut, or "
+                "unfreeze the output layer"
             )
 
 

@@ -1,0 +1,68 @@
+"""How the benchmarks measure: candidates in turn within one process for time, each in a fresh process for memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+from torch import nn
+
+import onward
+from onward.lab import memory
+
+CPU = torch.device("cpu")
+
+ESTIMATORS: dict[str, Callable[[nn.Module], onward.Estimator]] = {
+    "bp": onward.Backprop,
+    "bp-checkpoint": lambda model: onward.Backprop(model, checkpoint=True),
+    "dfa": onward.DFA,
+    "dkp": onward.DKP,
+    "fdfa": onward.FDFA,
+    "fdfa-low-memory": lambda model: onward.FDFA(model, low_memory=True),
+    "fg-activation": onward.ForwardGradient,
+    "fg-activation-low-memory": lambda model: onward.ForwardGradient(model, low_memory=True),
+    "fg-weight": lambda model: onward.ForwardGradient(model, space="avg-weight"),
+    "fg-weight-rademacher": lambda model: onward.ForwardGradient(model, space="avg-weight", noise="rademacher"),
+}
+
+
+def in_turn(candidates: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call, the candidates taken in turn (A B C A B C ...), so that a slow spell of the machine hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(warm_up + repeats):
+        for name, candidate in candidates.items():
+            start = time.perf_counter()
+            candidate()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: times[warm_up:] for name, times in seconds.items()}
+
+
+def ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Median, least and greatest of the ratios taken pair by pair."""
+    ratios = [a / b for a, b in zip(times, base, strict=True)]
+    return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What ``function`` returns in a process that has done nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def peak_of(work: Callable[[], object]) -> int:
+    """Bytes by which the process's largest resident size grew over its size before ``work``."""
+    memory.reset_peak(CPU)
+    before = memory.peak(CPU)
+    work()
+    return memory.peak(CPU) - before
+
+
+def own_bytes(estimator: onward.Estimator) -> int:
+    """Bytes of parameters, feedback matrices, their gradients, and buffers: what training needs under any algorithm."""
+    parameters = [tensor for p in estimator.parameters() for tensor in (p, p.grad) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in [*parameters, *estimator.buffers()])
