@@ -224,6 +224,16 @@ def test_frozen_parameters(kind: str, frozen: list[str]) -> None:
         assert (p.grad is not None) == p.requires_grad
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "fg-weight"])
+def test_parameters_that_the_network_does_not_use(kind: str) -> None:
+    """They keep no gradient, as after `loss.backward()`, so that an optimizer's weight decay leaves them alone."""
+    model, x, y, cuts, loss = by_name("mlp").build()
+    model[0].unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    model[2].unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    KINDS[kind](model, cuts, loss=loss).estimate(x, y)
+    assert [name for name, p in model.named_parameters() if p.grad is None] == ["0.unused", "2.unused"]
+
+
 @ALL
 def test_batches_of_different_sizes(kind: str) -> None:
     estimator, x, y = built(kind)
@@ -240,7 +250,7 @@ def test_labels_out_of_range(kind: str, label: int) -> None:
     with pytest.raises(UsageError, match=rf"{label}.*0 to 2"):
         estimator.estimate(x, y)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in estimator.modules())
-    assert all(p.grad is None for p in estimator.parameters())
+    assert not any(p.grad is not None and p.grad.any() for p in estimator.parameters())
     assert estimator.step == 0
 
 
@@ -326,9 +336,10 @@ def test_under_autocast(kind: str) -> None:
 
 
 @ALL
-def test_channels_last(kind: str) -> None:
+@pytest.mark.parametrize("name", ["cnn-batch-norm", "residual", "group-norm", "convolutions"])
+def test_channels_last(kind: str, name: str) -> None:
     """The layout of images in memory changes nothing."""
-    model, x, y, cuts, loss = by_name("cnn-batch-norm").build(seed=2)
+    model, x, y, cuts, loss = by_name(name).build(seed=2)
     plain = KINDS[kind](copy.deepcopy(model), cuts, loss=loss)
     other = KINDS[kind](model.to(memory_format=torch.channels_last), cuts, loss=loss)
     plain.estimate(x, y)
