@@ -141,7 +141,7 @@ class Tangents(TorchDispatchMode):
         return results
 
     def _give(self, out: Tensor, tangents: Sequence[Tensor | None], func: Any, held: list[Any]) -> None:
-        if not out.is_floating_point() or all(t is None for t in tangents):
+        if not (out.is_floating_point() or out.is_complex()) or all(t is None for t in tangents):
             return
         fitted = []
         for direction, tangent in enumerate(tangents):

@@ -383,18 +383,14 @@ def _recurrent_layer(
     """One direction of one LSTM layer, time first, out of operations that have a derivative."""
     has_biases = options[4]
     weights = [w1, w2, w3, w4] if has_biases else [w1, w2]
-    with torch.backends.mkldnn.flags(enabled=False):
-        y, h, c = torch.lstm(
-            x.flip(0) if reverse else x,
-            (hx.unsqueeze(0), cx.unsqueeze(0)),
-            weights,
-            has_biases,
-            1,
-            0.0,
-            False,
-            False,
-            False,
-        )
+    fused = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    try:
+        x = x.flip(0) if reverse else x
+        start = (hx.unsqueeze(0), cx.unsqueeze(0))
+        y, h, c = torch.lstm(x, start, weights, has_biases, 1, 0.0, False, False, False)
+    finally:
+        torch.backends.mkldnn.enabled = fused
     return (y.flip(0) if reverse else y), h.squeeze(0), c.squeeze(0), None
 
 

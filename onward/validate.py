@@ -1,4 +1,4 @@
-"""Before training: which modules forward mode cannot differentiate, and which mix samples."""
+"""Before training: which modules forward mode cannot differentiate or must run uncompiled, and which mix samples."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ _MIXES_SAMPLES = (
     "normalises with the statistics of the batch, so samples influence one another's losses",
     "per-sample derivatives leave that influence out: expect it, or use group or layer norm, or put it in eval mode",
 )
-_INVISIBLE = (
-    "is compiled, and compiled code drops tangents",
-    "train the uncompiled network (its parameters are the same objects) and compile it for inference",
+_UNCOMPILED = (
+    "is compiled, and runs uncompiled while a forward pass carries tangents",
+    "expect no gain from compiling it, except in evaluation and with estimators that carry none (Backprop, DFA, DKP)",
 )
 _NO_RULE = "has no forward derivative in PyTorch"
 
 _PROBLEMS: dict[type, tuple[str, str]] = {
     nn.EmbeddingBag: (_NO_RULE, "use nn.Embedding and sum or average over the bag"),
     nn.CTCLoss: (_NO_RULE, "give it to the estimator as loss=, where it is differentiated in reverse"),
-    nn.PairwiseDistance: ("may use cdist, which " + _NO_RULE, "write the distance out with subtraction and square"),
 }
 
 
@@ -49,9 +48,9 @@ def validate(model: nn.Module) -> list[Problem]:
     """
     found = []
     for name, module in model.named_modules():
-        if isinstance(module, (torch._dynamo.eval_frame.OptimizedModule, torch.jit.ScriptModule)):
-            found.append(Problem(name, *_INVISIBLE))
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+        if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) or module._compiled_call_impl is not None:
+            found.append(Problem(name, *_UNCOMPILED))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             found.append(Problem(name, *_MIXES_SAMPLES))
         for kind, problem in _PROBLEMS.items():
             if isinstance(module, kind):

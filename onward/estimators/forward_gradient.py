@@ -102,8 +102,8 @@ class ForwardGradient(SignalEstimator):
             moved = [tangents.get(logits, i) for i in range(self.directions)]
         if any(t is None for t in moved):
             raise UsageError(
-                "no tangent reached the network's output from any parameter: part of the network is invisible to forward mode, "
-                "such as a compiled or scripted module, or nothing in it requires a gradient"
+                "no tangent reached the network's output from any parameter: part of the network is invisible to forward mode "
+                "(.detach(), NumPy, a custom operation), or nothing in it requires a gradient"
             )
         loss, e = self._output_error(logits, y)
         slopes = [float((e * t).sum()) if t is not None else 0.0 for t in moved]

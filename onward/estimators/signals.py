@@ -139,8 +139,8 @@ class SignalEstimator(Estimator):
         arrived = [tangents.get(h, index) for index in range(self.directions)]
         if k > 0 and any(t is None for t in arrived):
             raise UsageError(
-                f"no tangent reached cut {self.cuts[k]!r}: something before it is invisible to forward mode, such as a "
-                "compiled or scripted module, NumPy, or .detach(): train the uncompiled network"
+                f"no tangent reached cut {self.cuts[k]!r}: something before it is invisible to forward mode, such as "
+                ".detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
             )
         tangents.release()
         tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn, strict=True)))
@@ -154,7 +154,7 @@ class SignalEstimator(Estimator):
         if any(t is None for t in found):
             raise UsageError(
                 f"no tangent reached the network's output from cut {self.cuts[-1]!r}: something after it is invisible to "
-                "forward mode, such as a compiled or scripted module, NumPy, or .detach(): train the uncompiled network"
+                "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
             )
         return [t for t in found if t is not None]
 
