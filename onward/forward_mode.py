@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class Tangents(TorchDispatchMode):
         for tangent in tangents:
             if tangent.shape != tensor.shape:
                 raise UsageError(f"a tangent of shape {tuple(tangent.shape)} for a tensor of shape {tuple(tensor.shape)}")
-        self._attach(tensor, tangents)
+        self._attach(tensor, [_like(tensor, tangent) for tangent in tangents])
 
     def get(self, tensor: Tensor, direction: int = 0) -> Tensor | None:
         """The tangent of ``tensor`` in one direction, or None where it does not depend on any tensor that was given one."""
@@ -148,10 +149,10 @@ class Tangents(TorchDispatchMode):
             if tangent is not None:
                 # A tangent mirrors its tensor's layout, so that every view of the one is a view of the other; and no two
                 # tensors share one unless they share memory, so that in-place operations may write to it.
-                if tangent.stride() != out.stride() or tangent.dtype != out.dtype:
-                    tangent = torch.empty_like(out).copy_(tangent)
-                elif not func.is_view and any(_contains(_pick(entry, direction), tangent) for entry in held):
-                    tangent = tangent.clone()
+                fit = _like(out, tangent)
+                if fit is tangent and not func.is_view and any(_contains(_pick(entry, direction), tangent) for entry in held):
+                    fit = tangent.clone()
+                tangent = fit
             fitted.append(tangent)
         self._attach(out, fitted)
 
@@ -167,11 +168,15 @@ class Tangents(TorchDispatchMode):
             func(*args, **kwargs)
             self._write(target, [_pick(held[1], direction) for direction in range(self.directions)])
             return target
+        if torch.Tag.inplace_view in func.tags:
+            func(*args, **kwargs)
+            self._attach(target, [None if t is None else func(t.detach(), *args[1:], **kwargs) for t in held[0]])
+            return target
         if not name.endswith("_"):
             raise UsageError(
                 f"forward mode cannot follow {func}, which writes to an argument: use the form that returns its result"
             )
-        functional = getattr(getattr(torch.ops.aten, name[:-1]), func._overloadname)
+        functional = _out_of_place(func)
         value = functional(*args, **kwargs)
         rule = RULES.get(functional.overloadpacket)
         tangents = self._apply(rule, functional, args, kwargs, value, held)
@@ -228,6 +233,22 @@ def _pick(held: Any, direction: int) -> Any:
 
 def _contains(tangents: Any, tangent: Tensor) -> bool:
     return tangents is tangent or (isinstance(tangents, list) and any(t is tangent for t in tangents))
+
+
+def _like(tensor: Tensor, tangent: Tensor) -> Tensor:
+    """The tangent in the tensor's own layout and dtype."""
+    if tangent.stride() == tensor.stride() and tangent.dtype == tensor.dtype:
+        return tangent
+    return torch.empty_like(tensor).copy_(tangent)
+
+
+@lru_cache
+def _out_of_place(func: Any) -> Any:
+    """The operation that returns what ``func`` writes into its first argument."""
+    packet = getattr(torch.ops.aten, func.overloadpacket.__name__[:-1])
+    wanted = [str(argument.type) for argument in func._schema.arguments]
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    return next(o for o in overloads if [str(a.type) for a in o._schema.arguments] == wanted and not o._schema.is_mutable)
 
 
 def _same_view(view: Tensor, base: Tensor, tangent: Tensor) -> Tensor:

@@ -41,11 +41,9 @@ def _on_tangent(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     return None if first is None else func(first, *args[1:], **kwargs)
 
 
-def _on_tangent_of_zero(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
-    """As :func:`_on_tangent`, for operations whose last argument is a constant that fills in: its tangent is zero."""
-    return (
-        func(t[0], *args[1:2], 0, **kwargs) if t[0] is not None and len(args) > 2 else _on_tangent(func, args, kwargs, out, t)
-    )
+def _pad(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
+    """The constant that fills in has no tangent."""
+    return func(t[0], args[1], 0)
 
 
 def _bilinear(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
@@ -144,12 +142,12 @@ def _group_norm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     tangent = None
     if t[0] is not None:
         tangent = aten.native_group_norm_backward(
-            t[0].contiguous(), x, out[1], out[2], None, samples, channels, positions, groups, [True, False, False]
+            t[0].contiguous(), x.contiguous(), out[1], out[2], None, samples, channels, positions, groups, [True, False, False]
         )[0]
         tangent = tangent if weight is None else tangent * _per_channel(weight, x)
     if t[1] is not None:
         per_group = (samples, groups, -1)
-        normalised = ((x.reshape(per_group) - out[1].unsqueeze(-1)) * out[2].unsqueeze(-1)).view_as(x)
+        normalised = ((x.contiguous().reshape(per_group) - out[1].unsqueeze(-1)) * out[2].unsqueeze(-1)).view_as(x)
         tangent = _plus(tangent, normalised * _per_channel(t[1], x))
     return (tangent if t[2] is None else _plus(tangent, _per_channel(t[2], x).expand(x.shape))), None, None
 
@@ -222,6 +220,17 @@ def _backward_kernel(kernel: Callable[..., Tensor]) -> Rule:
     return rule
 
 
+def _masked_fill(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
+    kept = torch.zeros_like(out) if t[0] is None else t[0].masked_fill(args[1], 0)
+    return kept if t[2] is None else torch.where(args[1], t[2], kept)
+
+
+def _leaky(t: Tensor, a: Sequence[Any]) -> Tensor:
+    """Randomised leaky ReLU: its second argument holds the slopes that were drawn, in training."""
+    lower, upper, training = _option(a, 2, 0.125), _option(a, 3, 1 / 3), _option(a, 4, False)
+    return t * a[1] if training else aten.leaky_relu_backward(t, a[0], (lower + upper) / 2, False)
+
+
 def _option(args: Sequence[Any], index: int, default: Any) -> Any:
     return args[index] if len(args) > index else default
 
@@ -240,7 +249,7 @@ _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     aten.sigmoid: lambda t, a, k, out: aten.sigmoid_backward(t, out),
     aten.softplus: lambda t, a, k, out: aten.softplus_backward(t, a[0], _option(a, 1, 1), _option(a, 2, 20)),
     aten.elu: lambda t, a, k, out: aten.elu_backward(t, _option(a, 1, 1), _option(a, 2, 1), _option(a, 3, 1), False, a[0]),
-    aten.rrelu_with_noise: lambda t, a, k, out: t * torch.where(a[0] > 0, 1.0, a[1] if a[4] else (a[2] + a[3]) / 2),
+    aten.rrelu_with_noise: lambda t, a, k, out: _leaky(t, a),
     aten.exp: lambda t, a, k, out: t * out,
     aten.log: lambda t, a, k, out: t / a[0],
     aten.sqrt: lambda t, a, k, out: t / (2 * out),
@@ -347,7 +356,8 @@ RULES: dict[Any, Rule] = {
     **{operation: _backward_kernel(kernel) for operation, kernel in _ELEMENTWISE.items()},
     **dict.fromkeys((aten.mm, aten.bmm, aten.mv, aten.dot, aten.mul), _bilinear),
     **dict.fromkeys((aten.addmm, aten.baddbmm), _addmm),
-    **dict.fromkeys((aten.constant_pad_nd, aten.masked_fill), _on_tangent_of_zero),
+    aten.constant_pad_nd: _pad,
+    aten.masked_fill: _masked_fill,
     **dict.fromkeys((aten.native_batch_norm, aten.cudnn_batch_norm), _batch_norm),
     **dict.fromkeys((aten.max_pool2d_with_indices, aten.adaptive_max_pool2d, aten.fractional_max_pool2d), _gathered(2)),
     **dict.fromkeys((aten.max_pool3d_with_indices, aten.adaptive_max_pool3d), _gathered(3)),
@@ -407,7 +417,10 @@ def by_forward_ad(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: A
     def dual(a: Any, s: Any) -> Any:
         if isinstance(s, list):
             return [dual(b, r) for b, r in zip(a, s, strict=True)]
-        return a if s is None else forward_ad.make_dual(a.detach(), s)
+        if s is None:
+            return a
+        # A dual number wants tensor and tangent in one layout (an expanded tensor has none that a tangent could share).
+        return forward_ad.make_dual(a.detach() if a.stride() == s.stride() else torch.empty_like(s).copy_(a), s)
 
     function = _UNFUSED.get(func.overloadpacket, func)
     try:

@@ -28,6 +28,10 @@ def test_equals_backward(case: Case, checkpoint: bool, train: bool) -> None:
     after = torch.get_rng_state()
 
     torch.manual_seed(reference.MASKS)
+    if checkpoint and case.name == "in-place":
+        with pytest.raises((UsageError, RuntimeError), match=r"in.?place"):  # what is overwritten cannot be run again
+            estimator.estimate(x, y)
+        return
     step = estimator.estimate(x, y)
     assert torch.equal(torch.get_rng_state(), after)
     assert torch.equal(step.loss, value)

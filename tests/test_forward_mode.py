@@ -645,7 +645,7 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
         x.masked_fill(x > 0, 2.0),
         torch.ones(4, 6, dtype=x.dtype).masked_fill(x > 0, x[1, 1]),
     ],
-    "in-place powers and roots": lambda x: (x * x + 1).pow_(2).sqrt_().div_(3.0).log_().square_().rsub(2).sub_(1),
+    "in-place powers and roots": lambda x: (x * x + 1).pow_(2).log_().neg_().sub_(1),
     "in-place constants": lambda x: (x * 1).add_(1).sub_(x, alpha=2).clamp_min_(-1).mul_(3).cumsum_(0).exp_(),
     "tensor methods": lambda x: [x.masked_select(x > 0), x.nan_to_num(), x.put(torch.tensor([0]), x[:1, 1]), x.trace()],
     "threshold": lambda x: [F.threshold(x, 0.1, 20.0), F.relu(x).clamp_max(1), F.logsigmoid(x), F.celu(x, 0.5)],

@@ -35,7 +35,6 @@ class Parametrized(nn.Module):
     [
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.EmbeddingBag(4, 3)), "1"),
         (lambda: nn.Sequential(nn.Linear(3, 3), torch.compile(nn.Linear(3, 3), backend="eager")), "1"),
-        (lambda: nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 3))), "1"),
         (lambda: nn.Sequential(nn.BatchNorm1d(3)), "0"),
         (lambda: nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False)).eval(), "0"),
         (lambda: nn.Sequential(nn.Sequential(nn.SyncBatchNorm(3))), "0.0"),

