@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -55,7 +55,7 @@ def main() -> None:
         model(x).sum().backward()
 
     names = {"plain forward": plain, "onward tangents": tangents, "dual numbers": dual_numbers, "backprop": backprop}
-    times = in_turn(names, options.repeats)
+    times = in_turn(names, options.turns, calls=1)
     print(f"torch {torch.__version__}, {options.threads} threads, {options.layers} layers, batch {options.batch_size}")
     for name, seconds in times.items():
         middle, least, greatest = ratio(seconds, times["plain forward"])

@@ -31,15 +31,21 @@ ESTIMATORS: dict[str, Callable[[nn.Module], onward.Estimator]] = {
 }
 
 
-def in_turn(candidates: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, the candidates taken in turn (A B C A B C ...), so that a slow spell of the machine hits all."""
+def in_turn(candidates: dict[str, Callable[[], object]], turns: int, calls: int = 5) -> dict[str, list[float]]:
+    """Seconds per call in each turn; candidates take turns (A B C A B C ...), so that a slow spell of the machine hits all.
+
+    A turn is one call that is not timed, which brings the candidate's own data back into the caches, and ``calls`` that are:
+    the conditions of training, where one step follows the other.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(warm_up + repeats):
+    for _ in range(turns):
         for name, candidate in candidates.items():
-            start = time.perf_counter()
             candidate()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: times[warm_up:] for name, times in seconds.items()}
+            start = time.perf_counter()
+            for _ in range(calls):
+                candidate()
+            seconds[name].append((time.perf_counter() - start) / calls)
+    return seconds
 
 
 def ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:

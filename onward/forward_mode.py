@@ -8,7 +8,6 @@ a block needs to differentiate itself and the directional derivatives that direc
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -49,7 +48,7 @@ class Tangents(TorchDispatchMode):
     def __init__(self, directions: int = 1) -> None:
         super().__init__()
         self.directions = directions
-        self._carriers: list[weakref.ref[Tensor]] = []
+        self._parameters: list[Tensor] = []
 
     def set(self, tensor: Tensor, *tangents: Tensor) -> None:
         """Give ``tensor`` its tangents, one for each direction; they become ours (in-place operations may write to them)."""
@@ -65,30 +64,26 @@ class Tangents(TorchDispatchMode):
         held = self._held(tensor)
         return None if held is None else held[direction]
 
-    def release(self) -> None:
-        """Take back every tangent given out so far (a tensor that autograd keeps would keep its tangent too)."""
-        for reference in self._carriers:
-            if (tensor := reference()) is not None:
-                tensor.__dict__.pop(_KEY, None)
-        self._carriers.clear()
-
     def __enter__(self) -> Tangents:
         # A rule may need autograd's forward mode for one operation: remember how dispatch looks outside of this mode.
         self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
         self._settings = (torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole encoder layer
         torch.set_autocast_cache_enabled(False)  # a cached cast of a weight has no tangent
+        self._saving = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+        self._saving.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *failure: Any) -> None:
         super().__exit__(*failure)
+        self._saving.__exit__(*failure)
         torch.backends.mha.set_fastpath_enabled(self._settings[0])
         torch.set_autocast_cache_enabled(self._settings[1])
         # Parameters outlive the pass; a tangent left on one would be taken for this pass's own.
-        for reference in self._carriers:
-            if isinstance(tensor := reference(), torch.nn.Parameter):
-                tensor.__dict__.pop(_KEY, None)
+        for parameter in self._parameters:
+            parameter.__dict__.pop(_KEY, None)
+        self._parameters.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -201,7 +196,8 @@ class Tangents(TorchDispatchMode):
 
     def _attach(self, tensor: Tensor, tangents: Sequence[Tensor | None]) -> None:
         tensor.__dict__[_KEY] = (self, tuple(tangents))
-        self._carriers.append(weakref.ref(tensor))
+        if isinstance(tensor, torch.nn.Parameter):
+            self._parameters.append(tensor)
 
     def _held(self, tensor: Tensor) -> tuple[Tensor | None, ...] | None:
         carried = tensor.__dict__.get(_KEY)
@@ -233,6 +229,21 @@ def _pick(held: Any, direction: int) -> Any:
 
 def _contains(tangents: Any, tangent: Tensor) -> bool:
     return tangents is tangent or (isinstance(tangents, list) and any(t is tangent for t in tangents))
+
+
+def _pack(tensor: Tensor) -> tuple[Tensor, int]:
+    """What autograd saves in place of a tensor: the same memory without the tangent, which so dies with the tensor itself."""
+    with torch._C._DisableTorchDispatch():
+        return tensor.detach(), tensor._version
+
+
+def _unpack(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:  # autograd's own check does not see through hooks
+        raise RuntimeError(
+            f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs has been modified by an in-place operation"
+        )
+    return tensor
 
 
 def _like(tensor: Tensor, tangent: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import CASES, Case, by_name
 from torch import Tensor, nn
 
-from onward import DFA, DKP, FDFA, Backprop, UsageError
+from onward import DFA, DKP, FDFA, Backprop, UsageError, directions
 
 SEED = 11
 KINDS = {
@@ -214,3 +214,29 @@ def test_learns_beside_backprop(kind: type) -> None:
 
     assert final_loss(Backprop) < 0.2
     assert final_loss(kind) < 0.8  # log 3 = 1.1 at first
+
+
+def test_branch_that_runs_beside_a_later_cut() -> None:
+    """What leaves cut a and rejoins after cut b is part of the Jacobian with respect to a."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Sequential(nn.Linear(4, 5), nn.Tanh()), nn.Sequential(nn.Linear(5, 6), nn.Tanh())
+            self.beside, self.output = nn.Linear(5, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.a(x)
+            beside = self.beside(h)
+            return self.output(self.b(h) + beside)
+
+    torch.manual_seed(0)
+    model = Net().double()
+    x, y = torch.randn(2, 4, dtype=torch.float64), torch.tensor([1, 2])
+    estimator = FDFA(model, ["a", "b"])
+    estimator.estimate(x, y)
+    u = [directions.draw((2, d), seed=0, step=0, block=k, dtype=torch.float64) for k, d in enumerate((5, 6))]
+    h = model.a(x).detach()
+    ydot = torch.func.jvp(lambda a: model.output(model.b(a) + model.beside(a)), (h,), (u[0],))[1] + u[1] @ model.output.weight.T
+    close(estimator.feedback[0].grad, -ydot.T @ u[0] / 2)
+    close(estimator.feedback[1].grad, -ydot.T @ u[1] / 2)

@@ -153,7 +153,7 @@ class SignalEstimator(Estimator):
         return Step(loss, logits)
 
     def _perturb(self, tangents: Tangents, k: int, h: Tensor, passed_on: Tensor) -> list[Tensor]:
-        """Add a fresh direction to the tangent that arrives at cut k; the tangents inside the block have done their work."""
+        """Add a fresh direction to the tangent that arrives at cut k."""
         drawn = [self.direction(k, passed_on, index) for index in range(self.directions)]
         arrived = [tangents.get(h, index) for index in range(self.directions)]
         if k > 0 and any(t is None for t in arrived):
@@ -161,7 +161,6 @@ class SignalEstimator(Estimator):
                 f"no tangent reached cut {self.cuts[k]!r}: something before it is invisible to forward mode, such as "
                 ".detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
             )
-        tangents.release()
         tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn, strict=True)))
         return drawn
 
@@ -169,7 +168,6 @@ class SignalEstimator(Estimator):
         if tangents is None or not self.cuts:
             return []
         found = [tangents.get(logits, index) for index in range(self.directions)]
-        tangents.release()
         if any(t is None for t in found):
             raise UsageError(
                 f"no tangent reached the network's output from cut {self.cuts[-1]!r}: something after it is invisible to "
