@@ -63,14 +63,15 @@ class DirectFeedback(SignalEstimator):
     def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
         matrix = self._matrix(k, h, error.e)
         delta = (error.e.to(matrix.dtype) @ matrix).view(h.shape)
-        gradient = self.feedback_gradient(k, h, error) if self.learns else None
-        if gradient is not None:
-            matrix.grad = gradient if matrix.grad is None else matrix.grad.add_(gradient)
+        if self.learns:
+            if matrix.grad is None:
+                matrix.grad = torch.zeros_like(matrix)
+            self.learn(k, h, error, matrix.grad)
         return delta
 
-    def feedback_gradient(self, k: int, h: Tensor, error: OutputError) -> Tensor | None:
-        """What the optimizer of B_k is given after this step, or None where B_k does not learn."""
-        return None
+    def learn(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
+        """Add what B_k learns from this step to ``gradient``, its ``.grad``."""
+        raise NotImplementedError
 
     def initial_matrix(self, k: int, matrix: Tensor) -> None:
         """Fill B_k for the first time; zero unless a method says otherwise."""
@@ -138,9 +139,8 @@ class DKP(DirectFeedback):
 
     reads_outputs = True
 
-    def feedback_gradient(self, k: int, h: Tensor, error: OutputError) -> Tensor:
-        matrix = self.feedback[k]
-        return error.e.to(matrix.dtype).T @ h.flatten(1).to(matrix.dtype)
+    def learn(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
+        gradient.addmm_(error.e.to(gradient.dtype).T, h.flatten(1).to(gradient.dtype))
 
 
 class FDFA(DirectFeedback):
@@ -178,13 +178,11 @@ class FDFA(DirectFeedback):
         super().__init__(model, cuts, **options)
         self.directions, self.noise = directions, noise
 
-    def feedback_gradient(self, k: int, h: Tensor, error: OutputError) -> Tensor:
-        matrix = self.feedback[k]
-        gradient = matrix.detach()
+    def learn(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
+        gradient.add_(self.feedback[k])
         scale = -1.0 / (error.e.shape[0] * self.directions)
         for tangent, u in zip(error.tangents, error.directions(self, k, h), strict=True):
-            gradient = torch.addmm(gradient, tangent.to(matrix.dtype).T, u.flatten(1).to(matrix.dtype), alpha=scale)
-        return gradient
+            gradient.addmm_(tangent.to(gradient.dtype).T, u.flatten(1).to(gradient.dtype), alpha=scale)
 
 
 class _LazyMatrices(nn.ParameterList):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -72,16 +72,17 @@ class SignalEstimator(Estimator):
         return self._block_by_block(x, y) if self.low_memory else self._all_at_once(x, y)
 
     def _all_at_once(self, x: Any, y: Any) -> Step:
+        self._allocate_gradients(self._roles().get("feedback", []))
         outputs: list[Tensor] = []
         versions: list[int] = []
-        drawn: list[list[Tensor]] = []
+        drawn: dict[int, list[Tensor]] = {}
 
         def deliver(k: int, h: Tensor) -> Tensor:
             outputs.append(h)
             versions.append(h._version)
             passed_on = h.detach()
             if tangents is not None:
-                drawn.append(self._perturb(tangents, k, h, passed_on))
+                drawn[k] = self._perturb(tangents, k, h, passed_on)
             return passed_on
 
         tangents = Tangents(self.directions) if self.directions else None
@@ -89,21 +90,17 @@ class SignalEstimator(Estimator):
             logits = call(self.model, x)
             tangents_out = self._tangents_of(tangents, logits)
         self._check(outputs, logits)
-        for name, h, version in zip(self.cuts, outputs, versions, strict=True):
-            if self.reads_outputs and h._version != version:
-                raise UsageError(
-                    f"what follows cut {name!r} overwrites that block's output in place, and {type(self).__name__} still needs "
-                    "it: use low_memory=True, or the form of that module that is not in place"
-                )
+        if self.reads_outputs:
+            self._check_kept(outputs, versions)
         loss, e = self._output_error(logits, y)
-        torch.autograd.backward(logits, e.to(logits.dtype), retain_graph=self.allow_bypass)
-        logits = logits.detach()
         error = OutputError(e, tangents_out, drawn)
-        while outputs:  # each block's graph, signal and directions go before the next block's signal comes
-            self._differentiate(len(outputs) - 1, outputs.pop(), error)
-            if drawn:
-                drawn.pop()
-        return Step(loss, logits)
+        # Nothing has to wait for a later block, so the first blocks, with most to forget and the fewest parameters, go first.
+        outputs.reverse()
+        for k in range(len(outputs)):
+            self._differentiate(k, outputs.pop(), error)
+            drawn.pop(k, None)
+        torch.autograd.backward(logits, e.to(logits.dtype))
+        return Step(loss, logits.detach())
 
     def _differentiate(self, k: int, h: Tensor, error: OutputError) -> None:
         """Hand block k its error signal, and let it find the gradients of its own parameters."""
@@ -113,10 +110,7 @@ class SignalEstimator(Estimator):
             torch.autograd.backward(h, delta, retain_graph=self.allow_bypass)
 
     def _block_by_block(self, x: Any, y: Any) -> Step:
-        # What outlives the pass comes first, so that it does not lie scattered among what the blocks allocate and free.
-        fresh = [p for p in self.parameters() if p.requires_grad and not is_lazy(p) and p.grad is None]
-        for p in fresh:
-            p.grad = torch.zeros_like(p)
+        fresh = self._allocate_gradients(self.parameters())
         again = same_randomness(device_of(self.model))
 
         def pass_on(k: int, h: Tensor) -> Tensor:
@@ -152,6 +146,14 @@ class SignalEstimator(Estimator):
                 p.grad = None
         return Step(loss, logits)
 
+    @staticmethod
+    def _allocate_gradients(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """What outlives the pass comes first, so that it does not lie scattered among what the blocks allocate and free."""
+        fresh = [p for p in parameters if p.requires_grad and not is_lazy(p) and p.grad is None]
+        for p in fresh:
+            p.grad = torch.zeros_like(p)
+        return fresh
+
     def _perturb(self, tangents: Tangents, k: int, h: Tensor, passed_on: Tensor) -> list[Tensor]:
         """Add a fresh direction to the tangent that arrives at cut k."""
         drawn = [self.direction(k, passed_on, index) for index in range(self.directions)]
@@ -184,6 +186,14 @@ class SignalEstimator(Estimator):
             self._check_bypass = False
         self._check_last_block(logits)
 
+    def _check_kept(self, outputs: Sequence[Tensor], versions: Sequence[int]) -> None:
+        for name, h, version in zip(self.cuts, outputs, versions, strict=True):
+            if h._version != version:
+                raise UsageError(
+                    f"what follows cut {name!r} overwrites that block's output in place, and {type(self).__name__} still needs "
+                    "it: use low_memory=True, or the form of that module that is not in place"
+                )
+
     def _check_last_block(self, logits: Tensor) -> None:
         if not logits.requires_grad:
             where = f"after the cut {self.cuts[-1]!r} " if self.cuts else ""
@@ -205,7 +215,7 @@ class OutputError:
     directions of each block where they were kept.
     """
 
-    def __init__(self, e: Tensor, tangents: Sequence[Tensor], drawn: list[list[Tensor]] | None) -> None:
+    def __init__(self, e: Tensor, tangents: Sequence[Tensor], drawn: dict[int, list[Tensor]] | None) -> None:
         self.e = as_rows(e)
         self.tangents = [t.reshape(self.e.shape) for t in tangents]
         self.drawn = drawn

@@ -32,6 +32,8 @@ def guarded(work: Callable[[], object]) -> int:
             return _complain(error, 1)
     except UsageError as error:
         return _complain(error, 2)
+    except OSError as error:  # a disk that is full, a folder that is gone
+        return _complain(error, 1)
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
         return 130
