@@ -28,12 +28,12 @@ NETWORKS = {  # image shape, classes, steps in a turn
 }
 
 
-def make_step(network: str, estimator: str, batch_size: int) -> Callable[[], object]:
+def make_step(network: str, estimator: str, batch_size: int, fused: bool) -> Callable[[], object]:
     shape, classes, _ = NETWORKS[network]
     torch.manual_seed(0)
     x = torch.randn(batch_size, *shape)
     learner = ESTIMATORS[estimator](build(network, shape, classes, Network()))
-    optimizer = torch.optim.Adam(learner.parameter_groups(), lr=1e-4)
+    optimizer = torch.optim.Adam(learner.parameter_groups(), lr=1e-4, fused=fused)
 
     def step() -> None:
         # Labels that cannot be learned: gradients that fade would fill Adam's averages with slow denormal numbers.
@@ -45,11 +45,11 @@ def make_step(network: str, estimator: str, batch_size: int) -> Callable[[], obj
     return step
 
 
-def peak(network: str, estimator: str, batch_size: int, threads: int) -> int:
+def peak(network: str, estimator: str, batch_size: int, fused: bool, threads: int) -> int:
     torch.set_num_threads(threads)
 
     def work() -> None:
-        step = make_step(network, estimator, batch_size)
+        step = make_step(network, estimator, batch_size, fused)
         for _ in range(3):
             step()
 
@@ -63,17 +63,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7, help="turns that each estimator takes")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fused", action="store_true", help="the fused form of Adam, as `onward train` uses it")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     names = ["bp", *(name for name in options.estimators if name != "bp")]
-    print(f"torch {torch.__version__}, {options.threads} threads, batch {options.batch_size}")
+    print(f"torch {torch.__version__}, {options.threads} threads, batch {options.batch_size}, Adam{' (fused)' * options.fused}")
     rows = []
     for network in options.networks:
-        steps = {name: make_step(network, name, options.batch_size) for name in names}
+        steps = {name: make_step(network, name, options.batch_size, options.fused) for name in names}
         times = in_turn(steps, options.turns, NETWORKS[network][2])
         del steps
-        peaks = {name: in_a_fresh_process(peak, network, name, options.batch_size, options.threads) for name in names}
+        peaks = {
+            name: in_a_fresh_process(peak, network, name, options.batch_size, options.fused, options.threads) for name in names
+        }
         print(f"\n{network:26}{'ms/step':>9}  time / bp (least, greatest)   peak MB  memory / bp")
         for name in names:
             middle, least, greatest = ratio(times[name], times["bp"])
