@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onward.errors import unknown
@@ -84,13 +86,19 @@ def _gaussian(out: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _rademacher(out: Tensor, generator: torch.Generator) -> Tensor:
-    """One random bit for each sign, moved into the sign bit of 1.0: far cheaper than one random number for each."""
+    """Eight signs out of each random byte, through a table: cheaper than one random number for each."""
     count = out.numel()
-    words = torch.empty(-(-count // 32), 1, dtype=torch.int32, device=out.device)
-    words.random_(-(2**31), None, generator=generator)
-    bits = words << torch.arange(32, dtype=torch.int32, device=out.device)
-    signs = bits.bitwise_and_(-(2**31)).bitwise_or_(0x3F800000).view(torch.float32)
+    words = torch.empty(-(-count // 64), dtype=torch.int64, device=out.device)
+    words.random_(-(2**63), None, generator=generator)
+    signs = F.embedding(words.view(torch.uint8).int(), _signs(out.dtype, out.device))
     return out.copy_(signs.view(-1)[:count].view(out.shape))
+
+
+@lru_cache
+def _signs(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The eight signs in each possible byte."""
+    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)
+    return (bits & 1).to(dtype).mul_(2).sub_(1)
 
 
 NOISES: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {"gaussian": _gaussian, "rademacher": _rademacher}
