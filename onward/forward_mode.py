@@ -90,7 +90,13 @@ class Tangents(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         held = [self._held_by(argument) for argument in args]
-        if not any(held) and not any(map(self._held_by, kwargs.values())):
+        for name, value in kwargs.items():
+            if name != "out" and self._held_by(value) is not None:
+                raise UsageError(
+                    f"forward mode does not follow {func} with respect to its argument {name}: where that is a mask that "
+                    "learns, run the step within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+                )
+        if not any(held):
             return func(*args, **kwargs)
         rule = RULES.get(func.overloadpacket)
         if rule is None and func.is_view:

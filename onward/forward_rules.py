@@ -198,9 +198,12 @@ def _attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any,
     moved = None if t[0] is None else t[0] @ k.transpose(-2, -1)
     if t[1] is not None:
         moved = _plus(moved, q @ t[1].transpose(-2, -1))
+    moved = None if moved is None else moved * scale
+    if len(t) > 3 and t[3] is not None:
+        moved = t[3].expand(scores.shape) if moved is None else moved + t[3]
     tangent = None
     if moved is not None:
-        tangent = aten._softmax_backward_data(moved * scale, weights, -1, weights.dtype) @ v
+        tangent = aten._softmax_backward_data(moved.contiguous(), weights, -1, weights.dtype) @ v
     if t[2] is not None:
         tangent = _plus(tangent, weights @ t[2])
     return (tangent, *[None] * (len(out) - 1))

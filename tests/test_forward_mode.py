@@ -971,3 +971,18 @@ def test_any_norm(
     if not affine and where == "parameters":
         where = "inputs"
     check(warm(norm.double()).train(train), [normal(*shape)], where)
+
+
+def test_learned_attention_mask() -> None:
+    """Fused attention takes its mask by keyword: refused with the remedy, right with the remedy."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 5, 6, dtype=torch.float64)
+    mask, t = torch.randn(2, 5, 5, dtype=torch.float64)
+    with torch.no_grad(), Tangents() as tangents:
+        tangents.set(mask, t)
+        with pytest.raises(UsageError, match="SDPBackend.MATH"):
+            F.scaled_dot_product_attention(q, k, v, mask)
+        with sdpa_kernel(SDPBackend.MATH):
+            out = tangents.get(F.scaled_dot_product_attention(q, k, v, mask))
+    expected = torch.func.jvp(lambda m: (q @ k.transpose(-2, -1) / 6**0.5 + m).softmax(-1) @ v, (mask,), (t,))[1]
+    torch.testing.assert_close(out, expected)
