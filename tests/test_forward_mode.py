@@ -980,7 +980,7 @@ def test_learned_attention_mask() -> None:
     mask, t = torch.randn(2, 5, 5, dtype=torch.float64)
     with torch.no_grad(), Tangents() as tangents:
         tangents.set(mask, t)
-        with pytest.raises(UsageError, match="SDPBackend.MATH"):
+        with pytest.raises(UsageError, match=r"SDPBackend\.MATH"):
             F.scaled_dot_product_attention(q, k, v, mask)
         with sdpa_kernel(SDPBackend.MATH):
             out = tangents.get(F.scaled_dot_product_attention(q, k, v, mask))
