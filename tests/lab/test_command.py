@@ -47,7 +47,14 @@ def test_interrupted_it_keeps_the_last_epoch(tmp_path: Path) -> None:
     arguments = [*ONWARD, "train", "--out", "run", *SMALL[2:], "--epochs", "100000"]
     environment = {**os.environ, "PYTHONPATH": str(Path(onward.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        arguments,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test suite in the background of a shell ignores the signal, and so would the command that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         deadline = time.monotonic() + 60
@@ -57,6 +64,7 @@ def test_interrupted_it_keeps_the_last_epoch(tmp_path: Path) -> None:
         _, said = process.communicate(timeout=60)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert said.startswith("interrupted: run/checkpoint.pt keeps the state after epoch ")
     assert said.count("\n") == 1
