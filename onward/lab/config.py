@@ -22,6 +22,8 @@ class Network:
     """Hidden layers of mlp."""
     pool_first: bool = False
     """Max-pool after the first convolution of cnn too."""
+    downsample: Literal["conv", "avg-pool"] = "conv"
+    """How resnet18-8b and -2b halve what goes around a block, by stride or average pool; conv leaves small-net at full size."""
 
 
 @dataclass(frozen=True)

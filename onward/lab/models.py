@@ -1,23 +1,22 @@
 """Networks, as chains of blocks.
 
 Every network is an `nn.Sequential` of named blocks, `block1` ... and `output`, so that the library's default cuts (every child
-but the last) are the feedback boundaries that the papers use. Initial weights are PyTorch's own.
+but the last) are the block boundaries that the papers use. Initial weights are PyTorch's own, but those of `resnets`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 
 from torch import nn
 
 from onward.errors import UsageError, unknown
+from onward.lab.blocks import Shape, chain, scaled
 from onward.lab.config import Network
-
-Shape = Sequence[int]
+from onward.lab.resnets import resnet18_2b, resnet18_8b, resnet18_16b, small_net
 
 
 def mlp(shape: Shape, classes: int, *, width: float = 1.0, layers: int = 2) -> nn.Sequential:
@@ -31,13 +30,11 @@ def mlp(shape: Shape, classes: int, *, width: float = 1.0, layers: int = 2) -> n
     if layers < 1:
         raise UsageError(f"mlp with {layers} hidden layers: use at least 1")
     channels, height, wide = shape
-    hidden = _scaled(1000 if channels == 3 else 800, width)
+    hidden = scaled(1000 if channels == 3 else 800, width)
     sizes = [channels * height * wide] + [hidden] * layers
-    blocks: list[list[nn.Module]] = [
-        [nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU()] for before, after in pairwise(sizes)
-    ]
+    blocks = [nn.Sequential(nn.Linear(before, after), nn.BatchNorm1d(after), nn.ReLU()) for before, after in pairwise(sizes)]
     blocks[0].insert(0, nn.Flatten())
-    return _chain(blocks, nn.Linear(hidden, classes))
+    return chain(blocks, nn.Linear(hidden, classes))
 
 
 def cnn(shape: Shape, classes: int, *, width: float = 1.0, pool_first: bool = False) -> nn.Sequential:
@@ -55,22 +52,22 @@ def cnn(shape: Shape, classes: int, *, width: float = 1.0, pool_first: bool = Fa
     least = 16 if pool_first else 10
     if min(size) < least:
         raise UsageError(f"cnn on {size[0]}x{size[1]} images: it needs {least}x{least}, enlarge them with --transform.size 28")
-    first, second, hidden = _scaled(15, width), _scaled(40, width), _scaled(128, width)
+    first, second, hidden = scaled(15, width), scaled(40, width), scaled(128, width)
     size = [edge - 4 for edge in size]
     if pool_first:
         size = [edge // 2 for edge in size]
     size = [(edge - 4) // 2 for edge in size]
-    return _chain(
+    return chain(
         [
-            [nn.Conv2d(channels, first, 5), nn.BatchNorm2d(first), nn.ReLU()],
-            [*([nn.MaxPool2d(2)] * pool_first), nn.Conv2d(first, second, 5), nn.BatchNorm2d(second), nn.ReLU()],
-            [
+            nn.Sequential(nn.Conv2d(channels, first, 5), nn.BatchNorm2d(first), nn.ReLU()),
+            nn.Sequential(*([nn.MaxPool2d(2)] * pool_first), nn.Conv2d(first, second, 5), nn.BatchNorm2d(second), nn.ReLU()),
+            nn.Sequential(
                 nn.MaxPool2d(2),
                 nn.Flatten(),
                 nn.Linear(second * size[0] * size[1], hidden),
                 nn.BatchNorm1d(hidden),
                 nn.ReLU(),
-            ],
+            ),
         ],
         nn.Linear(hidden, classes),
     )
@@ -89,27 +86,35 @@ def alexnet(shape: Shape, classes: int, *, width: float = 1.0) -> nn.Sequential:
     channels, *size = shape
     if min(size) < 63:
         raise UsageError(f"alexnet on {size[0]}x{size[1]} images: it needs 63x63, enlarge them with --transform.size 224")
-    a, b, c, d, e = (_scaled(n, width) for n in (64, 192, 384, 256, 256))
-    hidden = _scaled(4096, width)
+    a, b, c, d, e = (scaled(n, width) for n in (64, 192, 384, 256, 256))
+    hidden = scaled(4096, width)
 
     def convolution(before: int, after: int, kernel: int, stride: int = 1, padding: int = 1) -> list[nn.Module]:
         return [nn.Conv2d(before, after, kernel, stride, padding), nn.BatchNorm2d(after), nn.ReLU()]
 
-    return _chain(
+    return chain(
         [
-            [*convolution(channels, a, 11, 4, 2), nn.MaxPool2d(3, 2)],
-            [*convolution(a, b, 5, padding=2), nn.MaxPool2d(3, 2)],
-            convolution(b, c, 3),
-            convolution(c, d, 3),
-            [*convolution(d, e, 3), nn.MaxPool2d(3, 2), nn.AdaptiveAvgPool2d(6), nn.Flatten()],
-            [nn.Linear(e * 36, hidden), nn.BatchNorm1d(hidden), nn.ReLU()],
-            [nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU()],
+            nn.Sequential(*convolution(channels, a, 11, 4, 2), nn.MaxPool2d(3, 2)),
+            nn.Sequential(*convolution(a, b, 5, padding=2), nn.MaxPool2d(3, 2)),
+            nn.Sequential(*convolution(b, c, 3)),
+            nn.Sequential(*convolution(c, d, 3)),
+            nn.Sequential(*convolution(d, e, 3), nn.MaxPool2d(3, 2), nn.AdaptiveAvgPool2d(6), nn.Flatten()),
+            nn.Sequential(nn.Linear(e * 36, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
+            nn.Sequential(nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
         ],
         nn.Linear(hidden, classes),
     )
 
 
-MODELS: dict[str, Callable[..., nn.Sequential]] = {"mlp": mlp, "cnn": cnn, "alexnet": alexnet}
+MODELS: dict[str, Callable[..., nn.Sequential]] = {
+    "mlp": mlp,
+    "cnn": cnn,
+    "alexnet": alexnet,
+    "resnet18-8b": resnet18_8b,
+    "resnet18-16b": resnet18_16b,
+    "resnet18-2b": resnet18_2b,
+    "small-net": small_net,
+}
 IMAGE_SIZE = {"alexnet": 224}
 """Side that images are resized to for a network when nothing else is asked for."""
 
@@ -138,14 +143,3 @@ def build(name: str, shape: Shape, classes: int, options: Network) -> nn.Sequent
     for option in given.keys() - inspect.signature(MODELS[name]).parameters.keys():
         raise UsageError(f"--network.{option.replace('_', '-')} {given[option]}: {name} has no such option, leave it out")
     return MODELS[name](shape, classes, **given)
-
-
-def _scaled(channels: int, width: float) -> int:
-    if not width > 0:
-        raise UsageError(f"--network.width {width}: use a positive number")
-    return max(1, round(channels * width))
-
-
-def _chain(blocks: list[list[nn.Module]], output: nn.Module) -> nn.Sequential:
-    named = OrderedDict((f"block{number}", nn.Sequential(*block)) for number, block in enumerate(blocks, start=1))
-    return nn.Sequential(OrderedDict(**named, output=output))

@@ -64,7 +64,7 @@ def test_alexnet_has_the_papers_layers_and_boundaries() -> None:
     assert not any(isinstance(module, nn.Dropout) for module in model.modules())
 
 
-@pytest.mark.parametrize(("name", "least"), [("mlp", 1), ("cnn", 10), ("alexnet", 63)])
+@pytest.mark.parametrize(("name", "least"), [("mlp", 1), ("cnn", 10), ("alexnet", 63), ("resnet18-16b", 1)])
 @pytest.mark.parametrize("channels", [1, 2, 5])
 def test_any_channels_classes_width_and_the_smallest_images(name: str, least: int, channels: int) -> None:
     model = build(name, (channels, least, least), 7, Network(width=0.02))
@@ -86,6 +86,13 @@ def test_width_multiplies_every_hidden_layer() -> None:
         ("alexnet", (3, 32, 32), Network(), "alexnet on 32x32 images: it needs 63x63.*--transform.size 224"),
         ("cnn", (1, 28, 28), Network(layers=3), "--network.layers 3: cnn has no such option"),
         ("mlp", (1, 28, 28), Network(pool_first=True), "--network.pool-first True: mlp has no such option"),
+        (
+            "resnet18-16b",
+            (1, 28, 28),
+            Network(downsample="avg-pool"),
+            "--network.downsample avg-pool: resnet18-16b has no such",
+        ),
+        ("small-net", (1, 28, 28), Network(downsample="max-pool"), "unknown downsampling 'max-pool': did you mean 'avg-pool'"),
         ("mlp", (1, 28, 28), Network(layers=0), "mlp with 0 hidden layers: use at least 1"),
         ("mlp", (1, 28, 28), Network(width=0), "--network.width 0: use a positive number"),
     ],
@@ -97,3 +104,121 @@ def test_refusals(name: str, shape: tuple[int, ...], options: Network, message: 
 
 def test_every_model_is_described() -> None:
     assert all(builder.__doc__ for builder in MODELS.values())
+
+
+# ---- ResNet-18 and its relatives
+
+
+def sizes(model: nn.Module, *shape: int) -> list[tuple[int, ...]]:
+    """The shapes of one sample at the blocks' outputs."""
+    found, x = [], torch.zeros(2, *shape, device=next(model.parameters()).device)
+    for block in model:
+        x = block(x)
+        found.append(tuple(x.shape[1:]))
+    return found
+
+
+def convolutions(block: nn.Module) -> list[tuple[int, int]]:
+    """Kernel sides and strides."""
+    return [(m.kernel_size[0], m.stride[0]) for m in block.modules() if isinstance(m, nn.Conv2d)]
+
+
+def test_resnet18_8b_is_resnet18_with_a_norm_before_its_pool() -> None:
+    with torch.device("meta"):
+        model = build("resnet18-8b", (3, 32, 32), 10, Network())
+    assert onward.default_cuts(model) == tuple(f"block{k}" for k in range(1, 8))
+    stages = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert sizes(model, 3, 32, 32) == [*[shape for shape in stages for _ in range(2)][:-1], (10,)]
+    # torchvision's resnet18 with 10 outputs and a 3x3 stem has 11,173,962 parameters; 2 x 512 are the last head's batch norm
+    assert sum(p.numel() for p in model.parameters()) == 11_173_962 + 1024
+    assert convolutions(model.block1) == [(3, 1)] * 3
+    assert convolutions(model.block2) == [(3, 1)] * 2
+    assert convolutions(model.block3) == [(3, 2), (3, 1), (1, 2)]
+    names = ["block8", "norm", "pool", "flatten", "linear"]
+    assert [name for name, _ in model.output.named_children()] == names
+
+
+def test_a_residual_block_adds_its_input() -> None:
+    model = build("resnet18-8b", (3, 8, 8), 10, Network(width=0.1)).eval()
+    (block,) = model.block2
+    x = torch.randn(2, 6, 8, 8)
+    for parameter in block.body.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(block(x), x.relu())
+    assert len(block.shortcut) == 0
+
+
+def test_shortcuts_may_pool() -> None:
+    model = build("resnet18-8b", (3, 32, 32), 10, Network(width=0.1, downsample="avg-pool"))
+    (block,) = model.block3
+    assert [type(layer).__name__ for layer in block.shortcut] == ["AvgPool2d", "Conv2d", "BatchNorm2d"]
+    assert convolutions(block) == [(3, 2), (3, 1), (1, 1)]
+    assert sizes(model, 3, 32, 32)[2][1:] == (16, 16)
+
+
+def test_resnet18_16b_has_no_skip_connections() -> None:
+    with torch.device("meta"):
+        model = build("resnet18-16b", (3, 32, 32), 10, Network())
+    assert onward.default_cuts(model) == tuple(f"block{k}" for k in range(1, 16))
+    stages = [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)]
+    assert sizes(model, 3, 32, 32) == [*[shape for shape in stages for _ in range(4)][:-1], (10,)]
+    assert [convolutions(block) for block in model] == [
+        [(3, 2 if number in (5, 9, 13) else 1)] * (2 if number == 1 else 1) for number in range(1, 17)
+    ]
+    assert all(kinds(block) == ["Conv2d", "BatchNorm2d", "ReLU"] for block in list(model)[1:-1])
+
+
+def test_resnet18_2b_is_the_first_half() -> None:
+    with torch.device("meta"):
+        half, whole = (build(name, (3, 32, 32), 10, Network()) for name in ("resnet18-2b", "resnet18-8b"))
+    assert onward.default_cuts(half) == ("block1",)
+    assert sizes(half, 3, 32, 32) == [(64, 32, 32), (10,)]
+    assert convolutions(half.block1) + convolutions(half.output) == [
+        pair for block in list(whole)[:4] for pair in convolutions(block)
+    ]
+    assert [type(block).__name__ for block in half.output.block2] == ["Residual"] * 2
+
+
+def test_small_net_keeps_the_size_unless_it_pools() -> None:
+    model = build("small-net", (1, 12, 12), 10, Network(width=0.1))
+    assert onward.default_cuts(model) == tuple(f"block{k}" for k in range(1, 6))
+    assert sizes(model, 1, 12, 12) == [(6, 12, 12)] * 2 + [(13, 12, 12)] * 2 + [(26, 12, 12), (10,)]
+    pooling = build("small-net", (1, 12, 12), 10, Network(width=0.1, downsample="avg-pool"))
+    assert sizes(pooling, 1, 12, 12) == [(6, 12, 12)] * 2 + [(13, 6, 6)] * 2 + [(26, 3, 3), (10,)]
+    with torch.device("meta"):
+        whole = build("small-net", (3, 32, 32), 10, Network())
+    assert [block[0].out_channels for block in [*list(whole)[:-1], whole.output.block6]] == [64, 64, 128, 128, 256, 256]
+
+
+@pytest.mark.parametrize("name", ["resnet18-8b", "resnet18-2b", "resnet18-16b"])
+def test_images_above_32_pixels_are_reduced_in_the_stem(name: str) -> None:
+    with torch.device("meta"):
+        model = build(name, (3, 224, 224), 10, Network())
+        assert sizes(model, 3, 224, 224)[0] == (64, 56, 56)
+        assert convolutions(model.block1)[:2] == [(7, 2), (3, 1)]
+        assert "MaxPool2d" in kinds(model.block1)
+        assert convolutions(build(name, (3, 33, 20), 10, Network()).block1)[0] == (7, 2)
+        assert convolutions(build(name, (3, 32, 32), 10, Network()).block1)[0] == (3, 1)
+
+
+@pytest.mark.parametrize("downsample", ["conv", "avg-pool"])
+@pytest.mark.parametrize("name", ["resnet18-8b", "resnet18-2b", "small-net"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 7, 9), (5, 33, 35)])
+def test_any_shape_of_image(name: str, downsample: str, shape: tuple[int, ...]) -> None:
+    model = build(name, shape, 3, Network(width=0.01, downsample=downsample))
+    assert model(torch.rand(3, *shape)).shape == (3, 3)
+
+
+@pytest.mark.parametrize("name", ["resnet18-8b", "resnet18-16b", "resnet18-2b", "small-net"])
+def test_the_papers_initial_weights(name: str) -> None:
+    model = build(name, (3, 32, 32), 10, Network(width=0.5))
+    assert (model.output.linear.bias == 0.01).all()
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            bound = (6 / layer.weight[0].numel()) ** 0.5
+            assert 0.9 * bound < layer.weight.abs().max() <= bound
+        if isinstance(layer, nn.Conv2d):
+            assert layer.bias is None
+        if isinstance(layer, nn.BatchNorm2d):
+            assert (layer.weight == 1).all()
+            assert (layer.bias == 0).all()
