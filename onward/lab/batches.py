@@ -1,9 +1,10 @@
-"""Batches of normalised, augmented images from a split held in memory."""
+"""Batches of normalised, augmented images."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,9 +12,11 @@ from torch.nn import functional as F
 
 from onward.errors import UsageError, unknown
 from onward.lab.data import Split
+from onward.lab.encoded import Encoded
 from onward.lab.extra import lab_extra
 
 AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
+Augment = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Transform:
         augment: what is done to training batches: `none`; `crop-flip`, a random crop of the image padded with 4 black
             pixels on every side, mirrored half of the time; `resized-crop-flip`, a random 8 to 100 % of its area,
             resized to `size`, mirrored half of the time.
-        size: side of the images that come out; None leaves them as they are.
+        size: side of the images that come out, resized to it on their shorter side and cut to their middle square; None
+            leaves them as they are.
 
     Raises:
         UsageError: an unknown augmentation, a size below 1, a standard deviation that is not positive.
@@ -72,14 +76,20 @@ def batches(
         raise UsageError(f"batch size {batch_size}: use at least 1")
     if drop_last and len(split) < batch_size:
         raise UsageError(f"batch size {batch_size} with only {len(split)} images leaves no full batch: use at most that")
-    channels, height, width = split.images.shape[1:]
+    encoded = isinstance(split.images, Encoded)
+    if encoded and transform.size is None:
+        raise UsageError(
+            f"{split.images.reason}, so each is decoded when it is needed: give the size that they are to have, for example "
+            "--transform.size 224"
+        )
+    channels = split.images.channels if encoded else split.images.shape[1]
     for what, values in (("mean", _tuple(transform.mean)), ("std", _tuple(transform.std))):
         if len(values) not in (1, channels):
             raise UsageError(f"{what} {values} for images of {channels} channel(s): give one number, or one per channel")
     mean = torch.tensor(_tuple(transform.mean), device=device).view(-1, 1, 1)
     std = torch.tensor(_tuple(transform.std), device=device).view(-1, 1, 1)
-    size = (transform.size, transform.size) if transform.size else (height, width)
-    augment = _augmentation(transform.augment, (height, width), size) if train else None
+    size = (transform.size, transform.size) if transform.size else tuple(split.images.shape[2:])
+    crop, augment = _augmentation(transform.augment if train else "none", size)
     stop = len(split) - len(split) % batch_size if drop_last else len(split)
 
     def produce() -> Iterator[tuple[Tensor, Tensor]]:
@@ -87,15 +97,18 @@ def batches(
         if train:
             order = torch.randperm(len(split), generator=torch.Generator().manual_seed(_key(seed, epoch)))
         for number, start in enumerate(range(0, stop, batch_size)):
-            rows = order[start : min(start + batch_size, stop)].to(split.images.device)
-            x = split.images[rows].to(device).to(torch.float32).div_(255)
-            if augment is not None:
-                with torch.random.fork_rng(devices=[]):  # kornia draws on the CPU, wherever the images are
-                    torch.default_generator.manual_seed(_key(seed, epoch, number))
-                    x = augment(x)
-            if x.shape[2:] != size:
-                x = F.interpolate(x, size, mode="bilinear", antialias=size[0] < height or size[1] < width)
-            yield x.sub_(mean).div_(std), split.labels[rows].to(device)
+            rows = order[start : min(start + batch_size, stop)]
+            images = split.images[rows if encoded else rows.to(split.images.device)]
+            if encoded and len({image.shape for image in images}) == 1:
+                images = torch.stack(images)
+            with torch.random.fork_rng(devices=[]):  # kornia draws on the CPU, wherever the images are
+                torch.default_generator.manual_seed(_key(seed, epoch, number))
+                if isinstance(images, Tensor):
+                    x = crop(_unit(images.to(device)))
+                else:
+                    x = torch.cat([crop(_unit(image.unsqueeze(0))) for image in images]).to(device)
+                x = augment(x)
+            yield x.sub_(mean).div_(std), split.labels[rows.to(split.labels.device)].to(device)
 
     return produce()
 
@@ -111,15 +124,32 @@ def _key(*numbers: int) -> int:
     return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])
 
 
-def _augmentation(name: str, size: tuple[int, int], new_size: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+def _unit(images: Tensor) -> Tensor:
+    """Pixels from 0 to 1."""
+    return images.to(torch.float32).div_(255)
+
+
+def _fit(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """The images in another size: resized until they just cover it, then cut to their middle."""
+    height, width = x.shape[2:]
+    scale = max(size[0] / height, size[1] / width)
+    if scale != 1:
+        new = max(size[0], round(scale * height)), max(size[1], round(scale * width))
+        x = F.interpolate(x, new, mode="bilinear", antialias=scale < 1)
+    top, left = (x.shape[2] - size[0]) // 2, (x.shape[3] - size[1]) // 2
+    return x[:, :, top : top + size[0], left : left + size[1]]
+
+
+def _augmentation(name: str, size: tuple[int, int]) -> tuple[Augment, Augment]:
+    """What brings images of one size to `size`, and what is done to a batch of these."""
+    fit = partial(_fit, size=size)
     if name == "none":
-        return None
+        return fit, lambda x: x
     with lab_extra():
         import kornia.augmentation as K
     # cropping_mode="slice" copies pixels; "resample" would interpolate them, slower and not quite where they were
-    if name == "crop-flip":
-        crop = K.RandomCrop(size, padding=4, cropping_mode="slice")
-    else:
-        crop = K.RandomResizedCrop(new_size, cropping_mode="slice", align_corners=False)
     flip = K.RandomHorizontalFlip(p=0.5)
-    return lambda x: flip(crop(x))
+    if name == "resized-crop-flip":
+        return K.RandomResizedCrop(size, cropping_mode="slice", align_corners=False), flip
+    crop = K.RandomCrop(size, padding=4, cropping_mode="slice")
+    return fit, lambda x: flip(crop(x))

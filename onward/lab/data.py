@@ -1,4 +1,4 @@
-"""Image classification data sets, held as uint8 tensors."""
+"""Image classification data sets: uint8 tensors in memory, or files that are decoded batch by batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from onward.errors import UsageError, unknown
-from onward.lab import folder, hub
-from onward.lab.encoded import Sample, decode
+from onward.lab import folder, hub, memory
+from onward.lab.encoded import Encoded, Sample, decode
 from onward.lab.extra import lab_extra
 
 DATASETS = {
@@ -25,6 +25,9 @@ DATASETS = {
     "svhn": "99,289 house-number digits from photographs, 32x32 colour, 10 classes",
     "cifar10": "60,000 photographs of animals and vehicles, 32x32 colour, 10 classes",
     "cifar100": "60,000 photographs, 32x32 colour, 100 classes",
+    "imagenette": "13,394 photographs of 10 of ImageNet's classes, 320 pixels on the short side",
+    "imagenet32": "1,331,167 photographs, 32x32 colour, 1,000 classes",
+    "imagenet": "1,331,167 photographs of all sizes, 1,000 classes; the hub wants you to accept its terms first",
 }
 
 ON_HUB = {
@@ -34,6 +37,9 @@ ON_HUB = {
     "svhn": "ufldl-stanford/svhn:cropped_digits",
     "cifar10": "uoft-cs/cifar10",
     "cifar100": "uoft-cs/cifar100",
+    "imagenette": "frgfm/imagenette:320px",
+    "imagenet32": "benjamin-paine/imagenet-1k-32x32",
+    "imagenet": "ILSVRC/imagenet-1k",
 }
 
 log = logging.getLogger(__name__)
@@ -41,9 +47,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Split:
-    """Images, uint8 (N, C, H, W), and their labels, int64 (N,)."""
+    """Images, uint8 (N, C, H, W) or still encoded, and their labels, int64 (N,)."""
 
-    images: Tensor
+    images: Tensor | Encoded
     labels: Tensor
 
     def __len__(self) -> int:
@@ -52,7 +58,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A training and a test split of images of one shape, labelled 0 .. classes - 1."""
+    """A training and a test split, labelled 0 .. classes - 1: all images in memory and of one shape, or all still encoded."""
 
     name: str
     train: Split
@@ -61,8 +67,10 @@ class ImageData:
     class_names: tuple[str, ...]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of every image."""
+    def shape(self) -> tuple[int, int | None, int | None]:
+        """(channels, height, width) of every image; None where they may differ."""
+        if isinstance(self.train.images, Encoded):
+            return self.train.images.channels, None, None
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
 
@@ -80,6 +88,9 @@ def load(
     `name`: a folder of parquet files as on the hub (train-*.parquet, test-*.parquet), or of class folders of images
     (train/cat/1.png, test/cat/2.png, or cat/1.png). Without a test part, a fixed fifth of each class is held out for
     it. `train_samples`, `test_samples` keep a fixed random subset.
+
+    Images are decoded once, into memory, if they are all of one size and take at most a quarter of the machine's memory. If
+    not, each is decoded when a batch needs it. Both ways give the same batches.
 
     Raises:
         UsageError: an unknown name, a data set out of reach, data that cannot be used.
@@ -120,7 +131,7 @@ def _decoded(
     """Check the labels of every sample, then decode those that are asked for."""
     for split, samples in splits.items():
         if not samples:
-            raise UsageError(f"the {split} part of data set {name} has no images: give one that has")
+            raise UsageError(f"the {split} part of data set {name} has no images with labels: give one that has")
     train = splits["train"]
     last = max(train, key=lambda sample: sample.label)
     classes = len(class_names) or last.label + 1
@@ -144,13 +155,17 @@ def _decoded(
     kept = {
         split: [samples[row] for row in _keep(len(samples), asked[split], split, name)] for split, samples in splits.items()
     }
-    images = decode(kept["train"] + kept["test"])
+    images = decode(kept["train"] + kept["test"], memory.physical() // folder.SHARE)
     labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
     cut = len(kept["train"])
+    if isinstance(images, Encoded):
+        parts = [Encoded(samples, images.mode, images.reason) for samples in kept.values()]
+    else:
+        parts = [images[:cut], images[cut:]]
     return ImageData(
         name,
-        train=Split(images[:cut], labels[:cut]),
-        test=Split(images[cut:], labels[cut:]),
+        train=Split(parts[0], labels[:cut]),
+        test=Split(parts[1], labels[cut:]),
         classes=classes,
         class_names=class_names or tuple(map(str, range(classes))),
     )

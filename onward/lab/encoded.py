@@ -1,9 +1,10 @@
-"""Labelled images as their files hold them, and their decoding to one uint8 tensor."""
+"""Labelled images as their files hold them, and their decoding to uint8 tensors."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,7 @@ from onward.errors import UsageError
 from onward.lab.extra import lab_extra
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow
     from PIL import Image
 
@@ -24,7 +26,7 @@ LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")  # CIFAR-100 
 class Sample(NamedTuple):
     """One encoded image, its label, and where both came from (a file, a row in it)."""
 
-    image: bytes | Path
+    image: pyarrow.Scalar | Path
     label: int
     file: str
     row: int | None = None
@@ -38,7 +40,8 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
     """The samples of an Arrow table in the layout of the Hugging Face hub, and its class names (none if it has none).
 
     The image column is the one of feature type `Image` (or of bytes), the label column the one of type `ClassLabel`
-    (or called label, labels, fine_label, class, target); where several fit, the usual names win.
+    (or called label, labels, fine_label, class, target); where several fit, the usual names win. A table without labels (all of
+    them -1, as in ImageNet's test part) has no samples. Images stay where the table has them, be that a file in the cache.
 
     Raises:
         UsageError: no such column, an image or a label missing, labels that are no integers from 0.
@@ -72,6 +75,8 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
     if labels.null_count:
         raise UsageError(f"row {_first(pc.is_null(labels))} of {file} has no label: fill in column {label!r} or drop the row")
     negative = pc.less(labels, 0)
+    if len(labels) and pc.all(pc.equal(labels, -1)).as_py():
+        return [], ()
     if pc.any(negative).as_py():
         row = _first(negative)
         raise UsageError(f"row {row} of {file} has label {labels[row]}: number the classes from 0, or drop unlabelled rows")
@@ -82,7 +87,7 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
         encoded = pc.struct_field(encoded, "bytes")
     if encoded.null_count:
         raise UsageError(f"row {_first(pc.is_null(encoded))} of {file} has no image bytes: store them in column {image!r}")
-    rows = zip(encoded.to_pylist(), labels.to_pylist(), strict=True)
+    rows = zip(encoded, labels.to_pylist(), strict=True)
     return [Sample(data, number, file, row) for row, (data, number) in enumerate(rows)], names
 
 
@@ -98,41 +103,75 @@ def _first(mask: Any) -> int:
     return int(mask.index(True).as_py())
 
 
-def decode(samples: Sequence[Sample]) -> Tensor:
-    """The images as one uint8 tensor (N, C, H, W); C is 1 or 3, as the first image has it.
+class Encoded:
+    """Images that are decoded each time they are asked for, for the `reason` given.
 
-    The others follow the first: colours turn to luminance, grey is repeated; palettes are looked up, an alpha channel
-    is dropped, 16-bit greys keep their upper 8 bits.
+    `images[rows]` are uint8 tensors (C, H, W), each of its own size; C is 1 or 3, as `mode` ("L" or "RGB") says.
+    """
+
+    def __init__(self, samples: Sequence[Sample], mode: str, reason: str) -> None:
+        self.samples = samples
+        self.mode = mode
+        self.reason = reason
+
+    @property
+    def channels(self) -> int:
+        return len(self.mode)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, rows: Tensor) -> list[Tensor]:
+        with ThreadPoolExecutor() as pool:
+            pixels = pool.map(lambda row: _pixels(self.samples[row], self.mode), rows.tolist())
+            return [torch.from_numpy(image).permute(2, 0, 1) for image in pixels]
+
+
+def decode(samples: Sequence[Sample], most: int) -> Tensor | Encoded:
+    """The images as one uint8 tensor (N, C, H, W), or still encoded if they differ in size or take more than `most` bytes.
+
+    C is 1 or 3, as the first image has it. The others follow the first: colours turn to luminance, grey is repeated; palettes
+    are looked up, an alpha channel is dropped, 16-bit greys keep their upper 8 bits.
 
     Raises:
-        UsageError: bytes that are no image, or images of more than one size, naming the rows.
+        UsageError: bytes that are no image, naming the row.
     """
+    import numpy as np
+
+    first = _pixels(samples[0], None)
+    mode = "L" if first.shape[2] == 1 else "RGB"
+    if (needed := len(samples) * first.size) > most:
+        return Encoded(samples, mode, f"the images would take {needed / 1e9:.3g} GB of memory")
+    pixels = np.empty((len(samples), *first.shape), np.uint8)
+    for index, sample in enumerate(samples):
+        image = _pixels(sample, mode)
+        if image.shape != first.shape:
+            (height, width, _), (other_height, other_width, _) = first.shape, image.shape
+            return Encoded(
+                samples,
+                mode,
+                f"the images differ in size ({width}x{height} pixels in {samples[0].place}, {other_width}x{other_height} in "
+                f"{sample.place})",
+            )
+        pixels[index] = image
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _pixels(sample: Sample, mode: str | None) -> np.ndarray:
+    """One image, uint8 (H, W, C), in the mode that was asked for, or "L" or "RGB" as it has it."""
     with lab_extra():
         import numpy as np
         from PIL import Image, UnidentifiedImageError
-    pixels = np.empty(0, np.uint8)
-    size, mode = (0, 0), ""
-    for index, sample in enumerate(samples):
-        source = io.BytesIO(sample.image) if isinstance(sample.image, bytes) else sample.image
-        try:
-            with Image.open(source) as image:
-                image.load()
-                if not mode:
-                    size, mode = image.size, "L" if Image.getmodebase(image.mode) == "L" else "RGB"
-                    pixels = np.empty((len(samples), size[1], size[0], len(mode)), np.uint8)
-                if image.size == size:
-                    pixels[index] = np.asarray(_convert(image, mode)).reshape(pixels.shape[1:])
-                    continue
-                other = image.size
-        except Exception as error:  # Pillow's decoders raise half a dozen types, SyntaxError among them
-            unknown = isinstance(error, UnidentifiedImageError)
-            reason = "unknown format" if unknown else str(error).partition("\n")[0]
-            raise UsageError(f"{sample.place} does not decode as an image ({reason}): replace or remove it") from error
-        raise UsageError(
-            f"images differ in size: {size[0]}x{size[1]} pixels in {samples[0].place}, {other[0]}x{other[1]} in "
-            f"{sample.place}: resize all of them to one size first"
-        )
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    try:
+        with Image.open(sample.image if isinstance(sample.image, Path) else io.BytesIO(sample.image.as_py())) as image:
+            image.load()
+            if mode is None:
+                mode = "L" if Image.getmodebase(image.mode) == "L" else "RGB"
+            return np.array(_convert(image, mode)).reshape(image.height, image.width, len(mode))
+    except Exception as error:  # Pillow's decoders raise half a dozen types, SyntaxError among them
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "unknown format" if unknown else str(error).partition("\n")[0]
+        raise UsageError(f"{sample.place} does not decode as an image ({reason}): replace or remove it") from error
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onward.errors import UsageError
+from onward.lab import memory
 from onward.lab.encoded import Sample, from_table
 from onward.lab.extra import lab_extra
 
-SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # of each the first that is there
+if TYPE_CHECKING:
+    import pyarrow
+
+SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # of each the first that is there, with labels
+SHARE = 4
+"""Files, or images, that take more than this part of the machine's memory are left on the disk."""
+Labelled = tuple[list[Sample], tuple[str, ...]]
+"""Samples, and the names of their classes (none if not stored)."""
 
 
 def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
@@ -30,17 +39,27 @@ def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
         raise UsageError(f"data folder {folder} cannot be read ({error.strerror}): check {error.filename}") from error
 
 
-def choose_splits(found: Iterable[str], place: str) -> dict[str, str]:
-    """Which of the names found is the training part, and which the test part.
+def choose_splits(found: Iterable[str], place: str) -> dict[str, list[str]]:
+    """Which of the names found may be the training part, and which the test part, the likeliest first.
 
-    >>> choose_splits(["train", "validation", "extra"], "here")
-    {'train': 'train', 'test': 'validation'}
+    >>> choose_splits(["train", "validation", "extra", "test"], "here")
+    {'train': ['train'], 'test': ['test', 'validation']}
     """
     found = list(found)
-    chosen = {split: next((name for name in names if name in found), None) for split, names in SPLITS.items()}
-    if chosen["train"] is None:
+    chosen = {split: [name for name in names if name in found] for split, names in SPLITS.items()}
+    if not chosen["train"]:
         raise UsageError(f"{place} has no training part (found: {', '.join(found) or 'nothing'}): name it 'train'")
-    return {split: name for split, name in chosen.items() if name is not None}
+    return {split: names for split, names in chosen.items() if names}
+
+
+def first_labelled(parts: Iterable[str], read: Callable[[str], Labelled]) -> Labelled:
+    """The first of the parts that has labels."""
+    labelled: Labelled = [], ()
+    for part in parts:
+        labelled = read(part)
+        if labelled[0]:
+            break
+    return labelled
 
 
 def _parquet(folder: Path, files: list[Path]) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
@@ -53,15 +72,18 @@ def _parquet(folder: Path, files: list[Path]) -> tuple[dict[str, list[Sample]], 
     if len(subsets) > 1:
         names = ", ".join(sorted(str(subset) for subset in subsets))
         raise UsageError(f"data folder {folder} holds several data sets: give one of its folders {names}")
-    splits: dict[str, list[Sample]] = {}
     class_names: dict[Path, tuple[str, ...]] = {}
-    for split, part in choose_splits(parts, f"data folder {folder}").items():
+
+    def read(part: str) -> Labelled:
         _refuse_missing(parts[part])
-        splits[split] = []
-        for file in parts[part]:
-            samples, class_names[file] = _read_parquet(file)
-            splits[split] += samples
-    first, names_of_first = next(iter(class_names.items()))
+        large = sum(file.stat().st_size for file in parts[part]) > memory.physical() // SHARE
+        labelled = {file: from_table(_read_parquet(file, mapped=large), str(file)) for file in parts[part]}
+        class_names.update({file: names for file, (samples, names) in labelled.items() if samples})
+        return [sample for samples, _ in labelled.values() for sample in samples], ()
+
+    chosen = choose_splits(parts, f"data folder {folder}")
+    splits = {split: first_labelled(names, read)[0] for split, names in chosen.items()}
+    first, names_of_first = next(iter(class_names.items()), (folder, ()))
     for file, names_of_file in class_names.items():
         if names_of_file != names_of_first:
             raise UsageError(f"{first} and {file} name their classes differently: give files of one data set")
@@ -78,16 +100,20 @@ def _part(name: str) -> str | None:
     return match and match[1]
 
 
-def _read_parquet(file: Path) -> tuple[list[Sample], tuple[str, ...]]:
+def _read_parquet(file: Path, *, mapped: bool) -> pyarrow.Table:
+    """The table in a file; `mapped` leaves it on the disk, in the cache of `datasets`, instead of reading it into memory."""
     with lab_extra():
+        import datasets
         import pyarrow.parquet
     try:
+        if mapped:
+            return datasets.Dataset.from_parquet(str(file)).with_format("arrow")[:]
         table = pyarrow.parquet.read_table(file, page_checksum_verification=True, partitioning=None)
         table.validate(full=True)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"{file} is not a readable parquet file ({reason}): download or write it again") from error
-    return from_table(table, str(file))
+    return table
 
 
 def _refuse_missing(shards: list[Path]) -> None:
@@ -105,7 +131,7 @@ def _class_folders(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ..
     parts = {name: path for name, path in inside.items() if any(name in names for names in SPLITS.values())}
     roots = {"train": folder}
     if parts:
-        roots = {split: parts[part] for split, part in choose_splits(parts, f"data folder {folder}").items()}
+        roots = {split: parts[names[0]] for split, names in choose_splits(parts, f"data folder {folder}").items()}
     classes = [path.name for path in _subfolders(roots["train"])]
     if not classes:
         raise UsageError(f"{roots['train']} has no class folders: put the images of each class in a folder of its own")

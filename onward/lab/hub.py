@@ -12,7 +12,7 @@ from typing import Any
 from onward.errors import UsageError
 from onward.lab.encoded import Sample, from_table
 from onward.lab.extra import lab_extra
-from onward.lab.folder import choose_splits
+from onward.lab.folder import choose_splits, first_labelled
 
 PATIENCE = 4.0  # seconds for the hub to give any answer; its own client would retry for 24
 
@@ -46,9 +46,10 @@ def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
                     f"data set {name} cannot be had from the Hugging Face hub ({reason}): check it, {remedy}"
                 ) from error
     splits: dict[str, list[Sample]] = {}
-    names: tuple[str, ...] = ()
-    for split, part in choose_splits(found, f"data set {path}").items():
-        splits[split], names = from_table(found[part].with_format("arrow")[:], f"{path} ({part})")
+    for split, parts in choose_splits(found, f"data set {path}").items():
+        splits[split], names = first_labelled(
+            parts, lambda part: from_table(found[part].with_format("arrow")[:], f"{path} ({part})")
+        )
     return splits, names
 
 

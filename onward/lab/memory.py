@@ -1,7 +1,8 @@
-"""The most memory that a run needed."""
+"""The memory of the machine, and the most of it that a run needed."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,3 +29,11 @@ def peak(device: torch.device) -> int:
     import resource  # where there is no /proc, but not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def physical() -> int:
+    """Bytes of memory that the machine has; 8 GB where it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 8 * 10**9

@@ -1,13 +1,16 @@
 """Batches: what is in them, and what their randomness depends on."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from onward.errors import UsageError
 from onward.lab.batches import AUGMENTATIONS, Transform, batches
 from onward.lab.data import Split
+from onward.lab.encoded import Encoded, Sample
 
 
 def split_of(count: int, channels: int = 3, side: int = 8) -> Split:
@@ -133,6 +136,60 @@ def test_size_resizes_every_batch(augment, train):
         assert x.shape == (4, 1, size, size)
         if augment != "crop-flip":
             torch.testing.assert_close(x, torch.full_like(x, 0.2))
+
+
+def test_images_that_are_not_square_lose_their_longer_sides():
+    image = torch.zeros(1, 1, 4, 8, dtype=torch.uint8)
+    image[..., 2:6] = 255
+    x, _ = epoch_of(Split(image, torch.zeros(1)), transform=Transform(mean=0.0, std=1.0, size=4), train=False)
+    assert torch.equal(x, torch.ones(1, 1, 4, 4))
+    x, _ = epoch_of(Split(image, torch.zeros(1)), transform=Transform(mean=0.0, std=1.0, size=2), train=False)
+    assert x.shape == (1, 1, 2, 2)
+    x, _ = epoch_of(Split(image.mT, torch.zeros(1)), transform=Transform(mean=0.0, std=1.0, size=7), train=False)
+    assert x.shape == (1, 1, 7, 7)
+
+
+def encoded(folder: Path, *sizes: tuple[int, int]) -> tuple[Split, list[torch.Tensor]]:
+    """A split of images of these sizes (height, width) that are decoded when needed, and the images."""
+    images = [torch.randint(0, 256, (*size, 3), dtype=torch.uint8) for size in sizes]
+    samples = []
+    for number, image in enumerate(images):
+        Image.fromarray(image.numpy()).save(folder / f"{number}.png")
+        samples.append(Sample(folder / f"{number}.png", number, str(number)))
+    return Split(Encoded(samples, "RGB", "a test"), torch.arange(len(sizes))), [image.permute(2, 0, 1) for image in images]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+@pytest.mark.parametrize("size", [8, 6])
+def test_encoded_images_give_the_batches_that_images_in_memory_give(tmp_path, augment, size, train):
+    split, images = encoded(tmp_path, *[(8, 8)] * 10)
+    options = {"transform": Transform(augment=augment, size=size), "seed": 3, "epoch": 2, "train": train}
+    x, y = epoch_of(split, 4, **options)
+    expected_x, expected_y = epoch_of(Split(torch.stack(images), split.labels), 4, **options)
+    assert torch.equal(x, expected_x)
+    assert torch.equal(y, expected_y)
+
+
+@pytest.mark.parametrize("augment", AUGMENTATIONS)
+def test_images_of_several_sizes_make_a_batch(tmp_path, augment):
+    split, images = encoded(tmp_path, (8, 8), (9, 12), (16, 10), (30, 40), (5, 6))
+    options = {"transform": Transform(mean=0.0, std=1.0, augment=augment, size=8)}
+    x, y = epoch_of(split, 5, **options, seed=1)
+    assert x.shape == (5, 3, 8, 8)
+    assert torch.equal(x, epoch_of(split, 5, **options, seed=1)[0])
+    assert not torch.equal(x, epoch_of(split, 5, **options, seed=2)[0])
+    x, y = epoch_of(split, 5, **options, train=False)
+    assert y.tolist() == [0, 1, 2, 3, 4]
+    torch.testing.assert_close(x[0], images[0] / 255)
+    shrunk = torch.nn.functional.interpolate(images[1][None] / 255, (8, 11), mode="bilinear", antialias=True)
+    torch.testing.assert_close(x[1], shrunk[0, :, :, 1:9])
+
+
+def test_encoded_images_need_a_size(tmp_path):
+    split, _ = encoded(tmp_path, (8, 8), (8, 9))
+    with pytest.raises(UsageError, match=r"a test, so each is decoded when it is needed: give the size .*--transform.size 224"):
+        batches(split, 2, transform=Transform(), train=True)
 
 
 def test_augmentation_is_for_training_only():

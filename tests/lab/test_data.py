@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from onward.errors import UsageError
+from onward.lab import memory
 from onward.lab.data import DATASETS, ON_HUB, load
 from tests.lab.fake_hub import serve
 
@@ -207,6 +208,72 @@ def test_bilevel_images_become_black_and_white(tmp_path):
     assert load("digits", tmp_path).train.images.flatten(1).unique(dim=1).flatten().tolist() == [0, 255]
 
 
+# ---- data sets that do not fit in memory, or have no one size
+
+
+def test_images_of_two_sizes_stay_encoded(parquet):
+    test = parquet / "test-00000-of-00001.parquet"
+    write_parquet(test, [*pictures(2, "RGB"), *pictures(1, size=(7, 4))], [0, 1, 2])
+    data = load("digits", parquet)
+    assert (data.shape, len(data.train), len(data.test), data.classes) == ((1, None, None), 9, 3, 3)
+    images = data.test.images[torch.tensor([2, 0])]
+    assert [(image.dtype, image.shape) for image in images] == [(torch.uint8, (1, 4, 7)), (torch.uint8, (1, 5, 6))]
+    assert np.array_equal(images[0][0], np.asarray(pictures(1, size=(7, 4))[0]))
+    assert data.train.images.reason == (
+        f"the images differ in size (6x5 pixels in row 0 of {parquet / 'train-00000-of-00001.parquet'}, 7x4 in row 2 of {test})"
+    )
+
+
+def test_images_that_take_more_than_a_quarter_of_the_memory_stay_encoded(tmp_path, monkeypatch):
+    write_classes(tmp_path, {"cat": 10, "dog": 10}, mode="RGB")
+    whole = load("digits", tmp_path)
+    monkeypatch.setattr(memory, "physical", lambda: 4 * 20 * 90)
+    assert isinstance(load("digits", tmp_path).train.images, torch.Tensor)
+    monkeypatch.setattr(memory, "physical", lambda: 4 * 20 * 90 - 4)
+    data = load("digits", tmp_path)
+    assert data.train.images.reason == "the images would take 1.8e-06 GB of memory"
+    for split, expected in ((data.train, whole.train), (data.test, whole.test)):
+        assert torch.equal(torch.stack(split.images[torch.arange(len(split))]), expected.images)
+        assert torch.equal(split.labels, expected.labels)
+    assert len(load("digits", tmp_path, train_samples=3).train.images) == 3
+
+
+def test_parquet_files_that_are_too_large_are_mapped_from_the_cache(parquet, monkeypatch, tmp_path_factory):
+    datasets = pytest.importorskip("datasets")
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    whole = load("digits", parquet)
+    assert not list(cache.rglob("*.arrow"))
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(memory, "physical", lambda: 100)
+    data = load("digits", parquet)
+    assert len(list(cache.rglob("*.arrow"))) == 2
+    assert torch.equal(torch.stack(data.train.images[torch.arange(9)]), whole.train.images)
+    assert (data.class_names, data.test.labels.tolist()) == (whole.class_names, [2, 1, 0])
+    (parquet / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
+    assert "test-00000-of-00001.parquet is not a readable parquet file (" in refusal("digits", parquet)
+
+
+def test_an_encoded_image_that_does_not_decode_is_named_when_it_is_needed(tmp_path, monkeypatch):
+    write_classes(tmp_path / "train", {"cat": 2, "dog": 2})
+    write_classes(tmp_path / "test", {"cat": 2, "dog": 2})
+    (tmp_path / "train" / "dog" / "001.png").write_bytes(b"no image")
+    monkeypatch.setattr(memory, "physical", lambda: 100)
+    images = load("digits", tmp_path).train.images
+    assert len(images[torch.arange(3)]) == 3
+    with pytest.raises(UsageError, match=r"dog/001.png does not decode as an image \(unknown format\): replace or remove it"):
+        images[torch.tensor([3])]
+
+
+def test_a_test_part_without_labels_is_passed_over(parquet):
+    """As ImageNet's on the hub: -1 everywhere."""
+    write_parquet(parquet / "test-00000-of-00001.parquet", pictures(2), [-1, -1])
+    write_parquet(parquet / "validation-00000-of-00001.parquet", pictures(3, seed=5), [1, 1, 2])
+    data = load("digits", parquet)
+    assert data.test.labels.tolist() == [1, 1, 2]
+    assert np.array_equal(data.test.images[0, 0], np.asarray(pictures(3, seed=5)[0]))
+
+
 # ---- what cannot be used
 
 
@@ -297,15 +364,6 @@ def test_an_image_of_floating_point_numbers_is_refused(tmp_path):
     assert "000.tiff does not decode as an image (floating-point pixels have no fixed range)" in refusal("digits", tmp_path)
 
 
-def test_images_of_two_sizes_are_named(parquet):
-    test = parquet / "test-00000-of-00001.parquet"
-    write_parquet(test, [*pictures(2), *pictures(1, size=(7, 5))], [0, 1, 2])
-    assert refusal("digits", parquet) == (
-        f"images differ in size: 6x5 pixels in row 0 of {parquet / 'train-00000-of-00001.parquet'}, 7x5 in row 2 of {test}: "
-        "resize all of them to one size first"
-    )
-
-
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
@@ -370,7 +428,9 @@ def test_columns_that_are_missing(parquet):
 def test_a_part_without_images(parquet, part):
     file = parquet / f"{part}-00000-of-00001.parquet"
     pq.write_table(pq.read_table(file).slice(0, 0), file)
-    assert refusal("digits", parquet) == f"the {part} part of data set {parquet.name} has no images: give one that has"
+    assert (
+        refusal("digits", parquet) == f"the {part} part of data set {parquet.name} has no images with labels: give one that has"
+    )
 
 
 def test_too_few_images_to_hold_any_out(tmp_path):
