@@ -1,9 +1,10 @@
 """onward: train PyTorch networks without backpropagating through them."""
 
-from onward import directions, forward_mode
+from onward import alignment, directions, forward_mode
 from onward.cuts import default_cuts, suggest_cuts
 from onward.errors import UsageError
-from onward.estimators import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, Step
+from onward.estimators import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, Step
+from onward.heads import make_heads
 from onward.validate import Problem, validate
 
 __version__ = "0.1.0"
@@ -14,12 +15,15 @@ __all__ = [
     "Backprop",
     "Estimator",
     "ForwardGradient",
+    "LocalLoss",
     "Problem",
     "Step",
     "UsageError",
+    "alignment",
     "default_cuts",
     "directions",
     "forward_mode",
+    "make_heads",
     "suggest_cuts",
     "validate",
 ]

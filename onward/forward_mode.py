@@ -59,6 +59,10 @@ class Tangents(TorchDispatchMode):
                 raise UsageError(f"a tangent of shape {tuple(tangent.shape)} for a tensor of shape {tuple(tensor.shape)}")
         self._attach(tensor, [_like(tensor, tangent) for tangent in tangents])
 
+    def clear(self, tensor: Tensor) -> None:
+        """Take away the tangents that ``tensor`` was given."""
+        tensor.__dict__.pop(_KEY, None)
+
     def get(self, tensor: Tensor, direction: int = 0) -> Tensor | None:
         """The tangent of ``tensor`` in one direction, or None where it does not depend on any tensor that was given one."""
         held = self._held(tensor)

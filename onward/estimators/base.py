@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from onward.cuts import check_names, default_cuts
 from onward.errors import UsageError, unknown
 
 Loss = Callable[[Tensor, Any], Tensor]
-ROLES = ("network", "feedback")
+ROLES = ("network", "heads", "feedback")
 
 
 class Step(NamedTuple):
-    """What one call of ``estimate`` saw: the batch loss (a scalar) and the network's output, without a graph."""
+    """What one call of ``estimate`` saw: the batch loss (a scalar) and the network's output, without a graph.
+
+    ``heads``: the same two of the head at each cut, by its name, where there are heads.
+    """
 
     loss: Tensor
     logits: Tensor
+    heads: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
 class Estimator(nn.Module):
@@ -33,6 +39,8 @@ class Estimator(nn.Module):
 
     engine: str
     """How the estimate is measured, to be printed beside every result."""
+    observe: Callable[[int, Tensor], None] | None = None
+    """Called with each k and the error signal that block k differentiates itself with, where somebody wants to see it."""
 
     def __init__(
         self, model: nn.Module, cuts: Sequence[str] | None = None, *, loss: Loss = F.cross_entropy, seed: int = 0
@@ -67,10 +75,16 @@ class Estimator(nn.Module):
     def _estimate(self, x: Any, y: Any) -> Step:
         raise NotImplementedError
 
+    def observed(self, k: int, delta: Tensor) -> Tensor:
+        """The error signal of block k, shown to ``observe``."""
+        if self.observe is not None:
+            self.observe(k, delta)
+        return delta
+
     def parameter_groups(self, **options: dict[str, Any]) -> list[dict[str, Any]]:
         """The parameters by role, as groups for an optimizer, with the options of each role.
 
-        Roles are ``network`` and ``feedback``; a role that this estimator does not have is left out.
+        Roles are ``network``, ``heads`` and ``feedback``; a role that this estimator does not have is left out.
 
         >>> import onward
         >>> import torch
@@ -90,15 +104,8 @@ class Estimator(nn.Module):
         return {"network": list(self.model.parameters())}
 
     def _output_error(self, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
-        """The loss, and its gradient with respect to the output, e = dL/dz; in float32 at least, whatever autocast says."""
-        z = logits.detach()
-        if z.dtype in (torch.float16, torch.bfloat16):
-            z = z.float()
-        z.requires_grad_()
-        with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
-            value = compute_loss(self.loss, z, y)
-            (e,) = torch.autograd.grad(value, z)
-        return value.detach(), e
+        """The loss, and its gradient with respect to the output, e = dL/dz."""
+        return output_error(self.loss, logits, y)
 
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step, "seed": self.seed}
@@ -138,6 +145,59 @@ def compute_loss(loss: Loss, output: Tensor, y: Any) -> Tensor:
     return value
 
 
+def check_last_block(cuts: Sequence[str], trains: bool) -> None:
+    """Raise a :class:`onward.UsageError` if the network's last block has nothing to train."""
+    if not trains:
+        where = f"after the cut {cuts[-1]!r} " if cuts else ""
+        raise UsageError(
+            f"the last block has no parameters to train: nothing {where}requires a gradient. Leave out that cut, or "
+            "unfreeze the output layer"
+        )
+
+
+def output_error(loss: Loss, output: Tensor, y: Any) -> tuple[Tensor, Tensor]:
+    """``loss(output, y)`` and its gradient with respect to the output; in float32 at least, whatever autocast says."""
+    z = output.detach()
+    if z.dtype in (torch.float16, torch.bfloat16):
+        z = z.float()
+    z.requires_grad_()
+    with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+        value = compute_loss(loss, z, y)
+        (e,) = torch.autograd.grad(value, z)
+    return value.detach(), e
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the network's first parameter lives."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def as_rows(output: Tensor) -> Tensor:
+    """The network's output as a matrix, one row per sample."""
+    return output.flatten(1) if output.dim() > 1 else output.unsqueeze(1)
+
+
+@torch.no_grad()
+def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
+    """Add each gradient to its parameter's ``.grad``, as a backward pass would; the gradients become ours."""
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.add_(gradient)
+
+
+def allocate_gradients(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Zeros as ``.grad`` of those that have none; returns them.
+
+    What outlives a pass comes first, so that it does not lie scattered among what the blocks allocate and free.
+    """
+    fresh = [p for p in parameters if p.requires_grad and not is_lazy(p) and p.grad is None]
+    for p in fresh:
+        p.grad = torch.zeros_like(p)
+    return fresh
+
+
+def forget_unused(fresh: Iterable[nn.Parameter]) -> None:
+    """Take away those zeros that nobody has written to: the pass did not use these parameters."""
+    for p in fresh:
+        if p.grad is not None and p.grad._version == 0:
+            p.grad = None

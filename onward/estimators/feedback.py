@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,21 +12,135 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from onward.cuts import cut_graph, frozen_statistics, same_randomness
-from onward.directions import seed_of
-from onward.errors import UsageError
-from onward.estimators.base import Loss, call, device_of
-from onward.estimators.signals import OutputError, SignalEstimator, as_rows
+from onward.directions import NOISES, seed_of
+from onward.errors import UsageError, unknown
+from onward.estimators.base import Loss, as_rows, call, device_of
+from onward.estimators.signals import OutputError, SignalEstimator
+
+
+class Feedback(nn.ParameterList):
+    """One matrix B_k (C x d_k: outputs by features of the block's output) for each cut; ``signal`` is ``e B_k``.
+
+    The matrices are parameters with a ``.grad`` of their own. Their sizes are those of the first batch; until then they are
+    :class:`torch.nn.UninitializedParameter`, which optimizers accept. A child class says how they start and what they learn.
+    """
+
+    learns = True
+    directions = 0  # tangents that learning needs
+    noise = "gaussian"
+    reads_outputs = False  # whether learning needs the values of the block's output
+
+    def __init__(self, model: nn.Module, cuts: Sequence[str], seed: int) -> None:
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        super().__init__(
+            UninitializedParameter(self.learns, device=like.device, dtype=like.dtype)  # type: ignore[call-arg, arg-type]
+            for _ in cuts
+        )
+        self.cuts, self.seed = tuple(cuts), seed
+
+    def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
+        """``e B_k``, in the shape of h."""
+        matrix = self.sized(k, h, error.e)
+        return (error.e.to(matrix.dtype) @ matrix).view(h.shape)
+
+    def learn(self, k: int, h: Tensor, error: OutputError) -> None:
+        """Add to B_k's ``.grad`` what it learns from this step."""
+        if self.learns:
+            matrix = self.sized(k, h, error.e)
+            if matrix.grad is None:
+                matrix.grad = torch.zeros_like(matrix)
+            self.differentiate(k, h, error, matrix.grad)
+
+    def initial(self, k: int, matrix: Tensor) -> None:
+        """Fill B_k for the first time; zero unless a rule says otherwise."""
+        matrix.zero_()
+
+    def differentiate(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
+        """Add what B_k learns from this step to ``gradient``."""
+        raise NotImplementedError
+
+    def sized(self, k: int, h: Tensor, e: Tensor) -> nn.Parameter:
+        """B_k, made on first use; raises :class:`onward.UsageError` where it does not fit this batch."""
+        if h.shape[0] != e.shape[0]:
+            raise UsageError(
+                f"the output of cut {self.cuts[k]!r} has shape {tuple(h.shape)} for {e.shape[0]} samples: feedback needs the "
+                "sample dimension first at every cut and at the output (batch_first=True in recurrent and attention layers)"
+            )
+        shape = (e.shape[1], h[0].numel())
+        matrix = self[k]
+        if is_lazy(matrix):
+            matrix.materialize(shape)
+            with torch.no_grad():
+                self.initial(k, matrix)
+        if tuple(matrix.shape) != shape:
+            raise UsageError(
+                f"the feedback matrix of cut {self.cuts[k]!r} is {matrix.shape[0]} x {matrix.shape[1]} and this batch needs "
+                f"{shape[0]} x {shape[1]} (outputs x features): feedback needs inputs of one size"
+            )
+        return matrix
+
+    # Matrices that have no size yet are not saved, and take the size of what is loaded into them.
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for k, matrix in enumerate(self):
+            if not is_lazy(matrix):
+                destination[f"{prefix}{k}"] = matrix if keep_vars else matrix.detach()
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        for k, matrix in enumerate(self):
+            saved = state_dict.get(f"{prefix}{k}")
+            if saved is not None and is_lazy(matrix):
+                matrix.materialize(saved.shape)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        lazy = {f"{prefix}{k}" for k, matrix in enumerate(self) if is_lazy(matrix)}
+        missing[:] = [key for key in missing if key not in lazy]
+
+
+class RandomFeedback(Feedback):
+    """B_k random and fixed, U(-sqrt(6/d_k), sqrt(6/d_k))."""
+
+    learns = False
+
+    def initial(self, k: int, matrix: Tensor) -> None:
+        generator = torch.Generator(device=matrix.device).manual_seed(seed_of(self.seed, "feedback", k))
+        bound = math.sqrt(6 / matrix.shape[1])
+        matrix.uniform_(-bound, bound, generator=generator)
+
+
+class KolenPollackFeedback(Feedback):
+    """``grad B_k = e^T h_k``: the forward weights and the feedback learn from the same products and so grow alike."""
+
+    reads_outputs = True
+
+    def differentiate(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
+        gradient.addmm_(error.e.to(gradient.dtype).T, h.flatten(1).to(gradient.dtype))
+
+
+class ForwardFeedback(Feedback):
+    """``grad B_k = B_k - (1/N) ydot^T u_k``: B_k follows the Jacobian of the logits, as forward mode measures it."""
+
+    directions = 1
+
+    def differentiate(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
+        gradient.add_(self[k])
+        scale = -1.0 / (error.e.shape[0] * self.directions)
+        for tangent, u in zip(error.tangents, error.directions(k, h), strict=True):
+            gradient.addmm_(tangent.to(gradient.dtype).T, u.flatten(1).to(gradient.dtype), alpha=scale)
+
+
+FEEDBACK: dict[str, Callable[[nn.Module, Sequence[str], int], Feedback]] = {
+    "dfa": RandomFeedback,
+    "dkp": KolenPollackFeedback,
+    "fdfa": ForwardFeedback,
+}
 
 
 class DirectFeedback(SignalEstimator):
-    """delta_k = e B_k, with one matrix B_k (C x d_k: outputs by features of the block's output) for each cut.
-
-    The matrices are parameters with a ``.grad`` of their own, in ``feedback`` in the order of ``cuts``. Their sizes are those
-    of the first batch; until then they are :class:`torch.nn.UninitializedParameter`, which optimizers accept.
-    """
+    """delta_k = e B_k, by one of the rules in ``FEEDBACK``; the matrices are ``feedback``, in the order of ``cuts``."""
 
     engine = "feedback"
-    learns = True
+    rule: str
 
     def __init__(
         self,
@@ -39,11 +153,9 @@ class DirectFeedback(SignalEstimator):
         allow_bypass: bool = False,
     ) -> None:
         super().__init__(model, cuts, loss=loss, low_memory=low_memory, seed=seed, allow_bypass=allow_bypass)
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        self.feedback = _LazyMatrices(
-            UninitializedParameter(self.learns, device=like.device, dtype=like.dtype)  # type: ignore[call-arg, arg-type]
-            for _ in self.cuts
-        )
+        self.feedback = FEEDBACK[self.rule](model, self.cuts, seed)
+        self.directions, self.noise = self.feedback.directions, self.feedback.noise
+        self.reads_outputs = self.feedback.reads_outputs
 
     def initialize(self, x: Any) -> None:
         """Size the feedback matrices by one forward pass over a batch, which changes nothing else."""
@@ -58,46 +170,15 @@ class DirectFeedback(SignalEstimator):
             logits = call(self.model, x)
         with again:
             for k, h in shapes:
-                self._matrix(k, h, as_rows(logits))
+                self.feedback.sized(k, h, as_rows(logits))
 
     def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
-        matrix = self._matrix(k, h, error.e)
-        delta = (error.e.to(matrix.dtype) @ matrix).view(h.shape)
-        if self.learns:
-            if matrix.grad is None:
-                matrix.grad = torch.zeros_like(matrix)
-            self.learn(k, h, error, matrix.grad)
+        delta = self.feedback.signal(k, h, error)
+        self.feedback.learn(k, h, error)
         return delta
 
-    def learn(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
-        """Add what B_k learns from this step to ``gradient``, its ``.grad``."""
-        raise NotImplementedError
-
-    def initial_matrix(self, k: int, matrix: Tensor) -> None:
-        """Fill B_k for the first time; zero unless a method says otherwise."""
-        matrix.zero_()
-
-    def _matrix(self, k: int, h: Tensor, e: Tensor) -> nn.Parameter:
-        if h.shape[0] != e.shape[0]:
-            raise UsageError(
-                f"the output of cut {self.cuts[k]!r} has shape {tuple(h.shape)} for {e.shape[0]} samples: feedback needs the "
-                "sample dimension first at every cut and at the output (batch_first=True in recurrent and attention layers)"
-            )
-        shape = (e.shape[1], h[0].numel())
-        matrix = self.feedback[k]
-        if is_lazy(matrix):
-            matrix.materialize(shape)
-            with torch.no_grad():
-                self.initial_matrix(k, matrix)
-        if tuple(matrix.shape) != shape:
-            raise UsageError(
-                f"the feedback matrix of cut {self.cuts[k]!r} is {matrix.shape[0]} x {matrix.shape[1]} and this batch needs "
-                f"{shape[0]} x {shape[1]} (outputs x features): feedback needs inputs of one size"
-            )
-        return matrix
-
     def _roles(self) -> dict[str, list[nn.Parameter]]:
-        return {**super()._roles(), "feedback": list(self.feedback) if self.learns else []}
+        return {**super()._roles(), "feedback": list(self.feedback) if self.feedback.learns else []}
 
 
 class DFA(DirectFeedback):
@@ -114,12 +195,7 @@ class DFA(DirectFeedback):
     (torch.Size([2, 8]), torch.Size([8, 4]))
     """
 
-    learns = False
-
-    def initial_matrix(self, k: int, matrix: Tensor) -> None:
-        generator = torch.Generator(device=matrix.device).manual_seed(seed_of(self.seed, "feedback", k))
-        bound = math.sqrt(6 / matrix.shape[1])
-        matrix.uniform_(-bound, bound, generator=generator)
+    rule = "dfa"
 
 
 class DKP(DirectFeedback):
@@ -137,10 +213,7 @@ class DKP(DirectFeedback):
     torch.Size([2, 8])
     """
 
-    reads_outputs = True
-
-    def learn(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
-        gradient.addmm_(error.e.to(gradient.dtype).T, h.flatten(1).to(gradient.dtype))
+    rule = "dkp"
 
 
 class FDFA(DirectFeedback):
@@ -165,6 +238,7 @@ class FDFA(DirectFeedback):
     """
 
     engine = "feedback, forward"
+    rule = "fdfa"
 
     def __init__(
         self,
@@ -176,30 +250,9 @@ class FDFA(DirectFeedback):
         **options: Any,
     ) -> None:
         super().__init__(model, cuts, **options)
-        self.directions, self.noise = directions, noise
-
-    def learn(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
-        gradient.add_(self.feedback[k])
-        scale = -1.0 / (error.e.shape[0] * self.directions)
-        for tangent, u in zip(error.tangents, error.directions(self, k, h), strict=True):
-            gradient.addmm_(tangent.to(gradient.dtype).T, u.flatten(1).to(gradient.dtype), alpha=scale)
-
-
-class _LazyMatrices(nn.ParameterList):
-    """Parameters that may not have a size yet: saved where they have one, and sized by what is loaded into them."""
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for k, matrix in enumerate(self):
-            if not is_lazy(matrix):
-                destination[f"{prefix}{k}"] = matrix if keep_vars else matrix.detach()
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
-    ) -> None:
-        for k, matrix in enumerate(self):
-            saved = state_dict.get(f"{prefix}{k}")
-            if saved is not None and is_lazy(matrix):
-                matrix.materialize(saved.shape)
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        lazy = {f"{prefix}{k}" for k, matrix in enumerate(self) if is_lazy(matrix)}
-        missing[:] = [key for key in missing if key not in lazy]
+        if noise not in NOISES:
+            raise unknown("noise", noise, NOISES)
+        if directions < 1:
+            raise UsageError(f"directions={directions}: FDFA learns from at least 1")
+        self.directions = self.feedback.directions = directions
+        self.noise = noise

@@ -1,8 +1,8 @@
-"""Forward gradients: a direction, scaled by the directional derivative that forward mode measures along it."""
+"""Forward gradients: a guess direction, scaled by the derivative of a target along it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,47 +10,73 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward import directions as random_directions
+from onward import spaces
+from onward.directions import seed_of
 from onward.errors import UsageError, unknown
-from onward.estimators.base import Loss, Step, call
-from onward.estimators.signals import OutputError, SignalEstimator
-from onward.forward_mode import Tangents
+from onward.estimators import forward, reverse
+from onward.estimators.base import Estimator, Loss, Step
+from onward.estimators.feedback import FEEDBACK
+from onward.estimators.signals import OutputError
+from onward.heads import Heads
+from onward.per_sample import dots, weighted_sum
 
-SPACES = {
-    "activation": "one direction per sample at the output of every hidden block",
-    "avg-weight": "one direction per parameter, shared by the batch",
+TARGETS = {
+    "global": "the network's loss",
+    "local": "the loss of the block's own head",
+    "above": "the loss of the next block's head, through that block",
+    "sum": "the losses of all heads from the block on, and the network's",
 }
-TARGETS = {"global": "the network's loss"}
-GUESSES = {"random": "Gaussian or Rademacher noise"}
+GUESSES = {
+    **{name: f"the gradient of {line}" for name, line in TARGETS.items()},
+    "random": "Gaussian or Rademacher noise",
+    "ntk": "the gradient of a head's loss, its weights drawn afresh for every batch",
+    "fixed-ntk": "the gradient of a head's loss, its weights frozen as they started",
+    "feedback": "direct feedback, e B_k, by the rule of dfa, dkp or fdfa",
+}
+ENGINES = {"forward": forward.estimate, "reverse": reverse.estimate}
+PASSES = {"block": "a tangent for each block, exact", "one": "all blocks at once, with random signs"}
+SCALINGS = {"unbiased": "<g, u> u", "projection": "<g, u> u / |u|^2"}
+WITH_HEADS = ("local", "above", "sum")
 
 
-class ForwardGradient(SignalEstimator):
-    """The gradient along random directions, measured by forward mode: no backward pass through the network.
+class ForwardGradient(Estimator):
+    """The gradient of a *target*, estimated along a *guess*, in a *space*; measured by the *engine*.
 
-    In ``space="activation"`` a direction u_k is added at every hidden block's output and, with ydot the tangent of the logits,
+    With t_k the gradient of the target at the output of hidden block k and u_k the guess, in ``space="activation"``
 
-        delta_{k,n} = <e_n, ydot_n> u_{k,n},
+        delta_{k,n} = (<t_k, u_k>_n / (|u_k|_n^2 + eps)) u_{k,n}        (random guesses: <t_k, u_k>_n u_{k,n}, unbiased)
 
-    while the last block gets its exact gradient (Ren et al., "Scaling Forward Gradient with Local Losses", 2023, eq. 3).
-    It estimates each sample's own derivative: with batch statistics, what a sample does to the losses of others is left out.
+    is delivered to the block; :data:`onward.spaces.SPACES` has the other spaces. The last block gets the exact gradient of
+    the loss. Trained heads learn from their own exact local loss. ``heads`` maps each cut to a head where target or guess ask
+    for one (:func:`onward.make_heads`).
 
-    In ``space="avg-weight"`` one direction v for all parameters is shared by the batch, ``grad = <G, v> v`` (Baydin et al.,
-    "Gradients without Backpropagation", 2022). Nothing needs a cut, no graph exists at any time.
+    ``engine="forward"`` measures <t, u> by tangents in forward passes and keeps no graph beyond one block: memory does not
+    grow with depth. ``passes="block"`` carries a tangent for each block, exact; ``passes="one"`` all at once, each sample and
+    block with a random sign: unbiased, with cross-talk between blocks as noise. With batch statistics it measures each sample's
+    own derivative, without what a sample does to the losses of others. ``engine="reverse"`` sweeps back over the cut graph:
+    exact and fast, it keeps every block's graph; for studying estimators, and for those no forward pass can measure.
 
-    Both are unbiased; their variance grows with the number of dimensions d (E|est - G|^2 = (d + 1)|G|^2 for one Gaussian
-    direction, (d - 1)|G|^2 for one Rademacher direction). ``directions=m`` averages m of them in one pass.
+    Random guesses: ``noise`` of ``directions`` m directions, whose estimates are averaged, or with ``orthogonal`` t projected
+    on their span. They are unbiased with ``scaling="unbiased"``; their variance grows with the number of dimensions d:
+    E|est - g|^2 = (d + 1) |g|^2 for one Gaussian direction, (d - 1) |g|^2 for one Rademacher direction. In
+    ``space="avg-weight"`` with the global target and no cuts, every parameter gets its estimate (Baydin et al.): no graph
+    exists at any time.
 
-    Raises :class:`onward.UsageError` for an unknown target, guess, space or noise.
+    Fournier, Rivaud, Belilovsky, Eickenberg and Oyallon, "Can Forward Gradient Match Backpropagation?", 2023; Ren et al.,
+    "Scaling Forward Gradient with Local Losses", 2023, eq. 3 (global or local, random, activation); Baydin et al.,
+    "Gradients without Backpropagation", 2022 (global, random, avg-weight).
 
-    >>> import torch
-    >>> from torch import nn
+    Raises :class:`onward.UsageError` for unknown names, and for combinations with no meaning.
+
+    >>> import onward
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> estimator = ForwardGradient(model, space="avg-weight", directions=4)
-    >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
-    >>> model[0].weight.grad.shape
-    torch.Size([8, 4])
+    >>> x, y = torch.randn(3, 4), torch.tensor([0, 1, 1])
+    >>> heads = onward.make_heads(model, x, "linear")
+    >>> estimator = ForwardGradient(model, guess="local", heads=heads)
+    >>> step = estimator.estimate(x, y)
+    >>> model[0].weight.grad.shape, estimator.engine
+    (torch.Size([8, 4]), 'forward, a tangent per block')
     """
-
-    engine = "forward"
 
     def __init__(
         self,
@@ -60,68 +86,191 @@ class ForwardGradient(SignalEstimator):
         loss: Loss = F.cross_entropy,
         target: str = "global",
         guess: str = "random",
-        noise: str = "gaussian",
         space: str = "activation",
+        engine: str = "forward",
+        passes: str | None = None,
+        heads: Mapping[str, nn.Module] | None = None,
+        feedback: str = "fdfa",
+        noise: str = "gaussian",
+        scaling: str = "unbiased",
         directions: int = 1,
-        low_memory: bool = False,
+        orthogonal: bool = False,
+        eps: float = 1e-16,
         seed: int = 0,
-        allow_bypass: bool = False,
     ) -> None:
+        if engine == "reverse" and passes is not None:
+            raise UsageError(f"passes={passes!r} is for engine='forward', and the engine is 'reverse': leave it out")
+        passes = passes or ("one" if guess == "random" else "block")
         for kind, name, known in (
             ("target", target, TARGETS),
             ("guess", guess, GUESSES),
-            ("space", space, SPACES),
+            ("space", space, spaces.SPACES),
+            ("engine", engine, ENGINES),
+            ("passes", passes, PASSES),
+            ("feedback rule", feedback, FEEDBACK),
             ("noise", noise, random_directions.NOISES),
+            ("scaling", scaling, SCALINGS),
         ):
             if name not in known:
                 raise unknown(kind, name, known)
-        if directions < 1:
-            raise UsageError(f"directions={directions}: a forward gradient needs at least 1")
-        if space == "avg-weight" and cuts is None:
+        if space == "avg-weight" and guess == "random" and target == "global" and not cuts:
             cuts = ()
-        super().__init__(model, cuts, loss=loss, low_memory=low_memory, seed=seed, allow_bypass=allow_bypass)
-        self.space, self.noise, self.directions = space, noise, directions
+        super().__init__(model, cuts, loss=loss, seed=seed)
+        self.target, self.guess, self.space, self.passes = target, guess, space, passes
+        self.noise, self.scaling, self.directions, self.orthogonal, self.eps = noise, scaling, directions, orthogonal, eps
+        self._check_combination(engine, heads)
+        self._estimate_by = ENGINES[engine]
+        self.engine = engine
+        if engine == "forward":
+            self.engine += ", all blocks in one tangent" if passes == "one" else ", a tangent per block"
+        frozen = guess in ("ntk", "fixed-ntk")
+        trained = heads is not None and (not frozen or target in WITH_HEADS)
+        self.heads = Heads(self.cuts, heads) if heads is not None and trained else None
+        self.frozen_heads = Heads(self.cuts, heads, frozen=True) if heads is not None and frozen else None
+        self.feedback = FEEDBACK[feedback](model, self.cuts, seed) if guess == "feedback" else None
+        self.check_bypass = True
 
-    def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
-        delta = torch.zeros_like(h)
-        for tangent, u in zip(error.tangents, error.directions(self, k, h), strict=True):
-            slopes = (error.e * tangent).sum(1).view(-1, *[1] * (h.dim() - 1))
-            delta.addcmul_(slopes.to(h.dtype), u, value=1 / self.directions)
-        return delta
+    def _check_combination(self, engine: str, heads: Mapping[str, nn.Module] | None) -> None:
+        for what, name in (("target", self.target), ("guess", self.guess)):
+            if heads is None and name in (*WITH_HEADS, "ntk", "fixed-ntk"):
+                raise UsageError(f"{what}={name!r} is a gradient of heads: give heads=, one for each cut (onward.make_heads)")
+        if self.directions < 1:
+            raise UsageError(f"directions={self.directions}: a forward gradient needs at least 1")
+        if self.guess != "random":
+            for option, value, default in (
+                ("directions", self.directions, 1),
+                ("orthogonal", self.orthogonal, False),
+                ("scaling", self.scaling, "unbiased"),
+            ):
+                if value != default:
+                    raise UsageError(f"{option}={value!r} is for guess='random', and the guess is {self.guess!r}: leave it out")
+        if self.orthogonal and self.space not in ("activation", "activation-2", "weight", "avg-weight"):
+            raise UsageError(
+                f"orthogonal=True projects on the span of the directions, and space={self.space!r} does not project on a "
+                "direction: use it with activation, activation-2, weight or avg-weight"
+            )
+        if engine == "forward" and self.guess in ("global", "above", "sum"):
+            raise UsageError(
+                f"guess={self.guess!r} takes a backward sweep across the cuts, which the forward engine never makes: use "
+                "engine='reverse', or a guess that is known in the block (local, random, ntk, fixed-ntk, feedback)"
+            )
+        if engine == "forward" and self.space in spaces.OF_SAMPLES and self.space != "random-sign-weight":
+            raise UsageError(
+                f"space={self.space!r} compares gradients of every parameter for every sample, and a forward pass measures one "
+                "derivative for each sample: use engine='reverse', or the spaces activation, activation-2 or avg-weight"
+            )
+        if engine == "forward" and self.target in WITH_HEADS and heads is not None:
+            for name, head in heads.items():
+                if hasattr(head, "local_loss"):
+                    raise UsageError(
+                        f"the {type(head).__name__} head at cut {name!r} compares samples with one another, so its loss has no "
+                        "derivative for each sample: use engine='reverse', or another head"
+                    )
+        if engine == "forward" and self.space == "span-activation":
+            raise UsageError(
+                "space='span-activation' compares each sample's target with the guesses of all others, which takes as many "
+                "forward passes as there are samples: use engine='reverse', or space='activation'"
+            )
+
+    @property
+    def unbiased(self) -> bool:
+        """Whether guesses are scaled by <t, u> alone."""
+        return self.guess == "random" and self.scaling == "unbiased"
+
+    def guesses(self, k: int, h: Tensor, y: Any, error: OutputError | None) -> list[Tensor]:
+        """The guess directions at the output h of block k, for guesses that are known there."""
+        match self.guess:
+            case "random":
+                return [self._draw(h.shape, k, i, h, self.seed) for i in range(self.directions)]
+            case "feedback":
+                assert self.feedback is not None
+                assert error is not None
+                with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+                    return [self.feedback.signal(k, h.detach(), error).to(h.dtype)]
+        heads = self.heads if self.guess == "local" else self.frozen_heads
+        assert heads is not None
+        return [heads.differentiate(k, h, y, self.loss, self.seed, self.step, learn=False)[0]]
+
+    def feedback_direction(self, k: int, h: Tensor) -> list[Tensor]:
+        """What is added at the output of block k for the feedback to learn from."""
+        return [self._draw(h.shape, k, 0, h, self.seed)]
+
+    def drawn_weights(self, name: str, p: Tensor, i: int) -> Tensor:
+        """The i-th direction of a parameter, one for the whole batch."""
+        return self._draw(p.shape, name, i, p, self.seed)
+
+    def drawn_rows(self, name: str, p: Tensor, k: int, i: int, part: slice) -> Tensor:
+        """The i-th direction of a parameter for each of a range of samples."""
+        shape = (part.stop - part.start, *p.shape)
+        return self._draw(shape, k, i, p, seed_of(self.seed, name), part.start)
+
+    def coin(self, name: str, k: int, samples: int, like: Tensor) -> Tensor:
+        """+1 or -1 for each sample."""
+        drawn = random_directions.draw(
+            (samples, 1),
+            seed=seed_of(self.seed, name),
+            step=self.step,
+            block=k,
+            direction=-1,
+            noise="rademacher",
+            dtype=like.dtype,
+            device=like.device,
+        )
+        return drawn.squeeze(1)
+
+    def _draw(self, shape: Sequence[int], block: int | str, i: int, like: Tensor, seed: int, offset: int = 0) -> Tensor:
+        return random_directions.draw(
+            shape,
+            seed=seed,
+            step=self.step,
+            block=block,
+            offset=offset,
+            direction=i,
+            noise=self.noise,
+            dtype=like.dtype,
+            device=like.device,
+        )
+
+    def weights(self, inner: Sequence[Tensor], products: dict[tuple[int, int], Tensor]) -> list[Tensor]:
+        """The weight of each sample's guess in each direction, from <t, u_i> and the products <u_i, u_j>, all (N,)."""
+        if self.orthogonal:
+            m = range(self.directions)
+            gram = torch.stack([torch.stack([products[min(i, j), max(i, j)] for j in m], -1) for i in m], -1)
+            return spaces.average(inner, gram)
+        scaled = [
+            spaces.weights(self.space, one, None if self.unbiased else products.get((i, i)), self.eps)
+            for i, one in enumerate(inner)
+        ]
+        return spaces.average(scaled, None)
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The (i, j) whose products <u_i, u_j> the weights need."""
+        if self.orthogonal:
+            return [(i, j) for j in range(self.directions) for i in range(j + 1)]
+        scaled = not self.unbiased and self.space not in ("sign-weight", "random-sign-weight", "f-weight", "f-activation")
+        return [(i, i) for i in range(self.directions)] if scaled else []
+
+    def row_weights(self, inner: Sequence[Tensor], guesses: Sequence[Tensor]) -> list[Tensor]:
+        """The weight of each sample's row of activations in each direction."""
+        return self.weights(inner, {(i, j): dots(guesses[i], guesses[j]) for i, j in self.pairs()})
+
+    def along(self, slopes: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
+        """The estimate of a parameter's gradient from its slopes, of shape (1,), along each direction."""
+        flat = [u.reshape(1, -1) for u in directions]
+        weights = self.weights(slopes, {(i, j): dots(flat[i], flat[j]) for i, j in self.pairs()})
+        return weighted_sum([u.unsqueeze(0) for u in directions], weights).squeeze(0)
 
     def _estimate(self, x: Any, y: Any) -> Step:
-        return self._shared_direction(x, y) if self.space == "avg-weight" else super()._estimate(x, y)
+        if self.guess == "ntk":
+            assert self.frozen_heads is not None
+            for k in range(len(self.cuts)):
+                self.frozen_heads.redraw(k, self.seed, self.step)
+        return self._estimate_by(self, x, y)
 
-    def _shared_direction(self, x: Any, y: Any) -> Step:
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        drawn = {name: [self._weight_direction(name, p, i) for i in range(self.directions)] for name, p in trained.items()}
-        with torch.no_grad(), Tangents(self.directions) as tangents:
-            for name, p in trained.items():
-                tangents.set(p, *drawn[name])
-            logits = call(self.model, x)
-            moved = [tangents.get(logits, i) for i in range(self.directions)]
-        if any(t is None for t in moved):
-            raise UsageError(
-                "no tangent reached the network's output from any parameter: part of the network is invisible to forward mode "
-                "(.detach(), NumPy, a custom operation), or nothing in it requires a gradient"
-            )
-        loss, e = self._output_error(logits, y)
-        slopes = [float((e * t).sum()) if t is not None else 0.0 for t in moved]
-        for name, p in trained.items():
-            for slope, v in zip(slopes, drawn.pop(name), strict=True):
-                # The direction itself becomes the gradient: no memory beyond the model's own.
-                v.mul_(slope / self.directions)
-                p.grad = v if p.grad is None else p.grad.add_(v)
-        return Step(loss, logits)
-
-    def _weight_direction(self, name: str, p: Tensor, index: int) -> Tensor:
-        return random_directions.draw(
-            p.shape,
-            seed=self.seed,
-            step=self.step,
-            block=name,
-            direction=index,
-            noise=self.noise,
-            dtype=p.dtype,
-            device=p.device,
-        )
+    def _roles(self) -> dict[str, list[nn.Parameter]]:
+        roles = super()._roles()
+        if self.heads is not None:
+            roles["heads"] = list(self.heads.parameters())
+        if self.feedback is not None and self.feedback.learns:
+            roles["feedback"] = list(self.feedback)
+        return roles

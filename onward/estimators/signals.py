@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from onward import directions
 from onward.cuts import BypassCheck, cut_graph, frozen_statistics, same_randomness
 from onward.errors import UsageError
-from onward.estimators.base import Estimator, Loss, Step, call, device_of
+from onward.estimators.base import (
+    Estimator,
+    Loss,
+    Step,
+    allocate_gradients,
+    as_rows,
+    call,
+    check_last_block,
+    device_of,
+    forget_unused,
+)
 from onward.forward_mode import Tangents
 
 
@@ -68,11 +77,14 @@ class SignalEstimator(Estimator):
             device=h.device,
         )
 
+    def _draw(self, k: int, h: Tensor) -> list[Tensor]:
+        return [self.direction(k, h, index) for index in range(self.directions)]
+
     def _estimate(self, x: Any, y: Any) -> Step:
         return self._block_by_block(x, y) if self.low_memory else self._all_at_once(x, y)
 
     def _all_at_once(self, x: Any, y: Any) -> Step:
-        self._allocate_gradients(self._roles().get("feedback", []))
+        allocate_gradients(self._roles().get("feedback", []))
         outputs: list[Tensor] = []
         versions: list[int] = []
         drawn: dict[int, list[Tensor]] = {}
@@ -82,18 +94,18 @@ class SignalEstimator(Estimator):
             versions.append(h._version)
             passed_on = h.detach()
             if tangents is not None:
-                drawn[k] = self._perturb(tangents, k, h, passed_on)
+                drawn[k] = perturb(tangents, self.cuts[k], k, h, passed_on, self._draw(k, passed_on))
             return passed_on
 
         tangents = Tangents(self.directions) if self.directions else None
         with tangents or nullcontext(), cut_graph(self.model, self.cuts, deliver):
             logits = call(self.model, x)
-            tangents_out = self._tangents_of(tangents, logits)
+            tangents_out = tangents_of(tangents, self.cuts, logits)
         self._check(outputs, logits)
         if self.reads_outputs:
             self._check_kept(outputs, versions)
         loss, e = self._output_error(logits, y)
-        error = OutputError(e, tangents_out, drawn)
+        error = OutputError(e, tangents_out, lambda k, h: drawn[k])
         # Nothing has to wait for a later block, so the first blocks, with most to forget and the fewest parameters, go first.
         outputs.reverse()
         for k in range(len(outputs)):
@@ -107,25 +119,25 @@ class SignalEstimator(Estimator):
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
             delta = self.signal(k, h.detach(), error).to(h.dtype)
         if h.requires_grad:
-            torch.autograd.backward(h, delta, retain_graph=self.allow_bypass)
+            torch.autograd.backward(h, self.observed(k, delta), retain_graph=self.allow_bypass)
 
     def _block_by_block(self, x: Any, y: Any) -> Step:
-        fresh = self._allocate_gradients(self.parameters())
+        fresh = allocate_gradients(self.parameters())
         again = same_randomness(device_of(self.model))
 
         def pass_on(k: int, h: Tensor) -> Tensor:
             passed_on = h.detach()
             if tangents is not None:
-                self._perturb(tangents, k, h, passed_on)
+                perturb(tangents, self.cuts[k], k, h, passed_on, self._draw(k, passed_on))
             return passed_on
 
         tangents = Tangents(self.directions) if self.directions else None
         with again, torch.no_grad(), frozen_statistics(self.model), tangents or nullcontext():
             with cut_graph(self.model, self.cuts, pass_on):
                 logits = call(self.model, x)
-            tangents_out = self._tangents_of(tangents, logits)
+            tangents_out = tangents_of(tangents, self.cuts, logits)
         loss, e = self._output_error(logits, y)
-        error = OutputError(e, tangents_out, None)
+        error = OutputError(e, tangents_out, self._draw)
         check = BypassCheck(self.model, self.cuts) if self._check_bypass else None
 
         def deliver(k: int, h: Tensor) -> Tensor:
@@ -138,44 +150,11 @@ class SignalEstimator(Estimator):
             output = call(self.model, x)
         if check:
             check.visit(len(self.cuts), output)
-        self._check_last_block(output)
+        check_last_block(self.cuts, output.requires_grad)
         self._check_bypass = False
         torch.autograd.backward(output, e.to(output.dtype))
-        for p in fresh:
-            if p.grad is not None and p.grad._version == 0:  # nobody wrote to it: this pass did not use the parameter
-                p.grad = None
+        forget_unused(fresh)
         return Step(loss, logits)
-
-    @staticmethod
-    def _allocate_gradients(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """What outlives the pass comes first, so that it does not lie scattered among what the blocks allocate and free."""
-        fresh = [p for p in parameters if p.requires_grad and not is_lazy(p) and p.grad is None]
-        for p in fresh:
-            p.grad = torch.zeros_like(p)
-        return fresh
-
-    def _perturb(self, tangents: Tangents, k: int, h: Tensor, passed_on: Tensor) -> list[Tensor]:
-        """Add a fresh direction to the tangent that arrives at cut k."""
-        drawn = [self.direction(k, passed_on, index) for index in range(self.directions)]
-        arrived = [tangents.get(h, index) for index in range(self.directions)]
-        if k > 0 and any(t is None for t in arrived):
-            raise UsageError(
-                f"no tangent reached cut {self.cuts[k]!r}: something before it is invisible to forward mode, such as "
-                ".detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
-            )
-        tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn, strict=True)))
-        return drawn
-
-    def _tangents_of(self, tangents: Tangents | None, logits: Tensor) -> list[Tensor]:
-        if tangents is None or not self.cuts:
-            return []
-        found = [tangents.get(logits, index) for index in range(self.directions)]
-        if any(t is None for t in found):
-            raise UsageError(
-                f"no tangent reached the network's output from cut {self.cuts[-1]!r}: something after it is invisible to "
-                "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
-            )
-        return [t for t in found if t is not None]
 
     def _check(self, outputs: list[Tensor], logits: Tensor) -> None:
         """On the first batch: does every cut separate, and does the last block have anything to train?"""
@@ -184,7 +163,7 @@ class SignalEstimator(Estimator):
             for k, output in enumerate([*outputs, logits]):
                 check.visit(k, output)
             self._check_bypass = False
-        self._check_last_block(logits)
+        check_last_block(self.cuts, logits.requires_grad)
 
     def _check_kept(self, outputs: Sequence[Tensor], versions: Sequence[int]) -> None:
         for name, h, version in zip(self.cuts, outputs, versions, strict=True):
@@ -194,34 +173,40 @@ class SignalEstimator(Estimator):
                     "it: use low_memory=True, or the form of that module that is not in place"
                 )
 
-    def _check_last_block(self, logits: Tensor) -> None:
-        if not logits.requires_grad:
-            where = f"after the cut {self.cuts[-1]!r} " if self.cuts else ""
-            raise UsageError(
-                f"the last block has no parameters to train: nothing {where}requires a gradient. Leave out that cut, or "
-                "unfreeze the output layer"
-            )
+
+def perturb(tangents: Tangents, name: str, k: int, h: Tensor, passed_on: Tensor, drawn: list[Tensor]) -> list[Tensor]:
+    """Add directions to the tangents that arrive at the output h of block k; returns the directions."""
+    arrived = [tangents.get(h, index) for index in range(len(drawn))]
+    if k > 0 and any(t is None for t in arrived):
+        raise UsageError(
+            f"no tangent reached cut {name!r}: something before it is invisible to forward mode, such as .detach(), NumPy, or "
+            "a custom operation: replace it, or leave out the cuts before it"
+        )
+    tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn, strict=True)))
+    return drawn
 
 
-def as_rows(output: Tensor) -> Tensor:
-    """The network's output as a matrix, one row per sample."""
-    return output.flatten(1) if output.dim() > 1 else output.unsqueeze(1)
+def tangents_of(tangents: Tangents | None, cuts: Sequence[str], logits: Tensor) -> list[Tensor]:
+    """The tangents of the network's output, one for each direction."""
+    if tangents is None or not cuts:
+        return []
+    found = [tangents.get(logits, index) for index in range(tangents.directions)]
+    if any(t is None for t in found):
+        raise UsageError(
+            f"no tangent reached the network's output from cut {cuts[-1]!r}: something after it is invisible to forward mode, "
+            "such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
+        )
+    return [t for t in found if t is not None]
 
 
 class OutputError:
     """What one pass learned at the network's output.
 
-    ``e`` = dL/dz (N x C, already divided by N for a mean loss); ``tangents``, one N x C matrix per direction; ``drawn``, the
-    directions of each block where they were kept.
+    ``e`` = dL/dz (N x C, already divided by N for a mean loss); ``tangents``, one N x C matrix per direction;
+    ``directions(k, h)``, the directions that were added at the output h of block k.
     """
 
-    def __init__(self, e: Tensor, tangents: Sequence[Tensor], drawn: dict[int, list[Tensor]] | None) -> None:
+    def __init__(self, e: Tensor, tangents: Sequence[Tensor], directions: Callable[[int, Tensor], list[Tensor]]) -> None:
         self.e = as_rows(e)
         self.tangents = [t.reshape(self.e.shape) for t in tangents]
-        self.drawn = drawn
-
-    def directions(self, estimator: SignalEstimator, k: int, h: Tensor) -> list[Tensor]:
-        """The directions that were added at block k."""
-        if self.drawn is not None:
-            return self.drawn[k]
-        return [estimator.direction(k, h, index) for index in range(estimator.directions)]
+        self.directions = directions

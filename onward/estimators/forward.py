@@ -1,0 +1,376 @@
+"""The forward engine of forward gradients: tangents measure derivatives, and no graph outlives one block's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from onward.cuts import BypassCheck, cut_graph, frozen_statistics, same_randomness
+from onward.directions import draw, seed_of
+from onward.errors import UsageError
+from onward.estimators.base import (
+    Loss,
+    Step,
+    accumulate,
+    allocate_gradients,
+    as_rows,
+    call,
+    check_last_block,
+    device_of,
+    forget_unused,
+    output_error,
+)
+from onward.estimators.reverse import accumulate_rows, estimate_samples
+from onward.estimators.signals import OutputError, perturb, tangents_of
+from onward.forward_mode import Tangents
+from onward.per_sample import Use, dots, parameters_behind, record_uses, weighted_sum
+
+if TYPE_CHECKING:
+    from onward.estimators.forward_gradient import ForwardGradient
+
+_AT_ONCE = 4  # tangents in one pass where every block has its own, so that memory does not grow with the number of blocks
+
+
+class Site(NamedTuple):
+    """Where a guess is a tangent: at the output of a block, or on a parameter while that block runs."""
+
+    block: int
+    parameter: str | None
+    direction: int
+
+
+class Measured(NamedTuple):
+    """The derivative along each site's tangent, of shape (N,), or (1,) for a parameter's; what the passes saw."""
+
+    slopes: dict[Site, Tensor]
+    loss: Tensor
+    logits: Tensor
+
+
+def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
+    """One step of ``fg``: passes without a graph, which measure, and one that differentiates block by block."""
+    again = same_randomness(device_of(fg.model))
+    if not fg.cuts and fg.space == "avg-weight":
+        return _without_cuts(fg, x, y, again)
+    fresh = allocate_gradients(fg.parameters())
+    error = _output(fg, x, y, again) if fg.feedback is not None else None
+    step = (_parameters if fg.space == "avg-weight" else _activations)(fg, x, y, again, error)
+    forget_unused(fresh)
+    return step
+
+
+def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, error: OutputError | None) -> Step:
+    """Measure along guesses at the blocks' outputs, then deliver to each block its own, weighted."""
+    slopes: dict[Site, Tensor] = {}
+    if fg.space != "random-sign-weight":  # which compares with nothing
+        sites = [Site(k, None, i) for k in range(len(fg.cuts)) for i in range(fg.directions)]
+        slots = _slots(fg, sites)
+
+        def inject(h: Tensor, wanted: Sequence[Site]) -> list[Tensor]:
+            guesses = fg.guesses(wanted[0].block, h, y, error)
+            found = [guesses[site.direction] for site in wanted]
+            return (
+                [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
+                if _signed(fg)
+                else found
+            )
+
+        slopes = _measure(fg, x, y, again, slots, at_output=inject).slopes
+        slopes = {site: slope * _sign(fg, site, slope.shape) for site, slope in slopes.items()}
+    of_samples = fg.space in ("activation-2", "random-sign-weight")
+    recording: AbstractContextManager[list[Use]] = record_uses(fg.model) if of_samples else nullcontext([])
+
+    def learn(k: int, h: Tensor, guesses: list[Tensor]) -> None:
+        if of_samples:
+            fg.observed(k, guesses[0])
+        if fg.space == "random-sign-weight":
+            # Its place among those compared is the target's, but here nothing is: random guesses only need the shapes.
+            signals = [guesses[0]] * (1 if fg.guess == "random" else 2)
+            arrived = _arriving(h, guesses[0], uses)
+            estimate_samples(fg, k, h, uses, signals, [arrived] * len(signals))
+            return
+        weights = fg.row_weights([slopes[Site(k, None, i)] for i in range(fg.directions)], guesses)
+        if fg.space == "activation-2":
+            accumulate_rows(h, uses, guesses, [_arriving(h, u, uses) for u in guesses], weights)
+        else:
+            torch.autograd.backward(h, fg.observed(k, weighted_sum(guesses, weights)))
+
+    with recording as uses:
+        return _block_by_block(fg, x, y, again, error, learn, after=uses.clear)
+
+
+def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, error: OutputError | None) -> Step:
+    """Find each block's parameter gradients under the guess, then measure along them."""
+    members: list[list[nn.Parameter]] = []
+    along: dict[Site, Tensor] = {}
+    names = {p: name for name, p in fg.model.named_parameters()}
+
+    def learn(k: int, h: Tensor, guesses: list[Tensor]) -> None:
+        members.append(list(parameters_behind(h)))
+        if not members[k]:
+            return
+        found = [] if fg.guess == "random" else torch.autograd.grad(h, members[k], fg.observed(k, guesses[0]))
+        for i in range(fg.directions):
+            for p, direction in zip(members[k], found or [fg.drawn_weights(names[p], p, i) for p in members[k]], strict=True):
+                along[Site(k, names[p], i)] = direction
+
+    step = _block_by_block(fg, x, y, again, error, learn, skip=lambda k: members.append([]))
+    _estimate_along(fg, x, y, again, members, along)
+    return step
+
+
+def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: same_randomness) -> Step:
+    """Baydin et al.: one direction for all parameters of the network; nothing is differentiated in reverse."""
+    named = {name: p for name, p in fg.model.named_parameters() if p.requires_grad}
+    along = {
+        Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()
+    }  # fmt: skip
+    measured = _estimate_along(fg, x, y, again, [list(named.values())], along)
+    return Step(measured.loss, measured.logits)
+
+
+def _estimate_along(
+    fg: ForwardGradient,
+    x: Any,
+    y: Any,
+    again: same_randomness,
+    members: Sequence[Sequence[nn.Parameter]],
+    along: dict[Site, Tensor],
+) -> Measured:
+    """Measure along directions of parameters, block by block, and add the estimates to ``.grad``."""
+    named = dict(fg.model.named_parameters())
+
+    def tangent(site: Site) -> Tensor:
+        return along[site] * _sign(fg, site, ()) if _signed(fg) else along[site]
+
+    slots = _slots(fg, list(along))
+    measured = _measure(fg, x, y, again, slots, on_parameters=tangent, members=members)
+    if along and not measured.slopes:
+        raise UsageError(
+            "no tangent reached the target's loss from any parameter: part of the network is invisible to forward mode "
+            "(.detach(), NumPy, a custom operation), or nothing in it requires a gradient"
+        )
+    estimated: set[str] = set()
+    for site in [site for site in along if site.direction == 0]:
+        if fg.passes == "one" and fg.guess == "random" and site.parameter in estimated:
+            continue  # one direction and one slope for all the blocks that use the parameter
+        estimated.add(str(site.parameter))
+        sites = [site._replace(direction=i) for i in range(fg.directions)]
+        directions = [along.pop(s) for s in sites]
+        zero = measured.logits.new_zeros(1)
+        slopes = [measured.slopes[s] * _sign(fg, s, ()) if s in measured.slopes else zero for s in sites]
+        assert site.parameter is not None
+        with torch.no_grad():
+            accumulate([named[site.parameter]], [fg.along(slopes, directions)])
+    return measured
+
+
+def _block_by_block(
+    fg: ForwardGradient,
+    x: Any,
+    y: Any,
+    again: same_randomness,
+    error: OutputError | None,
+    learn: Callable[[int, Tensor, list[Tensor]], None],
+    after: Callable[[], object] = lambda: None,
+    skip: Callable[[int], object] = lambda k: None,
+) -> Step:
+    """The pass that differentiates: one block's graph, its guesses, ``learn``; the last block gets the exact gradient."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    check = BypassCheck(fg.model, fg.cuts) if fg.check_bypass else None
+
+    def deliver(k: int, h: Tensor) -> Tensor:
+        if check:
+            check.visit(k, h)
+        local = None
+        if fg.heads is not None:
+            local, value, z = fg.heads.differentiate(k, h, y, fg.loss, fg.seed, fg.step, learn=True)
+            seen[fg.cuts[k]] = value, z
+        if h.requires_grad:
+            guesses = [local] if fg.guess == "local" and local is not None else fg.guesses(k, h, y, error)
+            with torch.autocast(h.device.type, enabled=False):
+                learn(k, h, guesses)
+        else:
+            skip(k)
+        if fg.feedback is not None:
+            assert error is not None
+            with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+                fg.feedback.learn(k, h.detach(), error)
+        after()
+        return h.detach()
+
+    with again, cut_graph(fg.model, fg.cuts, deliver):
+        logits = call(fg.model, x)
+    if check:
+        check.visit(len(fg.cuts), logits)
+    fg.check_bypass = False
+    check_last_block(fg.cuts, logits.requires_grad)
+    loss, e = output_error(fg.loss, logits, y)
+    torch.autograd.backward(logits, e.to(logits.dtype))
+    return Step(loss, logits.detach(), seen)
+
+
+def _measure(
+    fg: ForwardGradient,
+    x: Any,
+    y: Any,
+    again: same_randomness,
+    slots: Sequence[Sequence[Site]],
+    *,
+    at_output: Callable[[Tensor, Sequence[Site]], list[Tensor]] | None = None,
+    on_parameters: Callable[[Site], Tensor] | None = None,
+    members: Sequence[Sequence[nn.Parameter]] = (),
+) -> Measured:
+    """The derivative of the target along each site's tangent: one tangent for each slot, which may serve several sites.
+
+    A target is read where its losses are: at the heads, from the tangents of a block's output, and at the network's output.
+    """
+    slopes: dict[Site, Tensor] = {}
+    last = len(fg.cuts)
+    names = {p: name for name, p in fg.model.named_parameters()}
+    at_once = len(slots) if fg.passes == "one" else _AT_ONCE
+    chunks = [slots[start : start + at_once] for start in range(0, len(slots), max(1, at_once))]
+    loss, logits = torch.empty(0), torch.empty(0)
+    for index, chunk in enumerate(chunks):
+        tangents = Tangents(len(chunk))
+
+        def read(
+            point: int, criterion: Loss, output: Tensor, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk
+        ) -> Tensor:
+            value, e = output_error(criterion, output, y)
+            for j, slot in enumerate(chunk):
+                moved = tangents.get(output, j)
+                if moved is not None:
+                    slope = dots(as_rows(e), as_rows(moved).to(e.dtype))
+                    slope = slope if slot[0].parameter is None else slope.sum().view(1)
+                    for site in slot:
+                        if _reads(fg.target, site.block, point, last):
+                            slopes[site] = slopes[site] + slope if site in slopes else slope
+            return value
+
+        def enter(k: int, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> None:
+            """Give the parameters of block k their tangents."""
+            if on_parameters is None or k >= len(members):
+                return
+            tangent_of = on_parameters
+            for p in members[k]:
+                found: list[Tensor | None] = [
+                    next((tangent_of(s) for s in slot if s.block == k and s.parameter == names[p]), None) for slot in chunk
+                ]
+                if any(t is not None for t in found):
+                    tangents.set(p, *(torch.zeros_like(p) if t is None else t for t in found))
+
+        def deliver(k: int, h: Tensor, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> Tensor:
+            for p in members[k] if k < len(members) else ():
+                tangents.clear(p)
+            moved = [tangents.get(h, j) for j in range(len(chunk))]
+            if fg.target == "above" and k > 0:
+                _at_head(fg, k, h, moved, tangents, read)
+            if at_output is not None:
+                wanted = {j: site for j, slot in enumerate(chunk) for site in slot if site.block == k}
+                for j, u in zip(wanted, at_output(h, list(wanted.values())) if wanted else (), strict=True):
+                    arrived = moved[j]
+                    moved[j] = u if arrived is None else arrived + u
+            if fg.target in ("local", "sum"):
+                _at_head(fg, k, h, moved, tangents, read)
+            passed_on = h.detach()
+            if fg.target != "local":
+                _give(tangents, passed_on, moved)
+            enter(k + 1)
+            return passed_on
+
+        # The only pass of a network without cuts is the one that moves its running statistics.
+        frozen = nullcontext() if last == 0 and index == len(chunks) - 1 else frozen_statistics(fg)
+        with again, torch.no_grad(), frozen, tangents, cut_graph(fg.model, fg.cuts, deliver):
+            enter(0)
+            logits = call(fg.model, x)
+            loss = read(last, fg.loss, logits)
+    for site in {site for slot in slots for site in slot if site.parameter is None} - slopes.keys():
+        raise UsageError(
+            f"no tangent reached the target's loss from cut {fg.cuts[site.block]!r}: something after it is invisible to "
+            "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
+        )
+    return Measured(slopes, loss, logits)
+
+
+def _reads(target: str, block: int, point: int, last: int) -> bool:
+    """Whether the target of a block contains the loss at a point: the head of that number, or the output (the last)."""
+    match target:
+        case "global":
+            return point == last
+        case "local":
+            return point == block
+        case "above":
+            return point == block + 1
+        case _:
+            return point >= block
+
+
+def _at_head(
+    fg: ForwardGradient, k: int, h: Tensor, moved: Sequence[Tensor | None], tangents: Tangents, read: Callable[..., Tensor]
+) -> None:
+    assert fg.heads is not None
+    probe = h.detach()
+    _give(tangents, probe, moved)
+    with fg.heads.randomness(k, fg.seed, fg.step):
+        read(k, fg.loss, fg.heads[k](probe))
+
+
+def _give(tangents: Tangents, tensor: Tensor, moved: Sequence[Tensor | None]) -> None:
+    if any(t is not None for t in moved):
+        tangents.set(tensor, *(torch.zeros_like(tensor) if t is None else t.clone() for t in moved))
+
+
+def _output(fg: ForwardGradient, x: Any, y: Any, again: same_randomness) -> OutputError:
+    """The output error, which a feedback guess starts from, and the tangents that its matrices learn from."""
+    assert fg.feedback is not None
+    tangents = Tangents(fg.feedback.directions) if fg.feedback.directions else None
+
+    def pass_on(k: int, h: Tensor) -> Tensor:
+        passed_on = h.detach()
+        if tangents is not None:
+            perturb(tangents, fg.cuts[k], k, h, passed_on, fg.feedback_direction(k, h))
+        return passed_on
+
+    with again, torch.no_grad(), frozen_statistics(fg), tangents or nullcontext(), cut_graph(fg.model, fg.cuts, pass_on):
+        logits = call(fg.model, x)
+        tangents_out = tangents_of(tangents, fg.cuts, logits)
+    return OutputError(output_error(fg.loss, logits, y)[1], tangents_out, fg.feedback_direction)
+
+
+def _slots(fg: ForwardGradient, sites: Sequence[Site]) -> list[list[Site]]:
+    """Which sites share a tangent."""
+    if fg.passes == "block":
+        return [[site] for site in sites]
+    return [[site for site in sites if site.direction == i] for i in range(fg.directions)]
+
+
+def _signed(fg: ForwardGradient) -> bool:
+    return fg.passes == "one" and fg.guess != "random"  # noise has random signs already
+
+
+def _sign(fg: ForwardGradient, site: Site, shape: Sequence[int]) -> Tensor:
+    """What tells the sites in one tangent apart: a random sign for each sample at a block's output, one for a parameter."""
+    like = next(fg.model.parameters())
+    if not _signed(fg):
+        return like.new_ones(shape)
+    return draw(
+        shape,
+        seed=seed_of(fg.seed, "sign", site.parameter or ""),
+        step=fg.step,
+        block=site.block if site.parameter is None else f"block {site.block}",
+        noise="rademacher",
+        dtype=like.dtype,
+        device=like.device,
+    )
+
+
+def _arriving(h: Tensor, signal: Tensor, uses: Sequence[Any]) -> Sequence[Tensor | None]:
+    """What of a signal at a block's output arrives at each of its layers."""
+    if not uses:
+        return []
+    return torch.autograd.grad(h, [use.output for use in uses], signal, retain_graph=True, allow_unused=True)

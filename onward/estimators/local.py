@@ -1,0 +1,75 @@
+"""Local losses: every hidden block learns from a head of its own, and from nothing that comes after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onward.cuts import BypassCheck, cut_graph
+from onward.estimators.base import Estimator, Loss, Step, call, check_last_block
+from onward.heads import Heads
+
+
+class LocalLoss(Estimator):
+    """Greedy layer-wise learning: ``delta_k = d l_k / d h_k``, with l_k the loss of the head at cut k.
+
+    Every block and its head learn from l_k, the last block from the network's own loss. A block's graph is gone before the next
+    block runs. ``heads`` maps each cut's name to its head, a module from h_k to the network's outputs
+    (:func:`onward.make_heads` makes them); they are parameters of the role ``heads``.
+
+    Belilovsky, Eickenberg and Oyallon, "Decoupled Greedy Learning of CNNs", 2020; Nokland and Eidnes, "Training Neural
+    Networks with Local Error Signals", 2019.
+
+    >>> import onward
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> x = torch.randn(3, 4)
+    >>> estimator = LocalLoss(model, heads=onward.make_heads(model, x, "linear"))
+    >>> step = estimator.estimate(x, torch.tensor([0, 1, 1]))
+    >>> model[0].weight.grad.shape, step.heads["1"][1].shape
+    (torch.Size([8, 4]), torch.Size([3, 2]))
+    """
+
+    engine = "local"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[str] | None = None,
+        *,
+        heads: Mapping[str, nn.Module],
+        loss: Loss = F.cross_entropy,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(model, cuts, loss=loss, seed=seed)
+        self.heads = Heads(self.cuts, heads)
+        self._check_bypass = True
+
+    def _estimate(self, x: Any, y: Any) -> Step:
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        check = BypassCheck(self.model, self.cuts) if self._check_bypass else None
+
+        def deliver(k: int, h: Tensor) -> Tensor:
+            if check:
+                check.visit(k, h)
+            signal, value, z = self.heads.differentiate(k, h, y, self.loss, self.seed, self.step, learn=True)
+            seen[self.cuts[k]] = value, z
+            if h.requires_grad:
+                torch.autograd.backward(h, self.observed(k, signal))
+            return h.detach()
+
+        with cut_graph(self.model, self.cuts, deliver):
+            logits = call(self.model, x)
+        if check:
+            check.visit(len(self.cuts), logits)
+        self._check_bypass = False
+        check_last_block(self.cuts, logits.requires_grad)
+        loss, e = self._output_error(logits, y)
+        torch.autograd.backward(logits, e.to(logits.dtype))
+        return Step(loss, logits.detach(), seen)
+
+    def _roles(self) -> dict[str, list[nn.Parameter]]:
+        return {**super()._roles(), "heads": list(self.heads.parameters())}
