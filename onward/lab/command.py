@@ -13,7 +13,7 @@ from onward.lab.extra import lab_extra
 
 @dataclass(frozen=True)
 class List:
-    """Name the algorithms, networks and data sets that there are."""
+    """Name the algorithms, networks, heads, targets, guesses, spaces and data sets that there are."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,15 +74,26 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def _list() -> None:
+    from onward.estimators.forward_gradient import GUESSES, TARGETS
+    from onward.heads import HEADS
     from onward.lab.algorithms import ALGORITHMS
     from onward.lab.data import DATASETS
     from onward.lab.models import MODELS
+    from onward.spaces import SPACES
 
     def first_lines(functions: Mapping[str, Callable[..., object]]) -> dict[str, str]:
         return {name: (function.__doc__ or "").partition("\n")[0] for name, function in functions.items()}
 
-    kinds = {"algorithms": first_lines(ALGORITHMS), "models": first_lines(MODELS), "data sets": DATASETS}
+    kinds = {
+        "algorithms": first_lines(ALGORITHMS),
+        "models": first_lines(MODELS),
+        "heads": first_lines(HEADS),
+        "targets of fg": TARGETS,
+        "guesses of fg": GUESSES,
+        "spaces of fg": SPACES,
+        "data sets": DATASETS,
+    }
     for kind, entries in kinds.items():
         print(f"{kind}:")
         for name, line in entries.items():
-            print(f"  {name:14} {line.rstrip('.')}")
+            print(f"  {name:18} {line.rstrip('.')}")

@@ -38,15 +38,26 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The network's learning rate over time; the feedback's stays as it is."""
+    """The learning rate of the network and its heads over time; the feedback's stays as it is."""
 
-    gamma: float = 0.95
-    """The learning rate is multiplied by this after every epoch."""
+    name: Literal["exponential", "step", "plateau", "onecycle", "linear", "cosine", "constant"] = "exponential"
+    """exponential, step and plateau multiply the rate by gamma, after every epoch, every step_size epochs, or when the training
+    loss no longer falls; onecycle (whose peak is lr), linear and cosine (down to 0) change it at every step of the run."""
+    gamma: float | None = None
+    """If not given: 0.95 of exponential, 0.2 of step and plateau."""
+    step_size: int = 30
+    """Epochs between two changes of step."""
+    patience: int = 15
+    """Epochs that plateau waits for a lower training loss."""
+    start: float = 1.0
+    """linear begins at lr times this,"""
+    end: float = 0.0
+    """and ends at lr times this."""
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """The feedback matrices of dkp and fdfa."""
+    """The feedback matrices of dkp, fdfa and feedback guesses."""
 
     lr: float = 1e-4
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -58,14 +69,54 @@ class Feedback:
 
 
 @dataclass(frozen=True)
-class ForwardGradient:
-    """The random directions of fg."""
+class Heads:
+    """The auxiliary networks that give hidden blocks a loss of their own; they learn as the network does."""
 
-    space: Literal["activation", "avg-weight"] = "activation"
-    """Perturb each sample's activations, or all weights at once."""
+    kind: Literal["cnn", "mlp", "linear", "predsim"] | None = None
+    """If not given: cnn, or mlp where a hidden block's output is no image."""
+    width: int | None = None
+    """Hidden channels of cnn (if not given: 32), features of mlp (1024), half of that beyond 8 hidden blocks; multiplied by
+    network.width."""
+
+
+@dataclass(frozen=True)
+class ForwardGradient:
+    """The forward gradients of fg: a guess at every hidden block, scaled by the target's derivative along it."""
+
+    target: Literal["global", "local", "above", "sum"] = "global"
+    """Whose gradient is estimated: the loss of the network, of the block's own head, of the next one, or of all from it on."""
+    guess: Literal["global", "local", "above", "sum", "random", "ntk", "fixed-ntk", "feedback"] = "random"
+    """The direction: one of those gradients, noise, the gradient of a head drawn afresh for every batch or frozen, or
+    the error signal of a feedback rule."""
+    space: Literal[
+        "activation",
+        "activation-2",
+        "weight",
+        "avg-weight",
+        "span-activation",
+        "span-weight",
+        "sign-weight",
+        "random-sign-weight",
+        "f-weight",
+        "f-activation",
+    ] = "activation"
+    """Where the derivative is measured, at a block's output or on its parameters (`onward list` has a line on each)."""
+    engine: Literal["forward", "reverse"] = "forward"
+    """Dual numbers, or a backward sweep, which keeps every block's graph."""
+    passes: Literal["block", "one"] | None = None
+    """Of the forward engine: one pass for every block, or one for all; if not given, one for random guesses, else block."""
     noise: Literal["gaussian", "rademacher"] = "gaussian"
+    """Of random guesses."""
+    scaling: Literal["unbiased", "projection"] = "unbiased"
+    """Of random guesses u: <g,u> u, or that divided by |u|^2."""
     directions: int = 1
-    """Tangents averaged in each step."""
+    """Random guesses averaged in each step."""
+    orthogonal: bool = False
+    """Project on the span of the random guesses instead of averaging over them."""
+    eps: float = 1e-16
+    """Added to squared lengths that are divided by."""
+    feedback: Literal["dfa", "dkp", "fdfa"] = "fdfa"
+    """The rule of feedback guesses; its matrices learn as --feedback says."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +151,7 @@ class Recipe:
     batch_size: int = 64
     test_batch_size: int = 1000
     lr: float = 1e-4
-    """Learning rate of the network."""
+    """Learning rate of the network and its heads."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     out: str | None = None
@@ -108,22 +159,31 @@ class Recipe:
     overwrite: bool = False
     """Replace what an earlier run left there."""
     low_memory: bool = False
-    """dfa, dkp, fdfa, fg: run the network twice and keep nothing per block."""
+    """dfa, dkp, fdfa: run the network twice and keep nothing per block."""
+    save_weights: int = 0
+    """Keep the network's weights, in a file of their own, every so many epochs and at the end; 0 keeps none."""
+    histogram: bool = False
+    """After every epoch, write histograms of how the error signal of each hidden block aligns with the true gradient."""
     wandb: bool = False
-    """Log to Weights & Biases too."""
+    """Log to Weights & Biases too,"""
+    wandb_project: str = "onward"
+    """in this project,"""
+    wandb_name: str | None = None
+    """as a run of this name; that of its folder if not given."""
     log_interval: int = 100
     """Steps between two training losses in TensorBoard."""
     network: Network = field(default_factory=Network)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     feedback: Feedback = field(default_factory=Feedback)
+    heads: Heads = field(default_factory=Heads)
     forward_gradient: ForwardGradient = field(default_factory=ForwardGradient)
     backprop: Backprop = field(default_factory=Backprop)
     transform: Transform = field(default_factory=Transform)
     subset: Subset = field(default_factory=Subset)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("test_batch_size", 1), ("log_interval", 1)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("test_batch_size", 1), ("log_interval", 1), ("save_weights", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: use at least {least}")
         for flag, rate in (("--lr", self.lr), ("--feedback.lr", self.feedback.lr)):
@@ -133,6 +193,10 @@ class Recipe:
             raise UsageError(
                 f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd: give both or neither"
             )
+        if self.schedule.step_size < 1:
+            raise UsageError(f"--schedule.step-size {self.schedule.step_size}: use at least 1")
+        if self.schedule.gamma is not None and not 0 < self.schedule.gamma < float("inf"):
+            raise UsageError(f"--schedule.gamma {self.schedule.gamma}: a factor of the learning rate is a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,16 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from onward.errors import UsageError
 from onward.lab.config import Train
 from onward.lab.extra import lab_extra
 
-Log = Callable[[Mapping[str, float], int], None]
+Log = Callable[[Mapping[str, Any], int], None]
+"""Takes named values and a step: numbers, tensors of many numbers to be shown as a histogram, mappings of these."""
 
 
 def check(config: Train) -> None:
@@ -27,15 +31,15 @@ def check(config: Train) -> None:
 
 @contextmanager
 def open_log(folder: Path, config: Train) -> Iterator[Log]:
-    """A function that logs named numbers at a step."""
+    """A function that logs named values at a step; what is nested has names such as heads/block1/loss."""
     with ExitStack() as stack:
         sinks = [stack.enter_context(_tensorboard(folder))]
         if config.wandb:
             sinks.append(stack.enter_context(_wandb(folder, config)))
 
-        def log(values: Mapping[str, float], step: int) -> None:
+        def log(values: Mapping[str, Any], step: int) -> None:
             for sink in sinks:
-                sink(values, step)
+                sink(dict(_flat(values)), step)
 
         yield log
 
@@ -46,9 +50,9 @@ def _tensorboard(folder: Path) -> Iterator[Log]:
 
     with SummaryWriter(str(folder)) as writer:
 
-        def log(values: Mapping[str, float], step: int) -> None:
+        def log(values: Mapping[str, Any], step: int) -> None:
             for name, value in values.items():
-                writer.add_scalar(name, value, step)
+                (writer.add_histogram if isinstance(value, Tensor) else writer.add_scalar)(name, value, step)
 
         yield log
 
@@ -57,5 +61,26 @@ def _tensorboard(folder: Path) -> Iterator[Log]:
 def _wandb(folder: Path, config: Train) -> Iterator[Log]:
     import wandb
 
-    with wandb.init(project="onward", name=folder.name, dir=str(folder), config=dataclasses.asdict(config)) as run:
-        yield lambda values, step: run.log(dict(values), step=step)
+    name = config.wandb_name or folder.name
+    with wandb.init(project=config.wandb_project, name=name, dir=str(folder), config=dataclasses.asdict(config)) as run:
+
+        def log(values: Mapping[str, Any], step: int) -> None:
+            shown = {
+                name: wandb.Histogram(value.tolist()) if isinstance(value, Tensor) else value for name, value in values.items()
+            }
+            run.log(shown, step=step)
+
+        yield log
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings, by the path to them.
+
+    >>> dict(_flat({"epoch": 1, "heads": {"block1": {"loss": 0.5}}}))
+    {'epoch': 1, 'heads/block1/loss': 0.5}
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value

@@ -16,7 +16,7 @@ from torch import nn
 from onward.errors import UsageError, unknown
 from onward.lab.blocks import Shape, chain, scaled
 from onward.lab.config import Network
-from onward.lab.resnets import resnet18_2b, resnet18_8b, resnet18_16b, small_net
+from onward.lab.resnets import initialize, resnet18_2b, resnet18_8b, resnet18_16b, small_net
 
 
 def mlp(shape: Shape, classes: int, *, width: float = 1.0, layers: int = 2) -> nn.Sequential:
@@ -117,6 +117,10 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {
 }
 IMAGE_SIZE = {"alexnet": 224}
 """Side that images are resized to for a network when nothing else is asked for."""
+INITIALIZE = dict.fromkeys(("resnet18-8b", "resnet18-16b", "resnet18-2b", "small-net"), initialize)
+"""How the heads of a network start, where not as PyTorch's modules do."""
+HEADS_BEHIND = {"resnet18-2b": {"block1": "output.block2"}}
+"""Of a network, cuts whose head starts with a copy of another block."""
 
 
 def check(name: str) -> None:

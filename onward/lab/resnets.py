@@ -1,7 +1,7 @@
 """ResNet-18 and its relatives, cut into blocks as Fournier et al. cut them.
 
-Every network is an `nn.Sequential` of `block1`, `block2`, ... and `output`: the last block together with the last head (batch norm,
-global average, linear layer). Weights start Kaiming uniform, biases at 0.01.
+Every network is an `nn.Sequential` of `block1`, `block2`, ... and `output`: the last block, and with it the last head (batch
+norm, global average, linear layer). Weights start Kaiming uniform, biases at 0.01.
 
 Source: Fournier et al., "Can Forward Gradient Match Backpropagation?", ICML 2023.
 """

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from onward.errors import UsageError
 from onward.lab.config import Recipe, Train
 
-CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.pt"
-CONTENTS = (CONFIG, METRICS, CHECKPOINT, "*.partial", "events.out.tfevents.*")
-NOT_IN_RESULT = {"out", "overwrite", "wandb", "log_interval"}
+CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
+CONTENTS = (CONFIG, METRICS, CHECKPOINT, ALIGNMENT, "weights-*.pt", "*.partial", "events.out.tfevents.*")
+BINS = 40
+"""Of a histogram of cosines, all equal, from -1 to 1."""
+NOT_IN_RESULT = {"out", "overwrite", "wandb", "wandb_project", "wandb_name", "log_interval"}
 
 
 def default_path(config: Recipe, what: str) -> Path:
@@ -67,10 +70,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG).read_text())
 
 
-def add_metrics(folder: Path, row: dict[str, float]) -> None:
+def add_metrics(folder: Path, row: dict[str, Any]) -> None:
     """One more line of metrics.jsonl."""
-    with (folder / METRICS).open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    _add_line(folder / METRICS, row)
+
+
+def add_alignment(folder: Path, epoch: int, cosines: Mapping[str, Tensor]) -> None:
+    """One more line of alignment.jsonl: for each cut the mean of its samples' cosines, and how many fall into each bin."""
+    blocks = {
+        cut: {"mean": values.mean().item(), "counts": values.float().histc(BINS, -1, 1).int().tolist()}
+        for cut, values in cosines.items()
+    }
+    _add_line(folder / ALIGNMENT, {"epoch": epoch, "from": -1, "to": 1, "blocks": blocks})
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -78,7 +89,12 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     _write_whole(folder / CHECKPOINT, lambda file: torch.save(state, file))
 
 
-def finished(folder: Path, config: Train) -> list[dict[str, float]] | None:
+def write_weights(folder: Path, epoch: int, weights: dict[str, Tensor]) -> None:
+    """weights-<epoch>.pt, the network's own, for `load_state_dict`; `torch.load(path, weights_only=True)` reads it."""
+    _write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
+
+
+def finished(folder: Path, config: Train) -> list[dict[str, Any]] | None:
     """The metrics of a run that is already complete there, one row per epoch; None if there is none.
 
     Raises:
@@ -101,6 +117,11 @@ def finished(folder: Path, config: Train) -> list[dict[str, float]] | None:
 
 def _contents(folder: Path) -> list[Path]:
     return [path for pattern in CONTENTS for path in folder.glob(pattern)]
+
+
+def _add_line(path: Path, entry: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

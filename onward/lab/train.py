@@ -10,22 +10,24 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ExponentialLR
 
 import onward
+from onward.alignment import cosines
 from onward.errors import UsageError
 from onward.lab import algorithms, log, memory, models, run_folder
 from onward.lab.batches import Transform, batches
 from onward.lab.config import Train
 from onward.lab.data import ImageData, load
+from onward.lab.schedules import Rate
 
-Row = dict[str, float]
+Row = dict[str, Any]
 OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "sgd": torch.optim.SGD}
 
 
@@ -43,15 +45,11 @@ class Run:
     transform: Transform
     estimator: onward.Estimator
     optimizers: dict[str, Optimizer]
-    schedule: ExponentialLR
+    rate: Rate
+    steps: int
+    """Of one epoch."""
     drop_last: bool
     """Leave out the last batch of an epoch, which is not full."""
-
-    @property
-    def steps(self) -> int:
-        """Steps of one epoch."""
-        full, rest = divmod(len(self.data.train), self.config.batch_size)
-        return full + (rest > 0 and not self.drop_last)
 
     def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The images of one epoch, in its own order."""
@@ -72,7 +70,7 @@ class Run:
             "epoch": epoch,
             "estimator": self.estimator.state_dict(),
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.rate.scheduler.state_dict(),
         }
 
 
@@ -91,7 +89,8 @@ def train(config: Train, data: ImageData | None = None) -> list[Row]:
     folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
     with run_folder.claimed(folder, overwrite=config.overwrite):
         run = prepare(config, data or load_data(config))
-        run.training_batches(1)  # says so now if the images cannot be transformed as asked
+        if config.histogram:
+            alignment(run)  # says so now if there is nothing to align
     device = describe(run.device)
     run_folder.begin(
         folder,
@@ -125,6 +124,12 @@ def train(config: Train, data: ImageData | None = None) -> list[Row]:
                 run_folder.add_metrics(folder, row)
                 rows.append(row)
                 write(row, epoch * run.steps)
+                if config.save_weights and (epoch % config.save_weights == 0 or epoch == config.epochs):
+                    run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())
+                if config.histogram:
+                    aligned = alignment(run)
+                    run_folder.add_alignment(folder, epoch, aligned)
+                    write({"alignment": aligned}, epoch * run.steps)
                 console.print(
                     "epoch {epoch}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
                     "test accuracy {test_accuracy:.2f} %  {seconds:.1f} s".format(**row)
@@ -145,43 +150,49 @@ def prepare(config: Train, data: ImageData) -> Run:
     """
     device = choose_device(config.device)
     transform = replace(config.transform, size=config.transform.size or models.IMAGE_SIZE.get(config.model))
+    batches(data.train, config.batch_size, transform=transform, train=True)  # says so now if they cannot be made as asked
     channels, *size = data.shape
     size = [transform.size] * 2 if transform.size else size
     torch.manual_seed(config.seed)
     model = models.build(config.model, (channels, *size), data.classes, config.network).to(device)
-    estimator = algorithms.build(model, config)
+    estimator = algorithms.build(model, config, torch.zeros(2, channels, *size, device=device))
     optimizers = make_optimizers(config, estimator)
-    return Run(
-        config,
-        data,
-        device,
-        transform,
-        estimator,
-        optimizers,
-        ExponentialLR(optimizers["network"], config.schedule.gamma),
-        _leaves_one(len(data.train), config.batch_size, model),
-    )
+    drop_last = _leaves_one(len(data.train), config.batch_size, model)
+    full, rest = divmod(len(data.train), config.batch_size)
+    steps = full + (rest > 0 and not drop_last)
+    rate = Rate(config.schedule, optimizers["network"], epochs=config.epochs, steps=steps)
+    return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last)
 
 
 def train_epoch(run: Run, epoch: int, report: Callable[[int, float], None]) -> Row:
-    """One pass over the training images; `seconds` is the time it took."""
+    """One pass over the training images; `seconds` is the time it took, `heads` each head's loss and accuracy (percent)."""
     start = time.perf_counter()
     total, seen = 0.0, 0
+    heads: dict[str, Tensor] = {}
     run.estimator.train()
     for step, (x, y) in enumerate(run.training_batches(epoch), start=1):
         for optimizer in run.optimizers.values():
             optimizer.zero_grad()
-        loss = run.estimator.estimate(x, y).loss.item()
+        done = run.estimator.estimate(x, y)
+        loss = done.loss.item()
         if not math.isfinite(loss):
             raise TrainingFailed(
                 f"the training loss is {loss} at epoch {epoch}, step {step} of {run.steps} ({_culprit(run.estimator, x)})"
             )
         for optimizer in run.optimizers.values():
             optimizer.step()
+        run.rate.after_step()
         total, seen = total + loss * len(y), seen + len(y)
+        for cut, (head_loss, logits) in done.heads.items():
+            sums = torch.stack([head_loss * len(y), (logits.argmax(1) == y).sum()])
+            heads[cut] = heads[cut] + sums if cut in heads else sums
         report(step, loss)
-    run.schedule.step()
-    return {"train_loss": total / seen, "seconds": time.perf_counter() - start}
+    run.rate.after_epoch(total / seen)
+    row: Row = {"train_loss": total / seen, "seconds": time.perf_counter() - start}
+    if heads:
+        totals = {cut: sums.tolist() for cut, sums in heads.items()}
+        row["heads"] = {cut: {"loss": loss / seen, "accuracy": 100 * hits / seen} for cut, (loss, hits) in totals.items()}
+    return row
 
 
 @torch.no_grad()
@@ -200,20 +211,35 @@ def evaluate(run: Run) -> Row:
     return {"test_loss": loss / n, "test_accuracy": 100 * correct / n}
 
 
+def alignment(run: Run) -> dict[str, Tensor]:
+    """For each cut the cosine of each sample's estimated and true gradient, on the same batch every time."""
+    if not run.estimator.cuts:
+        raise UsageError(f"--histogram: {run.config.algorithm} delivers no error signals to hidden blocks: leave it out")
+    run.estimator.train()
+    try:
+        return cosines(run.estimator, *next(run.training_batches(1)))
+    except UsageError as error:
+        raise UsageError(f"--histogram: {error}") from error
+
+
 def load_data(config: Train) -> ImageData:
     """The images that `config` names."""
     return load(config.data, config.data_dir, train_samples=config.subset.train, test_samples=config.subset.test)
 
 
 def make_optimizers(config: Train, estimator: onward.Estimator) -> dict[str, Optimizer]:
-    """One optimizer for each role, network and feedback, that the estimator has parameters in."""
-    momentum = {"momentum": config.optimizer.momentum} if config.optimizer.name == "sgd" else {}
+    """One optimizer for the network and its heads, and one for feedback if the estimator has any."""
+    options = {"lr": config.lr, "weight_decay": config.optimizer.weight_decay}
+    if config.optimizer.name == "sgd":
+        options["momentum"] = config.optimizer.momentum
     groups = estimator.parameter_groups(
-        network={"lr": config.lr, "weight_decay": config.optimizer.weight_decay, **momentum},
-        feedback={"lr": config.feedback.lr, "weight_decay": config.feedback.decay},
+        network=options, heads=options, feedback={"lr": config.feedback.lr, "weight_decay": config.feedback.decay}
     )
-    names = {"network": config.optimizer.name, "feedback": config.feedback.optimizer}
-    return {group["role"]: OPTIMIZERS[names[group["role"]]]([group]) for group in groups}
+    feedback = [group for group in groups if group["role"] == "feedback"]
+    optimizers = {"network": OPTIMIZERS[config.optimizer.name]([group for group in groups if group not in feedback])}
+    if feedback:
+        optimizers["feedback"] = OPTIMIZERS[config.feedback.optimizer](feedback)
+    return optimizers
 
 
 def choose_device(name: str) -> torch.device:

@@ -6,16 +6,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
 import onward
+from onward.directions import NOISES
+from onward.estimators.forward_gradient import ENGINES, GUESSES, PASSES, SCALINGS, TARGETS
+from onward.heads import HEADS
 from onward.lab import command
 from onward.lab.algorithms import ALGORITHMS
+from onward.lab.config import ForwardGradient, Heads, Schedule
 from onward.lab.data import DATASETS
 from onward.lab.models import MODELS
+from onward.lab.schedules import SCHEDULERS
+from onward.spaces import SPACES
 
 ONWARD = [sys.executable, "-m", "onward"]
 SMALL = ["--epochs", "1", "--network.width", "0.04", "--subset.train", "64", "--subset.test", "32", "--device", "cpu"]
@@ -74,7 +82,27 @@ def test_interrupted_it_keeps_the_last_epoch(tmp_path: Path) -> None:
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["list"]) == 0
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert words == [*ALGORITHMS, *MODELS, *DATASETS]
+    assert words == [*ALGORITHMS, *MODELS, *HEADS, *TARGETS, *GUESSES, *SPACES, *DATASETS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "known"),
+    [
+        (Heads, "kind", HEADS),
+        (ForwardGradient, "target", TARGETS),
+        (ForwardGradient, "guess", GUESSES),
+        (ForwardGradient, "space", SPACES),
+        (ForwardGradient, "engine", ENGINES),
+        (ForwardGradient, "passes", PASSES),
+        (ForwardGradient, "noise", NOISES),
+        (ForwardGradient, "scaling", SCALINGS),
+        (Schedule, "name", SCHEDULERS),
+    ],
+)
+def test_the_command_offers_what_there_is(kind: type, field: str, known: Iterable[str]) -> None:
+    hint = get_type_hints(kind)[field]
+    names = [name for part in (hint, *get_args(hint)) if get_origin(part) is Literal for name in get_args(part)]
+    assert sorted(names) == sorted(known)
 
 
 def test_compare_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from onward.errors import UsageError
 from onward.lab.compare import compare
-from onward.lab.config import Compare, Network, Subset
+from onward.lab.config import Compare, ForwardGradient, Heads, Network, Subset
 
 
 @pytest.fixture
@@ -82,6 +82,14 @@ def test_runs_with_other_settings_are_kept(config: Compare, tmp_path: Path) -> N
     assert not (tmp_path / "fdfa-s0").exists()
     compare(replace(config, lr=0.1, overwrite=True))
     assert (tmp_path / "bp-s0" / "metrics.jsonl").read_text() != before
+
+
+@pytest.mark.parametrize("guess", ["random", "local"])
+def test_algorithms_with_heads_are_compared_too(config: Compare, guess: str) -> None:
+    asked = ForwardGradient(guess=guess, engine="reverse" if guess == "local" else "forward")
+    table = compare(replace(config, algorithms=("local", "fg", "bp"), seeds=1, heads=Heads("linear"), forward_gradient=asked))
+    assert [row["algorithm"] for row in table] == ["local", "fg", "bp"]
+    assert all(row["accuracy"] > 0 for row in table)
 
 
 def test_a_single_run_has_no_deviation(config: Compare) -> None:

@@ -11,12 +11,25 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from onward.errors import UsageError
 from onward.lab import memory, models, run_folder
 from onward.lab import train as training
+from onward.lab.algorithms import BehindCopy
 from onward.lab.batches import Transform, batches
-from onward.lab.config import Backprop, Feedback, ForwardGradient, Network, Optimizer, Recipe, Schedule, Train, from_dict
+from onward.lab.config import (
+    Backprop,
+    Feedback,
+    ForwardGradient,
+    Heads,
+    Network,
+    Optimizer,
+    Recipe,
+    Schedule,
+    Train,
+    from_dict,
+)
 from onward.lab.data import ImageData
 from onward.lab.train import TrainingFailed, prepare, train
 
@@ -58,6 +71,17 @@ def metrics(config: Train) -> list[dict[str, float]]:
         {"algorithm": "fdfa", "low_memory": True},
         {"algorithm": "fg", "forward_gradient": ForwardGradient(noise="rademacher", directions=4)},
         {"algorithm": "fg", "forward_gradient": ForwardGradient(space="avg-weight", directions=8), "epochs": 30},
+        {"algorithm": "local"},
+        {"algorithm": "local", "heads": Heads("linear"), "optimizer": Optimizer("sgd", momentum=0.9, weight_decay=1e-4)},
+        {"algorithm": "local", "heads": Heads("predsim")},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="local")},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="local", space="avg-weight", passes="one")},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="local", space="weight", engine="reverse")},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(target="local", guess="random", directions=4)},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(target="sum", guess="global", engine="reverse")},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="fixed-ntk")},
+        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="feedback", feedback="dkp")},
+        {"algorithm": "local", "model": "small-net", "transform": Transform(size=4), "lr": 1e-2},
         {"algorithm": "fdfa", "model": "cnn", "network": Network(width=0.2), "transform": Transform(size=12)},
     ],
     ids=str,
@@ -193,6 +217,11 @@ def test_an_earlier_run_is_kept_unless_overwritten(config: Train, images: Make) 
         ({"batch_size": 1}, {}, "--batch-size 1: this network has batch norm, which needs at least 2 images in a batch"),
         ({}, {"train": 1}, "training images: 1: this network has batch norm"),
         ({"algorithm": "bp", "low_memory": True}, {}, "--low-memory: bp has no such form, use --backprop.checkpoint"),
+        ({"algorithm": "local", "low_memory": True}, {}, "--low-memory: local has no such form, it never runs the network tw"),
+        ({"algorithm": "fg", "low_memory": True}, {}, "--low-memory: fg has no such form, its forward engine always keeps one"),
+        ({"histogram": True}, {}, "--histogram: bp delivers no error signals to hidden blocks: leave it out"),
+        ({"algorithm": "local", "heads": Heads("cnn")}, {}, "a cnn head at cut 'block1': the output has shape"),
+        ({"algorithm": "local", "heads": Heads("mlp", 0)}, {}, "heads of width 0: use at least 1"),
         ({"transform": Transform(mean=(0.1, 0.2))}, {}, "for images of 1 channel"),
     ],
 )
@@ -206,6 +235,7 @@ def test_refusals_leave_nothing_behind(config: Train, images: Make, changes: Any
     ("changes", "message"),
     [
         ({"epochs": 0}, "--epochs 0: use at least 1"),
+        ({"save_weights": -1}, "--save-weights -1: use at least 0"),
         ({"batch_size": -1}, "--batch-size -1: use at least 1"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"feedback": Feedback(lr=-1)}, "--feedback.lr -1"),
@@ -323,3 +353,180 @@ def test_a_run_on_the_gpu(config: Train, images: Make) -> None:
     rows = train(replace(config, algorithm="fdfa", device="cuda", epochs=8), images())
     assert rows[-1]["test_accuracy"] > 60
     assert 0 < rows[-1]["peak_memory_bytes"] < 1e9
+
+
+# ---- heads
+
+LOCAL_GUESS = {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="local", engine="reverse")}
+
+
+def images_of(model: str) -> dict[str, int]:
+    return {"channels": 3, "size": 32 if "resnet" in model else 8}
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "features"),
+    [
+        ("resnet18-8b", Heads(), 32 / 8),
+        ("resnet18-8b", Heads("cnn", 64), 64 / 8),
+        ("resnet18-16b", Heads(), 16 / 8),
+        ("resnet18-8b", Heads("mlp"), 1024 / 8),
+        ("resnet18-16b", Heads("mlp"), 512 / 8),
+        ("mlp", Heads(), 1024 / 8),
+        ("cnn", Heads(), 1024 / 8),
+    ],
+)
+def test_heads_are_as_wide_as_the_network(images: Make, model: str, asked: Heads, features: float) -> None:
+    config = Train(algorithm="local", model=model, network=Network(width=1 / 8), heads=asked, device="cpu")
+    estimator = prepare(config, images(train=8, channels=3, size=32)).estimator
+    heads = {name.rpartition(".")[0]: m for name, m in estimator.named_modules() if isinstance(m, torch.nn.Linear)}
+    last = [m for name, m in heads.items() if not name.startswith("model") and m.out_features == 4]
+    assert len(last) == len(estimator.cuts)
+    wanted = features * (4 if (asked.kind or ("cnn" if "resnet" in model else "mlp")) == "cnn" else 1)
+    assert {layer.in_features for layer in last} == {wanted}
+
+
+@pytest.mark.parametrize("changes", [{"algorithm": "local"}, LOCAL_GUESS], ids=str)
+def test_metrics_have_every_head(config: Train, images: Make, changes: dict[str, Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, **{"epochs": 4, **changes})
+    data = images()
+    rows = train(config, data)
+    assert metrics(config) == rows
+    assert [list(row["heads"]) for row in rows] == [["block1", "block2"]] * 4
+    first, last = rows[0]["heads"]["block2"], rows[-1]["heads"]["block2"]
+    assert last["loss"] < 0.8 * first["loss"]
+    assert 100 >= last["accuracy"] > max(first["accuracy"], 50)
+    events = EventAccumulator(config.out)
+    events.Reload()
+    shown = [event.value for event in events.Scalars("heads/block2/loss")]
+    assert shown == pytest.approx([row["heads"]["block2"]["loss"] for row in rows])
+
+
+def test_a_heads_loss_is_the_mean_over_the_epoch(config: Train, images: Make) -> None:
+    config = replace(config, algorithm="local", lr=0.0, epochs=1, batch_size=40)  # the last batch is shorter
+    (row,) = train(config, images(train=96))
+    run = prepare(config, images(train=96))
+    steps = [(run.estimator.estimate(x, y), y) for x, y in run.training_batches(1)]
+    loss = sum(step.heads["block1"][0] * len(y) for step, y in steps) / 96
+    hits = sum((step.heads["block1"][1].argmax(1) == y).sum() for step, y in steps)
+    assert row["heads"]["block1"] == pytest.approx({"loss": loss.item(), "accuracy": 100 * hits.item() / 96})
+
+
+@pytest.mark.parametrize("algorithm", ["bp", "fdfa"])
+def test_without_heads_there_are_no_metrics_of_them(config: Train, images: Make, algorithm: str) -> None:
+    assert "heads" not in train(replace(config, algorithm=algorithm), images())[0]
+
+
+def test_heads_follow_the_networks_optimizer_and_schedule(config: Train, images: Make) -> None:
+    optimizer = Optimizer("sgd", momentum=0.5, weight_decay=0.25)
+    config = replace(config, algorithm="local", optimizer=optimizer, schedule=Schedule("linear", end=0.5))
+    train(config, images())
+    (saved,) = checkpoint(config)["optimizers"].values()
+    assert [group["role"] for group in saved["param_groups"]] == ["network", "heads"]
+    for group in saved["param_groups"]:
+        assert group["lr"] == pytest.approx(config.lr / 2)
+        assert (group["momentum"], group["weight_decay"]) == (0.5, 0.25)
+
+
+def test_heads_depend_on_the_seed_alone(config: Train, images: Make) -> None:
+    def state(**changes: Any) -> dict[str, Any]:
+        torch.rand(3)
+        return prepare(replace(config, algorithm="local", **changes), images()).estimator.state_dict()
+
+    first, again, other, wider = state(), state(), state(seed=1), state(heads=Heads("mlp", 2048))
+    assert all(torch.equal(first[name], again[name]) for name in first if name != "_extra_state")
+    assert not torch.equal(first["model.block1.1.weight"], other["model.block1.1.weight"])
+    bp = prepare(config, images()).estimator.state_dict()
+    for name in bp.keys() - {"_extra_state"}:
+        assert torch.equal(first[name], bp[name])  # the network is that of every algorithm
+        assert torch.equal(wider[name], bp[name])
+
+
+def test_the_head_of_resnet18_2b_starts_with_the_second_block(images: Make) -> None:
+    data = images(train=8, channels=3, size=16)
+    config = Train(model="resnet18-2b", network=Network(width=0.1), device="cpu", batch_size=4, **LOCAL_GUESS)
+    for kind in ("cnn", "mlp", "linear", "predsim"):
+        run = prepare(replace(config, heads=Heads(kind)), data)
+        (head,) = (m for m in run.estimator.modules() if isinstance(m, BehindCopy))
+        block = run.estimator.model.output.block2
+        x, y = next(run.training_batches(1))
+        for mine, theirs in zip(head[0].parameters(), block.parameters(), strict=True):
+            assert mine is not theirs
+            assert torch.equal(mine, theirs)
+        step = run.estimator.estimate(x, y)
+        assert step.heads["block1"][1].shape == (4, 4)
+        assert all(parameter.grad is not None for parameter in head[0].parameters())
+        assert any(bool(parameter.grad.any()) for parameter in head[0].parameters())
+
+
+@pytest.mark.parametrize("model", ["resnet18-8b", "resnet18-16b", "resnet18-2b", "small-net"])
+def test_heads_of_the_papers_networks_start_as_these_do(images: Make, model: str) -> None:
+    config = Train(algorithm="local", model=model, network=Network(width=0.1), device="cpu")
+    estimator = prepare(config, images(train=8, channels=3, size=8)).estimator
+    for name, layer in estimator.named_modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)) and not name.startswith("model"):
+            assert layer.bias is None or (layer.bias == 0.01).all()
+            bound = (6 / layer.weight[0].numel()) ** 0.5
+            assert 0.7 * bound < layer.weight.abs().max() <= bound
+
+
+# ---- weights, alignment
+
+
+@pytest.mark.parametrize(("every", "kept"), [(0, []), (1, [1, 2, 3]), (2, [2, 3]), (5, [3])])
+def test_weights_are_kept_for_the_bare_network(config: Train, images: Make, every: int, kept: list[int]) -> None:
+    config = replace(config, algorithm="local", epochs=3, save_weights=every)
+    rows = train(config, images())
+    folder = Path(config.out or "")
+    assert sorted(path.name for path in folder.glob("weights-*")) == [f"weights-{epoch}.pt" for epoch in kept]
+    if kept:
+        model = models.build("mlp", (1, 8, 8), 4, config.network)
+        model.load_state_dict(torch.load(folder / f"weights-{kept[-1]}.pt", weights_only=True))
+        model.eval()
+        test = images().test
+        loss = F.cross_entropy(model((test.images / 255 - 0.5) / 0.5), test.labels)
+        assert rows[-1]["test_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    train(replace(config, overwrite=True, epochs=1, save_weights=0), images())
+    assert not list(folder.glob("weights-*"))
+
+
+@pytest.mark.parametrize("algorithm", ["local", "fdfa", "fg"])
+def test_histograms_of_the_alignment(config: Train, images: Make, tmp_path: Path, algorithm: str) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = replace(config, algorithm=algorithm, histogram=True)
+    rows = train(config, images())
+    lines = [json.loads(line) for line in (Path(config.out or "") / "alignment.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    for line in lines:
+        assert (line["from"], line["to"]) == (-1, 1)
+        assert list(line["blocks"]) == ["block1", "block2"]
+        for block in line["blocks"].values():
+            assert len(block["counts"]) == 40
+            assert sum(block["counts"]) == 16  # one batch
+            assert -1 <= block["mean"] <= 1.0001
+    events = EventAccumulator(config.out, size_guidance={"histograms": 0})
+    events.Reload()
+    assert [event.step for event in events.Histograms("alignment/block1")] == [6, 12]
+    assert events.Histograms("alignment/block1")[0].histogram_value.num == 16
+    without = train(replace(config, histogram=False, out=str(tmp_path / "without")), images())
+    for row, other in zip(rows, without, strict=True):  # looking changes nothing
+        assert row["test_loss"] == other["test_loss"]
+        assert row["train_loss"] == other["train_loss"]
+
+
+def test_images_of_several_sizes_are_trained_on(config: Train, images: Make, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for number in range(40):
+        (tmp_path / "images" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+        size = tuple(torch.randint(8, 14, (2,), generator=generator).tolist())
+        image = Image.new("L", size, color=100 * (number % 2))
+        image.save(tmp_path / "images" / str(number % 2) / f"{number}.png")
+    config = replace(config, data_dir=str(tmp_path / "images"), batch_size=8)
+    with pytest.raises(UsageError, match=r"the images differ in size .*: give the size .*--transform.size 224"):
+        train(config)
+    assert not Path(config.out or "").exists()
+    rows = train(replace(config, transform=Transform(size=8), epochs=3))
+    assert rows[-1]["test_accuracy"] == 100
