@@ -1,0 +1,1 @@
+"""The command lines of the papers' own codes, translated to the configuration of `onward train`."""
