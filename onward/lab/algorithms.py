@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import onward
 from onward.errors import UsageError, unknown
 from onward.estimators.base import Loss
-from onward.heads import local_loss
 from onward.lab import models
 from onward.lab.blocks import scaled
 from onward.lab.config import Train
@@ -108,15 +107,17 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
         for head in made.values():
             models.INITIALIZE[config.model](head)
     return {
-        cut: made[end] if end == cut else BehindCopy(copy.deepcopy(model.get_submodule(end)), made[end])
+        cut: made[end] if end == cut else _behind(copy.deepcopy(model.get_submodule(end)), made[end])
         for cut, end in zip(cuts, ends, strict=True)
     }
 
 
-class BehindCopy(nn.Sequential):
-    """A head that starts with a copy of a block of the network, initialised equal and trained apart."""
+def _behind(block: nn.Module, head: nn.Module) -> nn.Module:
+    """A head that starts with a block, and has a loss of its own only if the head behind the block does."""
+    return (_OwnLoss if hasattr(head, "local_loss") else nn.Sequential)(block, head)
 
+
+class _OwnLoss(nn.Sequential):
     def local_loss(self, h: Tensor, y: Any, loss: Loss) -> tuple[Tensor, Tensor]:
-        """That of the head behind the copy."""
-        copied, head = self
-        return local_loss(head, copied(h), y, loss)
+        block, head = self
+        return head.local_loss(block(h), y, loss)

@@ -16,7 +16,6 @@ from PIL import Image
 from onward.errors import UsageError
 from onward.lab import memory, models, run_folder
 from onward.lab import train as training
-from onward.lab.algorithms import BehindCopy
 from onward.lab.batches import Transform, batches
 from onward.lab.config import (
     Backprop,
@@ -449,14 +448,15 @@ def test_the_head_of_resnet18_2b_starts_with_the_second_block(images: Make) -> N
     config = Train(model="resnet18-2b", network=Network(width=0.1), device="cpu", batch_size=4, **LOCAL_GUESS)
     for kind in ("cnn", "mlp", "linear", "predsim"):
         run = prepare(replace(config, heads=Heads(kind)), data)
-        (head,) = (m for m in run.estimator.modules() if isinstance(m, BehindCopy))
+        head = run.estimator.heads[0]
         block = run.estimator.model.output.block2
         x, y = next(run.training_batches(1))
         for mine, theirs in zip(head[0].parameters(), block.parameters(), strict=True):
             assert mine is not theirs
             assert torch.equal(mine, theirs)
-        step = run.estimator.estimate(x, y)
-        assert step.heads["block1"][1].shape == (4, 4)
+        loss, logits = run.estimator.estimate(x, y).heads["block1"]
+        assert logits.shape == (4, 4)
+        assert torch.equal(loss, F.cross_entropy(logits, y)) == (kind != "predsim")
         assert all(parameter.grad is not None for parameter in head[0].parameters())
         assert any(bool(parameter.grad.any()) for parameter in head[0].parameters())
 
@@ -470,6 +470,12 @@ def test_heads_of_the_papers_networks_start_as_these_do(images: Make, model: str
             assert layer.bias is None or (layer.bias == 0.01).all()
             bound = (6 / layer.weight[0].numel()) ** 0.5
             assert 0.7 * bound < layer.weight.abs().max() <= bound
+
+
+def test_a_head_behind_a_copy_suits_the_forward_engine(config: Train, images: Make) -> None:
+    asked = ForwardGradient(target="local", guess="random")
+    config = replace(config, algorithm="fg", model="resnet18-2b", forward_gradient=asked, network=Network(width=0.1))
+    assert len(train(replace(config, epochs=1), images(train=16, channels=3, size=8))) == 1
 
 
 # ---- weights, alignment
