@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from onward.cuts import check_names, default_cuts
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SAMPLES, CLASSES = 4, 3
@@ -230,6 +232,36 @@ def dropout() -> tuple[nn.Module, Any]:
 
 def half_sum_of_squares(z: Tensor, y: Tensor) -> Tensor:
     return 0.5 * (z - y).square().sum()
+
+
+class AnyHead(nn.Module):
+    """A head that fits the output of any block: it sees the mean and the mean square of a sample's features."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classify = nn.Linear(2, classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = h.flatten(1)
+        return self.classify(torch.stack([h.mean(1), h.square().mean(1)], 1))
+
+
+def any_heads(model: nn.Module, cuts: Iterable[str], seed: int = 3) -> dict[str, nn.Module]:
+    """The same for the same seed, with as many outputs as the network's last layer has."""
+    like = [p for p in model.parameters() if p.dim() == 2][-1]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {cut: AnyHead(like.shape[0]).to(like.dtype) for cut in cuts}
+
+
+def headed(make: Callable[..., nn.Module], **options: Any) -> Callable[..., nn.Module]:
+    """Make an estimator with heads, from the arguments of one without."""
+
+    def build(model: nn.Module, cuts: Iterable[str] | None = None, **more: Any) -> nn.Module:
+        cuts = default_cuts(model) if cuts is None else check_names(model, list(cuts))
+        return make(model, cuts, heads=any_heads(model, cuts), **options, **more)
+
+    return build
 
 
 CASES = [

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case
+from cases import CASES, Case, headed
 from torch import Tensor, nn
 
 import onward
-from onward import DFA, DKP, FDFA, Backprop, ForwardGradient, UsageError
+from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
 
 Linear, Sequential = nn.Linear, nn.Sequential
 X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
@@ -125,14 +126,27 @@ class Twice(nn.Module):
         return self.head(self.shared(self.shared(self.first(x))))
 
 
-LOW_MEMORY = pytest.mark.parametrize("low_memory", [False, True], ids=["", "low-memory"])
-SIGNALS = pytest.mark.parametrize("estimator", [DFA, DKP, FDFA, ForwardGradient])
+FEEDBACK = {
+    f"{kind.__name__}{'-low-memory' * low_memory}": partial(kind, low_memory=low_memory)
+    for kind in (DFA, DKP, FDFA)
+    for low_memory in (False, True)
+}
+SIGNALS = {
+    **FEEDBACK,
+    "ForwardGradient": ForwardGradient,
+    "ForwardGradient-reverse": partial(ForwardGradient, engine="reverse", guess="global", space="weight"),
+    "ForwardGradient-local": headed(ForwardGradient, guess="local"),
+    "ForwardGradient-local-reverse": headed(ForwardGradient, guess="local", target="sum", engine="reverse"),
+    "LocalLoss": headed(LocalLoss),
+}
+EACH_FEEDBACK = pytest.mark.parametrize("estimator", FEEDBACK.values(), ids=FEEDBACK)
+EACH_SIGNAL = pytest.mark.parametrize("estimator", SIGNALS.values(), ids=SIGNALS)
 
 
-def refused(estimator: type, model: nn.Module, cuts: list[str], low_memory: bool, match: str) -> str:
+def refused(estimator: Callable[..., Estimator], model: nn.Module, cuts: list[str], match: str) -> str:
     """The estimate is refused, the network keeps no hooks, no gradients and still runs."""
     with pytest.raises(UsageError, match=match) as raised:
-        estimator(model, cuts, low_memory=low_memory).estimate(X, Y)
+        estimator(model, cuts).estimate(X, Y)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     model(X)
     message = str(raised.value)
@@ -140,37 +154,32 @@ def refused(estimator: type, model: nn.Module, cuts: list[str], low_memory: bool
     return message
 
 
-@LOW_MEMORY
-@SIGNALS
+@EACH_SIGNAL
 @pytest.mark.parametrize("first", [lambda: nn.LSTM(3, 3), AsDict], ids=["tuple", "dict"])
-def test_output_that_is_not_a_tensor(estimator: type, first: Callable, low_memory: bool) -> None:
-    message = refused(estimator, Returns(first()), ["first"], low_memory, "'first'.*not a tensor")
+def test_output_that_is_not_a_tensor(estimator: Callable[..., Estimator], first: Callable[[], nn.Module]) -> None:
+    message = refused(estimator, Returns(first()), ["first"], "'first'.*not a tensor")
     assert "tuple" in message or "dict" in message
 
 
-@LOW_MEMORY
-@SIGNALS
-def test_reused_module(estimator: type, low_memory: bool) -> None:
-    refused(estimator, Twice(), ["shared"], low_memory, "'shared'.*more than once")
+@EACH_SIGNAL
+def test_reused_module(estimator: Callable[..., Estimator]) -> None:
+    refused(estimator, Twice(), ["shared"], "'shared'.*more than once")
 
 
-@LOW_MEMORY
-@SIGNALS
-def test_reused_module_that_is_not_a_cut(estimator: type, low_memory: bool) -> None:
-    estimator(Twice(), ["first"], low_memory=low_memory).estimate(X, Y)
+@EACH_SIGNAL
+def test_reused_module_that_is_not_a_cut(estimator: Callable[..., Estimator]) -> None:
+    estimator(Twice(), ["first"]).estimate(X, Y)
 
 
-@LOW_MEMORY
-@SIGNALS
-def test_cut_that_is_never_reached(estimator: type, low_memory: bool) -> None:
-    refused(estimator, Twice(), ["first", "unused"], low_memory, "'unused'.*did not run")
+@EACH_SIGNAL
+def test_cut_that_is_never_reached(estimator: Callable[..., Estimator]) -> None:
+    refused(estimator, Twice(), ["first", "unused"], "'unused'.*did not run")
 
 
-@LOW_MEMORY
-@SIGNALS
-def test_last_block_without_parameters(estimator: type, low_memory: bool) -> None:
-    refused(estimator, Sequential(block(), Linear(3, 3)), ["0", "1"], low_memory, "last block has no parameters.*'1'")
-    refused(estimator, Sequential(block(), Linear(3, 3), nn.Tanh()), ["1"], low_memory, "last block has no parameters.*'1'")
+@EACH_SIGNAL
+def test_last_block_without_parameters(estimator: Callable[..., Estimator]) -> None:
+    refused(estimator, Sequential(block(), Linear(3, 3)), ["0", "1"], "last block has no parameters.*'1'")
+    refused(estimator, Sequential(block(), Linear(3, 3), nn.Tanh()), ["1"], "last block has no parameters.*'1'")
 
 
 class Skip(nn.Module):
@@ -186,17 +195,16 @@ class Skip(nn.Module):
         return self.head(self.body(h) + self.skip(h))
 
 
-@LOW_MEMORY
-@SIGNALS
-def test_bypassed_cut(estimator: type, low_memory: bool) -> None:
-    message = refused(estimator, Skip(), ["body"], low_memory, "'body'.*bypass")
+@EACH_SIGNAL
+def test_bypassed_cut(estimator: Callable[..., Estimator]) -> None:
+    message = refused(estimator, Skip(), ["body"], "'body'.*bypass")
     assert "stem" in message
     assert "head" not in message.split("bypass")[1].split("Cut where")[0]
-    refused(estimator, Skip(block()), ["body"], low_memory, "'body'.*bypass")
+    refused(estimator, Skip(block()), ["body"], "'body'.*bypass")
 
 
-@SIGNALS
-def test_bypass_from_the_first_block_to_a_later_one(estimator: type) -> None:
+@EACH_SIGNAL
+def test_bypass_from_the_first_block_to_a_later_one(estimator: Callable[..., Estimator]) -> None:
     class Long(Skip):
         def forward(self, x: Tensor) -> Tensor:
             h = self.stem[0](x)
@@ -207,19 +215,18 @@ def test_bypass_from_the_first_block_to_a_later_one(estimator: type) -> None:
     assert "stem.0" in str(raised.value)
 
 
-@LOW_MEMORY
-@SIGNALS
-def test_what_is_no_bypass(estimator: type, low_memory: bool) -> None:
+@EACH_SIGNAL
+def test_what_is_no_bypass(estimator: Callable[..., Estimator]) -> None:
     """A skip between two cuts' own values, the input handed on, and the end of a residual block."""
-    estimator(Skip(), ["stem", "body"], low_memory=low_memory).estimate(X, Y)
-    estimator(Skip(), ["stem"], low_memory=low_memory).estimate(X, Y)
+    estimator(Skip(), ["stem", "body"]).estimate(X, Y)
+    estimator(Skip(), ["stem"]).estimate(X, Y)
 
     class Input(Skip):
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.body(self.stem(x)) + x.exp())
 
-    estimator(Input(), ["stem", "body"], low_memory=low_memory).estimate(X, Y)
-    estimator(Input(), ["stem", "body"], low_memory=low_memory).estimate(X.clone().requires_grad_(), Y)
+    estimator(Input(), ["stem", "body"]).estimate(X, Y)
+    estimator(Input(), ["stem", "body"]).estimate(X.clone().requires_grad_(), Y)
 
 
 def test_bypass_allowed() -> None:
@@ -233,24 +240,22 @@ def test_bypass_allowed() -> None:
         torch.testing.assert_close(p.grad, expected[name])
 
 
-@SIGNALS
-def test_bypass_is_looked_for_again_after_a_failure(estimator: type) -> None:
+@EACH_SIGNAL
+def test_bypass_is_looked_for_again_after_a_failure(estimator: Callable[..., Estimator]) -> None:
     attempt = estimator(Skip(), ["body"])
     for _ in range(2):
         with pytest.raises(UsageError, match="bypass"):
             attempt.estimate(X, Y)
 
 
-@LOW_MEMORY
-@SIGNALS
-def test_cuts_in_another_order(estimator: type, low_memory: bool) -> None:
+@EACH_SIGNAL
+def test_cuts_in_another_order(estimator: Callable[..., Estimator]) -> None:
     """Refused, or else right; never delivered to the wrong block."""
-    refused(estimator, Custom(), ["stage.0", "stem"], low_memory, "'stem'.*'stage.0'|'stage.0'.*'stem'")
+    refused(estimator, Custom(), ["stage.0", "stem"], "'stem'.*'stage.0'|'stage.0'.*'stem'")
 
 
-@LOW_MEMORY
-@pytest.mark.parametrize("estimator", [DFA, DKP, FDFA])
-def test_sample_dimension_not_first(estimator: type, low_memory: bool) -> None:
+@EACH_FEEDBACK
+def test_sample_dimension_not_first(estimator: Callable[..., Estimator]) -> None:
     class TimeFirst(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -259,23 +264,21 @@ def test_sample_dimension_not_first(estimator: type, low_memory: bool) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.first(torch.stack([x] * 5)).mean(0))
 
-    refused(estimator, TimeFirst(), ["first"], low_memory, "'first'.*sample")
+    refused(estimator, TimeFirst(), ["first"], "'first'.*sample")
 
 
-@LOW_MEMORY
-@pytest.mark.parametrize("estimator", [DFA, DKP, FDFA])
-def test_inputs_of_another_size(estimator: type, low_memory: bool) -> None:
+@EACH_FEEDBACK
+def test_inputs_of_another_size(estimator: Callable[..., Estimator]) -> None:
     first = Sequential(nn.Conv2d(1, 2, 3), nn.ReLU())
     model = Sequential(first, Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Linear(2, 3)))
-    attempt = estimator(model, low_memory=low_memory)
+    attempt = estimator(model)
     attempt.estimate(torch.randn(4, 1, 5, 5), Y)
     with pytest.raises(UsageError, match=r"'0'.*3 x 18.*3 x 32"):
         attempt.estimate(torch.randn(4, 1, 6, 6), Y)
 
 
-@LOW_MEMORY
-@SIGNALS
-def test_several_cuts_on_one_tensor(estimator: type, low_memory: bool) -> None:
+@EACH_SIGNAL
+def test_several_cuts_on_one_tensor(estimator: Callable[..., Estimator]) -> None:
     """A module that returns its input, and blocks without parameters, are blocks like any other."""
     model = Sequential(block(), nn.Identity(), nn.Flatten(), block(), Linear(3, 3))
-    estimator(model, ["0", "1", "2", "3"], low_memory=low_memory).estimate(X, Y)
+    estimator(model, ["0", "1", "2", "3"]).estimate(X, Y)

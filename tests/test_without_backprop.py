@@ -11,21 +11,30 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, by_name
+from cases import CASES, Case, by_name, headed
 from test_feedback import close, randomised
 from torch import Tensor, nn
 
-from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient
+from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss
 
 SIGNALS: dict[str, Callable[..., Estimator]] = {
     "dfa": DFA,
     "dkp": DKP,
     "fdfa": FDFA,
+    "local": headed(LocalLoss),
     "fg": ForwardGradient,
+    "fg-avg-weight": partial(ForwardGradient, space="avg-weight"),
+    "fg-f-activation": partial(ForwardGradient, passes="block", space="f-activation"),
+    "fg-local": headed(ForwardGradient, guess="local"),
+    "fg-local-one-pass": headed(ForwardGradient, guess="local", passes="one"),
+    "fg-local-avg-weight": headed(ForwardGradient, guess="local", space="avg-weight"),
+    "fg-target-above": headed(ForwardGradient, target="above", guess="local", space="activation-2"),
+    "fg-target-sum": headed(ForwardGradient, target="sum", guess="fixed-ntk", space="random-sign-weight"),
+    "fg-ntk": headed(ForwardGradient, guess="ntk"),
+    "fg-feedback": partial(ForwardGradient, guess="feedback"),
     "dfa-low-memory": partial(DFA, low_memory=True),
     "dkp-low-memory": partial(DKP, low_memory=True),
     "fdfa-low-memory": partial(FDFA, low_memory=True),
-    "fg-low-memory": partial(ForwardGradient, low_memory=True),
 }
 
 
@@ -99,8 +108,11 @@ def test_only_the_loss_is_back_propagated_through_the_last_block(kind: str, monk
 
         monkeypatch.setattr(torch.autograd, name, watched)
     SIGNALS[kind](model, cuts, loss=loss).estimate(x, y)
-    assert sum(bool(root) for root in roots) == len(cuts) + 1
     assert all(any(root <= block for block in own) for root in roots)
+    # Each block is differentiated once: forward gradients of weights take what they measure along from the same sweep, and
+    # sample by sample only where no rule knows a layer.
+    once = [root for root in roots if root]
+    assert len(once) == (1 if kind == "fg-avg-weight" else len(cuts) + 1)
 
 
 def weighted_sum(z: Tensor, y: Tensor) -> Tensor:
@@ -135,8 +147,8 @@ def test_a_block_knows_nothing_of_the_weights_behind_it(kind: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_weight_space_builds_no_graph_at_all(case: Case) -> None:
-    model, x, y, cuts, loss = case.build(seed=1)
+def test_weight_space_without_cuts_builds_no_graph_at_all(case: Case) -> None:
+    model, x, y, _, loss = case.build(seed=1)
     saved: list[int] = []
 
     def spy(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -148,7 +160,7 @@ def test_weight_space_builds_no_graph_at_all(case: Case) -> None:
 
     handles = [module.register_forward_hook(spy) for module in model.modules()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ForwardGradient(model, cuts, loss=loss, space="avg-weight").estimate(x, y)
+        ForwardGradient(model, loss=loss, space="avg-weight").estimate(x, y)
     for handle in handles:
         handle.remove()
     assert all(size <= y.numel() * 3 for size in saved)  # of the loss alone
@@ -192,6 +204,16 @@ def peak(make: Callable[..., Estimator], block: Callable[[], nn.Module], depth: 
     return bytes_.peak
 
 
+def without_cuts(model: nn.Module, cuts: Any, **options: Any) -> Estimator:
+    return ForwardGradient(model, space="avg-weight", **options)
+
+
+def name_of(make: Any) -> str:
+    if make in SIGNALS.values():
+        return next(name for name, one in SIGNALS.items() if one is make)
+    return make.func.__name__ + str(make.keywords) if isinstance(make, partial) else make.__name__
+
+
 @pytest.mark.parametrize("block", [tanh_block, conv_block, residual_block])
 @pytest.mark.parametrize(
     "make",
@@ -200,11 +222,25 @@ def peak(make: Callable[..., Estimator], block: Callable[[], nn.Module], depth: 
         partial(DKP, low_memory=True),
         partial(FDFA, low_memory=True),
         partial(FDFA, low_memory=True, directions=2),
-        partial(ForwardGradient, low_memory=True),
-        partial(ForwardGradient, low_memory=True, noise="rademacher", directions=2),
-        partial(ForwardGradient, space="avg-weight"),
+        ForwardGradient,
+        partial(ForwardGradient, noise="rademacher", directions=2),
+        partial(ForwardGradient, passes="block"),
+        without_cuts,
+        *(
+            SIGNALS[kind]
+            for kind in (
+                "local",
+                "fg-f-activation",
+                "fg-local",
+                "fg-local-one-pass",
+                "fg-target-above",
+                "fg-target-sum",
+                "fg-ntk",
+            )
+        ),
+        partial(ForwardGradient, guess="feedback"),
     ],
-    ids=lambda make: make.func.__name__ + str(make.keywords),
+    ids=name_of,
 )
 def test_memory_grows_at_a_tenth_of_backprops_slope(make: Callable[..., Estimator], block: Callable[[], nn.Module]) -> None:
     slope = (peak(make, block, 32) - peak(make, block, 8)) / 24

@@ -1,0 +1,257 @@
+"""Per-sample gradients of every layer that has a rule, in all forms, against autograd with a copy of the weights per sample."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from family_reference import with_own_copies
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from onward import UsageError, per_sample
+
+EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
+FORMS = (None, True, False)  # of the inner products: the cheaper one, Gram, direct
+PAIRS = [(0, 0), (0, 1), (1, 2), (2, 0)]
+SAMPLES = st.integers(1, 4)
+small = st.integers(1, 3)
+
+
+def explicit(layer: nn.Module, x: Tensor, errors: list[Tensor]) -> dict[str, list[Tensor]]:
+    """By parameter, for each signal: the gradients of all samples, (N, *shape)."""
+    layer = copy.deepcopy(layer)
+    named = {name: p for name, p in layer._parameters.items() if p is not None}
+    own = {name: p.detach().repeat(len(x), *[1] * p.dim()).requires_grad_() for name, p in named.items()}
+    own = {name: copies.view(len(x), *named[name].shape) for name, copies in own.items()}
+    y = with_own_copies(layer, list(own.values()))(x)
+    found = [torch.autograd.grad(y, list(own.values()), e, retain_graph=True) for e in errors]
+    return {name: [gradients[i] for gradients in found] for i, name in enumerate(own)}
+
+
+def check(layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64, tolerance: float = 1e-10) -> None:
+    """Rows, inner products, Gram matrices and weighted sums; of one chunk and of several."""
+    layer = layer.to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
+    generator = torch.Generator().manual_seed(0)
+    shape = copy.deepcopy(layer)(x).shape
+    errors = [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(3)]
+    weights = torch.randn(len(x), generator=generator, dtype=dtype)
+    expected = explicit(layer, x, errors)
+
+    def close(actual: Tensor, wanted: Tensor) -> None:
+        torch.testing.assert_close(actual.to(dtype), wanted, rtol=tolerance, atol=tolerance * (1 + wanted.abs().max().item()))
+
+    for chunk in (per_sample._CHUNK, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(per_sample, "_CHUNK", chunk)
+            found = per_sample.RULES[type(layer)](layer, x, errors)
+            assert set(expected) <= set(found)
+            for name, wanted in expected.items():
+                gradients = found[name]
+                for form in FORMS if isinstance(gradients, per_sample.Outer) else (None,):
+                    if form is not None:
+                        gradients.gram_form = form
+                    for product, (i, j) in zip(gradients.inner(PAIRS), PAIRS, strict=True):
+                        close(product, (wanted[i] * wanted[j]).flatten(1).sum(1))
+                assert gradients.samples == len(x)
+                assert gradients.shape == wanted[0].shape[1:]
+                for i in range(3):
+                    close(gradients.rows(i, slice(0, 2)), wanted[i][:2])
+                    close(gradients.total(i, weights), torch.tensordot(weights, wanted[i], 1))
+                close(gradients.gram(1, 2), wanted[1].flatten(1) @ wanted[2].flatten(1).T)
+
+
+def noise(data: st.DataObject, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(data.draw(st.integers(0, 9))))
+
+
+@EXAMPLES
+@given(st.data(), SAMPLES, st.lists(small, max_size=2), st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_linear(data: st.DataObject, samples: int, extra: list[int], inputs: int, outputs: int, bias: bool) -> None:
+    check(nn.Linear(inputs, outputs, bias=bias), noise(data, samples, *extra, inputs))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, dims: int) -> tuple[nn.Module, list[int]]:
+    """A convolution, and the size of an image that is large enough for it."""
+    groups = draw(small)
+    numbers = st.tuples(*[small] * dims)
+    kernel, dilation, stride = draw(numbers), draw(numbers), draw(numbers)
+    padding = draw(st.sampled_from(["same", "valid", "numbers"]))
+    if padding == "numbers":
+        padding = draw(st.tuples(*[st.integers(0, 2)] * dims))
+    elif padding == "same":
+        stride = (1,) * dims
+    mode = draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"]))
+    reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    size = [r + draw(st.integers(1, 3)) + 2 * (mode != "zeros") for r in reach]
+    layer = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](
+        groups * draw(st.integers(1, 2)),
+        groups * draw(st.integers(1, 2)),
+        kernel, stride, padding, dilation, groups, draw(st.booleans()), mode,
+    )  # fmt: skip
+    return layer, size
+
+
+# An image backend warns that "same" padding with an even kernel may copy the input.
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@EXAMPLES
+@given(st.data(), SAMPLES)
+def test_convolution(dims: int, data: st.DataObject, samples: int) -> None:
+    layer, size = data.draw(convolutions(dims))
+    check(layer, noise(data, samples, layer.in_channels, *size))
+
+
+@pytest.mark.parametrize("dims", [0, 1, 2, 3])
+@EXAMPLES
+@given(st.data(), st.integers(2, 4), small, st.booleans(), st.booleans())
+def test_batch_norm(dims: int, data: st.DataObject, samples: int, channels: int, train: bool, track: bool) -> None:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    layer = kinds[dims](channels, track_running_stats=track)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(1))
+        if track:
+            layer.running_mean.normal_(generator=torch.Generator().manual_seed(2))
+            layer.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(3))
+    check(layer.train(train), noise(data, samples, channels, *data.draw(st.tuples(*[small] * dims))))
+
+
+@EXAMPLES
+@given(st.data(), SAMPLES, st.lists(small, max_size=2), st.lists(st.integers(2, 4), min_size=1, max_size=2), st.booleans())
+def test_layer_norm(data: st.DataObject, samples: int, extra: list[int], normalized: list[int], bias: bool) -> None:
+    check(nn.LayerNorm(normalized, bias=bias), noise(data, samples, *extra, *normalized))
+
+
+@EXAMPLES
+@given(st.data(), SAMPLES, small, st.integers(1, 2), st.lists(st.integers(2, 3), min_size=1, max_size=3))
+def test_group_norm(data: st.DataObject, samples: int, groups: int, each: int, size: list[int]) -> None:
+    layer = nn.GroupNorm(groups, groups * each, eps=0.1)  # groups of one number have no variance
+    check(layer, noise(data, samples, groups * each, *size))
+
+
+@EXAMPLES
+@given(st.data(), SAMPLES, st.lists(small, max_size=2), st.integers(1, 5), small, st.booleans())
+def test_embedding(data: st.DataObject, samples: int, extra: list[int], words: int, width: int, padding: bool) -> None:
+    layer = nn.Embedding(words, width, padding_idx=data.draw(st.integers(0, words - 1)) if padding else None)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    check(layer, torch.randint(words, (samples, *extra), generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (nn.Linear(20, 30), torch.randn(8, 5, 20)),
+        (nn.Conv2d(4, 8, 3, padding=1), torch.randn(8, 4, 9, 9)),
+        (nn.BatchNorm2d(4), 50 + torch.randn(8, 4, 9, 9)),
+        (nn.LayerNorm(20), 50 + torch.randn(8, 20)),
+        (nn.GroupNorm(2, 4), 50 + torch.randn(8, 4, 9, 9)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_single_precision(layer: nn.Module, x: Tensor) -> None:
+    """Also where the mean is much larger than the deviation."""
+    torch.manual_seed(0)
+    check(layer, x, torch.float32, 1e-4)
+
+
+def block_gradients(model: nn.Module, x: Any, signals: list[Tensor]) -> dict[str, per_sample.PerSample]:
+    """The library's per-sample gradients of one block, by parameter name."""
+    with per_sample.record_uses(model) as uses:
+        h = model(x)
+    arrived = [torch.autograd.grad(h, [use.output for use in uses], s, retain_graph=True, allow_unused=True) for s in signals]
+    names = {p: name for name, p in model.named_parameters()}
+    return {names[p]: found for p, found in per_sample.per_sample_gradients(h, uses, signals, arrived)}
+
+
+class Shared(nn.Module):
+    """Layers used twice (once by keyword), also as a bare weight, without samples, and for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.also, self.table = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(3, 4, bias=False)
+        self.merged, self.nowhere, self.scale = nn.Linear(2, 2), nn.Linear(4, 4), nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.nowhere(x)
+        h = self.twice(self.twice(input=x).tanh())
+        h = h + self.also(x) @ self.also.weight + self.table(torch.ones(5, 3, dtype=x.dtype)).mean(0)
+        return self.merged(h.reshape(-1, 2)).view(len(x), 4).tanh() * self.scale
+
+
+def test_a_block_of_layers_used_in_other_ways() -> None:
+    """Nothing mixes samples here: a sample's gradient is that of its own row of the signal."""
+    torch.manual_seed(0)
+    model, x = Shared().double(), torch.randn(3, 4, dtype=torch.float64)
+    signals = [torch.randn(3, 4, dtype=torch.float64) for _ in range(2)]
+    found = block_gradients(model, x, signals)
+    assert set(found) == {name for name, _ in model.named_parameters() if not name.startswith("nowhere")}
+    weights = torch.randn(3, dtype=torch.float64)
+    for name, gradients in found.items():
+        wanted = []
+        for signal in signals:
+            rows = [signal * (torch.arange(3) == n).unsqueeze(1) for n in range(3)]
+            wanted.append(torch.stack([torch.autograd.grad(model(x), model.get_parameter(name), row)[0] for row in rows]))
+        torch.testing.assert_close(gradients.rows(0, slice(None)), wanted[0])
+        (product,) = gradients.inner([(0, 1)])
+        torch.testing.assert_close(product, (wanted[0] * wanted[1]).reshape(3, -1).sum(1))
+        torch.testing.assert_close(gradients.gram(0, 1), wanted[0].reshape(3, -1) @ wanted[1].reshape(3, -1).T)
+        torch.testing.assert_close(gradients.total(1, weights), torch.tensordot(weights, wanted[1], 1))
+
+
+def test_an_input_that_is_overwritten() -> None:
+    """A gradient that needs it is refused, as autograd itself refuses."""
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            y = self.second(h)
+            h += 1
+            return y
+
+    with pytest.raises((UsageError, RuntimeError), match=r"in place|inplace"):
+        block_gradients(Overwrites(), torch.randn(2, 3), [torch.ones(2, 3)] * 2)
+
+
+def test_nothing_waits_for_the_garbage_collector() -> None:
+    """No reference cycles: a layer's inputs and errors are gone when its gradients are."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4), nn.LayerNorm(4))
+    signals = [torch.randn(3, 4) for _ in range(2)]
+    gc.collect()
+    gc.disable()
+    try:
+        seen = []
+        for gradients in block_gradients(model, torch.randn(3, 2, 3, 3), signals).values():
+            for product in gradients.inner([(0, 1)]):
+                gradients.total(0, product)
+            gradients.gram(0, 1)
+            seen.append(weakref.ref(gradients))
+        del gradients
+        assert len(seen) == 8
+        assert all(one() is None for one in seen)
+    finally:
+        gc.enable()
+
+
+def test_one_layer_at_a_time() -> None:
+    """The generator forms nothing ahead: what it yields for one layer can be gone before the next is formed."""
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    with per_sample.record_uses(model) as uses:
+        h = model(torch.randn(2, 4))
+    signals = [torch.randn(2, 4)]
+    arrived = [torch.autograd.grad(h, [use.output for use in uses], signals[0], retain_graph=True)]
+    found = per_sample.per_sample_gradients(h, uses, signals, arrived)
+    parameter, _ = next(iter(found))
+    assert parameter is model[0].weight
+    assert not any(module._forward_hooks for module in model.modules())
