@@ -26,8 +26,8 @@ def peak_above_own(name: str, depth: int, width: int, batch_size: int) -> int:
         nonlocal own
         blocks = (nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()) for _ in range(depth))
         output = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
-        estimator = ESTIMATORS[name](nn.Sequential(*chain(blocks, [output])))
         x, y = torch.randn(batch_size, width, 32, 32), torch.randint(10, (batch_size,))
+        estimator = ESTIMATORS[name](nn.Sequential(*chain(blocks, [output])), x)
         for _ in range(3):
             estimator.estimate(x, y)
         own = own_bytes(estimator)
@@ -40,7 +40,8 @@ def main() -> None:
     parser.add_argument("--depths", nargs="+", type=int, default=[8, 16, 32, 64])
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=64)
-    names = ["bp", "bp-checkpoint", "fdfa-low-memory", "fg-activation-low-memory", "fg-weight"]
+    forward = ["fg-activation", "fg-weight", "fg-local-activation-one-pass", "fg-local-activation-forward"]
+    names = ["bp", "bp-checkpoint", "fdfa-low-memory", *forward, "local"]
     parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=names)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, width {options.width}, batch {options.batch_size}; peak MB above the estimator's own")

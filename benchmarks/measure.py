@@ -10,25 +10,43 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import onward
 from onward.lab import memory
 
 CPU = torch.device("cpu")
+LOCAL_SPACES = ("activation", "activation-2", "avg-weight", "weight")
 
-ESTIMATORS: dict[str, Callable[[nn.Module], onward.Estimator]] = {
-    "bp": onward.Backprop,
-    "bp-checkpoint": lambda model: onward.Backprop(model, checkpoint=True),
-    "dfa": onward.DFA,
-    "dkp": onward.DKP,
-    "fdfa": onward.FDFA,
-    "fdfa-low-memory": lambda model: onward.FDFA(model, low_memory=True),
-    "fg-activation": onward.ForwardGradient,
-    "fg-activation-low-memory": lambda model: onward.ForwardGradient(model, low_memory=True),
-    "fg-weight": lambda model: onward.ForwardGradient(model, space="avg-weight"),
-    "fg-weight-rademacher": lambda model: onward.ForwardGradient(model, space="avg-weight", noise="rademacher"),
+Make = Callable[[nn.Module, Tensor], onward.Estimator]
+
+
+def _forward_gradient(**options: Any) -> Make:
+    """Forward gradients of a network that sees batches like x, with cnn heads where the guess is theirs."""
+
+    def make(model: nn.Module, x: Tensor) -> onward.Estimator:
+        heads = onward.make_heads(model, x) if options.get("guess") == "local" else None
+        return onward.ForwardGradient(model, heads=heads, **options)
+
+    return make
+
+
+ESTIMATORS: dict[str, Make] = {
+    "bp": lambda model, x: onward.Backprop(model),
+    "bp-checkpoint": lambda model, x: onward.Backprop(model, checkpoint=True),
+    "dfa": lambda model, x: onward.DFA(model),
+    "dkp": lambda model, x: onward.DKP(model),
+    "fdfa": lambda model, x: onward.FDFA(model),
+    "fdfa-low-memory": lambda model, x: onward.FDFA(model, low_memory=True),
+    "fg-activation": _forward_gradient(),
+    "fg-weight": _forward_gradient(space="avg-weight"),
+    "fg-weight-rademacher": _forward_gradient(space="avg-weight", noise="rademacher"),
+    "local": lambda model, x: onward.LocalLoss(model, heads=onward.make_heads(model, x)),
+    **{f"fg-local-{space}": _forward_gradient(guess="local", space=space, engine="reverse") for space in LOCAL_SPACES},
+    "fg-local-activation-forward": _forward_gradient(guess="local"),
+    "fg-local-activation-one-pass": _forward_gradient(guess="local", passes="one"),
 }
+"""By the names that tables use: each makes an estimator of a network for batches like x."""
 
 
 def in_turn(candidates: dict[str, Callable[[], object]], turns: int, calls: int = 5) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                                  # mlp, cnn and alexnet, batch 64
     python benchmarks/step.py --networks cnn --estimators fdfa dfa --turns 15 --json step.json
+    python benchmarks/step.py --networks resnet18-8b --batch-size 32 --estimators local fg-local-activation fg-local-weight
 
 A step is ``zero_grad``, ``estimate`` and Adam's update of everything that learns. Times: medians of ratios taken in turn.
 Memory: growth of a fresh process's largest resident size over three steps, network, gradients and optimizer included.
@@ -25,6 +26,7 @@ NETWORKS = {  # image shape, classes, steps in a turn
     "mlp": ((1, 28, 28), 10, 20),
     "cnn": ((3, 32, 32), 10, 5),
     "alexnet": ((3, 224, 224), 100, 1),
+    "resnet18-8b": ((3, 32, 32), 10, 1),
 }
 
 
@@ -32,7 +34,7 @@ def make_step(network: str, estimator: str, batch_size: int, fused: bool) -> Cal
     shape, classes, _ = NETWORKS[network]
     torch.manual_seed(0)
     x = torch.randn(batch_size, *shape)
-    learner = ESTIMATORS[estimator](build(network, shape, classes, Network()))
+    learner = ESTIMATORS[estimator](build(network, shape, classes, Network()), x)
     optimizer = torch.optim.Adam(learner.parameter_groups(), lr=1e-4, fused=fused)
 
     def step() -> None:
@@ -58,8 +60,9 @@ def peak(network: str, estimator: str, batch_size: int, fused: bool, threads: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
-    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=list(ESTIMATORS))
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["mlp", "cnn", "alexnet"])
+    direct = [name for name in ESTIMATORS if "local" not in name]
+    parser.add_argument("--estimators", nargs="+", choices=ESTIMATORS, default=direct)
     parser.add_argument("--turns", type=int, default=7, help="turns that each estimator takes")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward.cuts import BypassCheck, cut_graph
-from onward.estimators.base import Estimator, Loss, Step, call, check_last_block
+from onward.estimators.base import Estimator, Loss, Step, allocate_gradients, call, check_last_block, forget_unused
 from onward.heads import Heads
 
 
@@ -50,6 +50,7 @@ class LocalLoss(Estimator):
 
     def _estimate(self, x: Any, y: Any) -> Step:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
+        fresh = allocate_gradients(self.parameters())
         check = BypassCheck(self.model, self.cuts) if self._check_bypass else None
 
         def deliver(k: int, h: Tensor) -> Tensor:
@@ -69,6 +70,7 @@ class LocalLoss(Estimator):
         check_last_block(self.cuts, logits.requires_grad)
         loss, e = self._output_error(logits, y)
         torch.autograd.backward(logits, e.to(logits.dtype))
+        forget_unused(fresh)
         return Step(loss, logits.detach(), seen)
 
     def _roles(self) -> dict[str, list[nn.Parameter]]:
