@@ -28,6 +28,8 @@ def cosines(estimator: Estimator, x: Any, y: Any) -> dict[str, Tensor]:
     >>> found["1"].shape
     torch.Size([3])
     """
+    if not estimator.cuts:
+        raise UsageError(f"{type(estimator).__name__} has no cuts here, so it delivers no error signals to compare")
     learner = copy.deepcopy(estimator)
     signals: dict[int, Tensor] = {}
     learner.observe = lambda k, delta: signals.__setitem__(k, delta.detach())
@@ -40,10 +42,10 @@ def cosines(estimator: Estimator, x: Any, y: Any) -> dict[str, Tensor]:
     finally:
         with again:
             pass  # nothing has been drawn
-    if len(signals) < len(estimator.cuts) or not signals:
+    if len(signals) < len(estimator.cuts):
         raise UsageError(
-            f"{type(estimator).__name__} delivers no error signals to {len(estimator.cuts)} cuts: there is nothing to compare "
-            "with the true gradient"
+            f"{type(estimator).__name__} delivers no error signal to {len(estimator.cuts) - len(signals)} of its "
+            f"{len(estimator.cuts)} cuts: there is nothing to compare with the true gradient"
         )
     return {
         name: torch.nn.functional.cosine_similarity(signals[k].flatten(1), true[k].flatten(1))
