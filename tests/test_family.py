@@ -12,11 +12,11 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import CASES, SAMPLES, Built, Case, by_name
-from family_reference import GUESSES, SPACES, TARGETS, Family, heads_for
+from family_reference import GUESSES, SPACES, TARGETS, WEIGHT_SPACES, Family, heads_for
 from test_feedback import close
 from torch import Tensor, nn
 
-from onward import ForwardGradient, UsageError, make_heads
+from onward import ForwardGradient, UsageError, make_heads, per_sample
 from onward.lab.config import Network
 from onward.lab.models import build as build_network
 
@@ -253,6 +253,15 @@ def test_the_reference_agrees_with_itself(case: Case) -> None:
                 row[n] = signal[n]
                 for name, gradient in family.batch(k, row).items():
                     close(samples[name][n], gradient, name)
+
+
+@pytest.mark.parametrize("name", ["cnn-batch-norm", "transformer"])
+def test_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where gradients of samples are formed a few at a time, they are the same, and so are the directions drawn for them."""
+    monkeypatch.setattr(per_sample, "_CHUNK", 1)
+    case = by_name(name)
+    pairs = [*(("random", space) for space in WEIGHT_SPACES), *(("local", space) for space in (*WEIGHT_SPACES, "activation-2"))]
+    check_each(case, setting(case), "global", pairs, engine="reverse")
 
 
 @pytest.mark.parametrize("samples", [1, 3])
@@ -732,7 +741,15 @@ def test_ntk_heads_are_drawn_afresh() -> None:
                 bound = linear.in_features**-0.5
                 assert linear.weight.abs().max() <= bound
                 assert linear.weight.std() > 0.4 * bound / 3**0.5
-    assert not torch.isin(first["0"][1].weight, first["1"][1].weight).any()
+
+
+def test_ntk_heads_differ_from_cut_to_cut() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    x, y = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1])
+    estimator = ForwardGradient(model, ["1", "3"], guess="ntk", heads={cut: nn.Linear(4, 2) for cut in ("1", "3")})
+    estimator.estimate(x, y)
+    first, second = (p for p in estimator.parameters() if not p.requires_grad and p.dim() == 2)
+    assert not torch.isin(first, second).any()
 
 
 @pytest.mark.parametrize("engine", ["reverse", "forward"])

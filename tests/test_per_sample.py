@@ -206,6 +206,18 @@ def test_a_block_of_layers_used_in_other_ways() -> None:
         torch.testing.assert_close(gradients.total(1, weights), torch.tensordot(weights, wanted[1], 1))
 
 
+@pytest.mark.parametrize("options", [{"scale_grad_by_freq": True}, {"padding_idx": 1, "max_norm": 0.5}], ids=str)
+def test_embeddings_with_gradients_of_their_own(options: dict[str, Any]) -> None:
+    """Counted by how often a word occurs in the batch, or after the table has been renormalised: as autograd has it."""
+    torch.manual_seed(0)
+    model, x = nn.Embedding(4, 2, **options).double(), torch.tensor([[0, 1, 1], [1, 2, 2]])
+    signal = torch.randn(2, 3, 2, dtype=torch.float64)
+    (found,) = block_gradients(model, x, [signal, signal]).values()
+    for n in range(2):
+        row = signal * (torch.arange(2) == n).view(2, 1, 1)
+        torch.testing.assert_close(found.rows(0, slice(0, 2))[n], torch.autograd.grad(model(x), model.weight, row)[0])
+
+
 def test_an_input_that_is_overwritten() -> None:
     """A gradient that needs it is refused, as autograd itself refuses."""
 
