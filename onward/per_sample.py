@@ -29,6 +29,7 @@ from onward.errors import UsageError
 
 Pair = tuple[int, int]
 _CHUNK = 1 << 21  # numbers formed at a time
+_HELD = 1 << 26  # numbers held at a time, where several parameters share the work
 _COPY = 16  # products that one number costs to move
 
 
@@ -167,13 +168,24 @@ class Outer(PerSample):
         return total.view(self.shape)
 
     def gram(self, i: int, j: int) -> Tensor:
-        if self.positions > 1:
-            return super().gram(i, j)
-        a, b, c = (t.squeeze(3).transpose(0, 1).double() for t in (self.unfold(slice(None)), self.errors[i], self.errors[j]))
-        return ((a @ a.mT) * (b @ c.mT)).sum(0)
+        if self.positions == 1:
+            everything = self.unfold(slice(0, self.samples)), self.errors[i], self.errors[j]
+            a, b, c = (t.squeeze(3).transpose(0, 1).double() for t in everything)
+            return ((a @ a.mT) * (b @ c.mT)).sum(0)
+        # A few of the layer's outputs at a time, for all samples.
+        size = max(1, _HELD // (8 * self.samples * self.groups * self.features))
+        gram = self.errors[i].new_zeros(self.samples, self.samples, dtype=torch.float64)
+        for start in range(0, self.outputs, size):
+            left = self._some_outputs(i, slice(start, start + size))
+            gram += left @ (left if i == j else self._some_outputs(j, slice(start, start + size))).T
+        return gram
 
     def total(self, i: int, weights: Tensor) -> Tensor:
         return self._total(i, weights)
+
+    def _some_outputs(self, i: int, outputs: slice) -> Tensor:
+        parts = self.parts(self.groups * self.features * self.positions)
+        return torch.cat([(self.errors[i][part, :, outputs] @ self.unfold(part).mT).flatten(1).double() for part in parts])
 
     def _between(self, part: slice) -> Tensor:
         if self._cheaper_between is not None:
@@ -455,22 +467,27 @@ def per_sample_gradients(
             if p in places and places[p] == len(found):
                 covered.add(p)
                 yield p, found[0] if len(found) == 1 else Sum(found)
-    rest = [p for p in places if p not in covered]
-    for p in rest:
-        yield p, by_rows(h, p, signals)
+    rest: list[nn.Parameter] = []
+    for p in [p for p in places if p not in covered]:
+        if rest and sum(q.numel() for q in (*rest, p)) * len(h) * len(signals) > _HELD:
+            yield from by_rows(h, rest, signals)
+            rest = []
+        rest.append(p)
+    if rest:
+        yield from by_rows(h, rest, signals)
 
 
-def by_rows(h: Tensor, p: nn.Parameter, signals: Sequence[Tensor]) -> Rows:
-    """What each row of each signal at a block's output contributes to a parameter: one backward pass for every row."""
-    held = []
-    for signal in signals:
-        rows = []
+def by_rows(h: Tensor, parameters: Sequence[nn.Parameter], signals: Sequence[Tensor]) -> Iterator[tuple[nn.Parameter, Rows]]:
+    """What each row of each signal at a block's output contributes to each parameter: one backward pass for every row."""
+    held = [[torch.empty(len(h), *p.shape, dtype=p.dtype, device=p.device) for _ in signals] for p in parameters]
+    for i, signal in enumerate(signals):
         for n in range(len(h)):
             row = torch.zeros_like(signal)
             row[n] = signal[n]
-            rows.append(torch.autograd.grad(h, p, row, retain_graph=True)[0])
-        held.append(torch.stack(rows))
-    return Rows(held)
+            for rows, gradient in zip(held, torch.autograd.grad(h, parameters, row, retain_graph=True), strict=True):
+                rows[i][n] = gradient
+    for p, rows in zip(parameters, held, strict=True):
+        yield p, Rows(rows)
 
 
 def dots(left: Tensor, right: Tensor) -> Tensor:

@@ -177,6 +177,10 @@ class DirectFeedback(SignalEstimator):
         self.feedback.learn(k, h, error)
         return delta
 
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        super().set_extra_state(state)
+        self.feedback.seed = self.seed
+
     def _roles(self) -> dict[str, list[nn.Parameter]]:
         return {**super()._roles(), "feedback": list(self.feedback) if self.feedback.learns else []}
 

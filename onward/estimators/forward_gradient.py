@@ -267,6 +267,11 @@ class ForwardGradient(Estimator):
                 self.frozen_heads.redraw(k, self.seed, self.step)
         return self._estimate_by(self, x, y)
 
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        super().set_extra_state(state)
+        if self.feedback is not None:
+            self.feedback.seed = self.seed
+
     def _roles(self) -> dict[str, list[nn.Parameter]]:
         roles = super()._roles()
         if self.heads is not None:
