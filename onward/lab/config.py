@@ -19,7 +19,7 @@ class Network:
     width: float = 1.0
     """Multiplies the width of every hidden layer."""
     layers: int = 2
-    """Hidden layers of mlp."""
+    """Hidden layers of mlp, blocks of chain."""
     pool_first: bool = False
     """Max-pool after the first convolution of cnn too."""
     downsample: Literal["conv", "avg-pool"] = "conv"
@@ -138,28 +138,67 @@ class Subset:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What runs that are compared with each other have in common."""
+class Setup:
+    """What every command that builds a network and an algorithm is told about them."""
 
     model: str = "mlp"
-    """A network that `onward list` names."""
+    """A network that `onward list` names, or path/to/file.py:function of your own, whose function (called without arguments,
+    or with those it names: shape, classes and what --network has) returns it."""
+    input: str | None = None
+    """Shape of one input, such as 3,32,32; if not given, that of the data."""
+    cuts: tuple[str, ...] | None = None
+    """Modules whose outputs end a block; if not given, the children of a Sequential with parameters but the last."""
+    batch_size: int = 64
+    lr: float = 1e-4
+    """Learning rate of the network and its heads."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    low_memory: bool = False
+    """dfa, dkp, fdfa: run the network twice and keep nothing per block."""
+    network: Network = field(default_factory=Network)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    feedback: Feedback = field(default_factory=Feedback)
+    heads: Heads = field(default_factory=Heads)
+    forward_gradient: ForwardGradient = field(default_factory=ForwardGradient)
+    backprop: Backprop = field(default_factory=Backprop)
+
+    def __post_init__(self) -> None:
+        at_least(1, batch_size=self.batch_size)
+        for flag, rate in (("--lr", self.lr), ("--feedback.lr", self.feedback.lr)):
+            if not 0 <= rate < float("inf"):
+                raise UsageError(f"{flag} {rate}: a learning rate is a number from 0 on")
+        if self.optimizer.momentum and self.optimizer.name != "sgd":
+            raise UsageError(
+                f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd: give both or neither"
+            )
+
+
+def at_least(least: int, **options: int) -> None:
+    """Raise a UsageError for an option that is smaller.
+
+    >>> at_least(1, batch_size=0)
+    Traceback (most recent call last):
+    onward.errors.UsageError: --batch-size 0: use at least 1
+    """
+    for name, value in options.items():
+        if value < least:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: use at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Setup):
+    """What runs that are compared with each other have in common."""
+
     data: str = "digits"
     """A data set that `onward list` names, or owner/name on the Hugging Face hub."""
     data_dir: str | None = None
     """A folder of parquet files, or of class folders of images, to read instead."""
     epochs: int = 20
-    batch_size: int = 64
     test_batch_size: int = 1000
-    lr: float = 1e-4
-    """Learning rate of the network and its heads."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     out: str | None = None
     """Folder to write to; a name under runs/ if not given."""
     overwrite: bool = False
     """Replace what an earlier run left there."""
-    low_memory: bool = False
-    """dfa, dkp, fdfa: run the network twice and keep nothing per block."""
     save_weights: int = 0
     """Keep the network's weights, in a file of their own, every so many epochs and at the end; 0 keeps none."""
     histogram: bool = False
@@ -172,27 +211,14 @@ class Recipe:
     """as a run of this name; that of its folder if not given."""
     log_interval: int = 100
     """Steps between two training losses in TensorBoard."""
-    network: Network = field(default_factory=Network)
-    optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
-    feedback: Feedback = field(default_factory=Feedback)
-    heads: Heads = field(default_factory=Heads)
-    forward_gradient: ForwardGradient = field(default_factory=ForwardGradient)
-    backprop: Backprop = field(default_factory=Backprop)
     transform: Transform = field(default_factory=Transform)
     subset: Subset = field(default_factory=Subset)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("test_batch_size", 1), ("log_interval", 1), ("save_weights", 0)):
-            if getattr(self, name) < least:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: use at least {least}")
-        for flag, rate in (("--lr", self.lr), ("--feedback.lr", self.feedback.lr)):
-            if not 0 <= rate < float("inf"):
-                raise UsageError(f"{flag} {rate}: a learning rate is a number from 0 on")
-        if self.optimizer.momentum and self.optimizer.name != "sgd":
-            raise UsageError(
-                f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd: give both or neither"
-            )
+        super().__post_init__()
+        at_least(1, epochs=self.epochs, test_batch_size=self.test_batch_size, log_interval=self.log_interval)
+        at_least(0, save_weights=self.save_weights)
         if self.schedule.step_size < 1:
             raise UsageError(f"--schedule.step-size {self.schedule.step_size}: use at least 1")
         if self.schedule.gamma is not None and not 0 < self.schedule.gamma < float("inf"):

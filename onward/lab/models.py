@@ -1,18 +1,26 @@
-"""Networks, as chains of blocks.
+"""Networks, as chains of blocks; and networks of one's own, from a file.
 
-Every network is an `nn.Sequential` of named blocks, `block1` ... and `output`, so that the library's default cuts (every child
-but the last) are the block boundaries that the papers use. Initial weights are PyTorch's own, but those of `resnets`.
+Every network here is an `nn.Sequential` of named blocks, `block1` ... and `output`, so that the library's default cuts (every
+child but the last) are the block boundaries that the papers use. Initial weights are PyTorch's own, but those of `resnets`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
-from collections.abc import Callable
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from onward.cuts import frozen_statistics
 from onward.errors import UsageError, unknown
 from onward.lab.blocks import Shape, chain, scaled
 from onward.lab.config import Network
@@ -106,6 +114,23 @@ def alexnet(shape: Shape, classes: int, *, width: float = 1.0) -> nn.Sequential:
     )
 
 
+def conv_chain(shape: Shape, classes: int, *, width: float = 1.0, layers: int = 2) -> nn.Sequential:
+    """Equal blocks of a 3x3 convolution, batch norm and ReLU, 16 wide, then an average pool: for what depth costs.
+
+    >>> list(dict(conv_chain((3, 8, 8), 10, layers=3).named_children()))
+    ['block1', 'block2', 'block3', 'output']
+    """
+    if layers < 1:
+        raise UsageError(f"chain of {layers} blocks: use at least 1")
+    hidden = scaled(16, width)
+    sizes = [shape[0]] + [hidden] * layers
+    blocks = [
+        nn.Sequential(nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU())
+        for before, after in pairwise(sizes)
+    ]
+    return chain(blocks, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(hidden, classes)))
+
+
 MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "mlp": mlp,
     "cnn": cnn,
@@ -114,6 +139,7 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "resnet18-16b": resnet18_16b,
     "resnet18-2b": resnet18_2b,
     "small-net": small_net,
+    "chain": conv_chain,
 }
 IMAGE_SIZE = {"alexnet": 224}
 """Side that images are resized to for a network when nothing else is asked for."""
@@ -124,16 +150,35 @@ HEADS_BEHIND = {"resnet18-2b": {"block1": "output.block2"}}
 
 
 def check(name: str) -> None:
-    """Raise a UsageError if there is no network of that name."""
-    if name not in MODELS:
-        raise unknown("model", name, MODELS)
+    """Raise a UsageError if there is no network of that name, or no file where it says."""
+    if (own := _own(name)) is None:
+        if name not in MODELS:
+            raise unknown("model", name, MODELS)
+    elif not own[0].is_file():
+        raise UsageError(f"--model {name}: there is no file {own[0]}: give path/to/file.py:function")
 
 
-def build(name: str, shape: Shape, classes: int, options: Network) -> nn.Sequential:
-    """The network of that name for images of `shape` (C, H, W).
+def parse_shape(text: str) -> tuple[int, ...]:
+    """The shape of one input.
+
+    >>> parse_shape("3,32,32")
+    (3, 32, 32)
+    """
+    try:
+        shape = tuple(int(size) for size in text.split(","))
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input {text}: give positive sizes with commas between them, such as 3,32,32")
+    return shape
+
+
+def build(name: str, shape: Shape, classes: int, options: Network) -> nn.Module:
+    """The network of that name for inputs of `shape`, (C, H, W) of images; one of `MODELS`, or `path/to/file.py:function`.
 
     Raises:
-        UsageError: an unknown name, an option that this network does not have, images too small for it.
+        UsageError: an unknown name, an option that this network does not have, images too small for it; a file of one's own
+            that fails, with its error and line, or whose network does not return one output for each class.
 
     >>> build("mlp", (1, 8, 8), 10, Network(layers=3)).output
     Linear(in_features=800, out_features=10, bias=True)
@@ -144,6 +189,75 @@ def build(name: str, shape: Shape, classes: int, options: Network) -> nn.Sequent
         for entry in dataclasses.fields(options)
         if getattr(options, entry.name) != entry.default
     }
-    for option in given.keys() - inspect.signature(MODELS[name]).parameters.keys():
-        raise UsageError(f"--network.{option.replace('_', '-')} {given[option]}: {name} has no such option, leave it out")
+    if own := _own(name):
+        return _build_own(name, *own, shape, classes, given)
+    _check_options(name, MODELS[name], given)
     return MODELS[name](shape, classes, **given)
+
+
+def _check_options(name: str, make: Callable[..., nn.Module], given: dict[str, object]) -> None:
+    for option in given.keys() - inspect.signature(make).parameters.keys():
+        raise UsageError(f"--network.{option.replace('_', '-')} {given[option]}: {name} has no such option, leave it out")
+
+
+def _own(name: str) -> tuple[Path, str] | None:
+    """The file and the function in it of a network of one's own; None of another name."""
+    path, _, function = name.rpartition(":")
+    if name.endswith(".py"):
+        raise UsageError(f"--model {name}: say which function of the file makes the network, such as {name}:make_model")
+    return (Path(path), function) if path.endswith(".py") else None
+
+
+def _build_own(name: str, path: Path, function: str, shape: Shape, classes: int, given: dict[str, object]) -> nn.Module:
+    """Run the file, call its function with those of its parameters that we know, and try the network on two inputs."""
+    with _its_own_errors(path):
+        module = _imported(path)
+    make = getattr(module, function, None)
+    if not callable(make):
+        own = [
+            n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__
+        ]
+        raise unknown(f"function of {path}", function, own)
+    _check_options(name, make, given)
+    known = {"shape": tuple(shape), "classes": classes, **given}
+    taken = inspect.signature(make).parameters.keys() & known.keys()
+    with _its_own_errors(path):
+        model = make(**{parameter: known[parameter] for parameter in taken})
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--model {name} returned a {type(model).__name__}: return a torch.nn.Module")
+    x = torch.zeros(2, *shape)
+    when = f" on a batch of shape {tuple(x.shape)}"
+    with _its_own_errors(path, when), torch.no_grad(), torch.random.fork_rng([]), frozen_statistics(model):
+        z = model(x)
+    if not isinstance(z, Tensor) or z.shape != (2, classes):
+        found = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise UsageError(
+            f"--model {name} returned {found} for 2 inputs: return one of shape (2, {classes}), a number per class"
+        )
+    return model
+
+
+def _imported(path: Path) -> ModuleType:
+    """The file as a module, run with its own folder on the import path, as `python file.py` does."""
+    spec = importlib.util.spec_from_file_location(f"{path.stem} (--model)", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.insert(0, folder)
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _its_own_errors(path: Path, when: str = "") -> Iterator[None]:
+    """Tell an error of the file with its line."""
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        said = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
+        raise UsageError(f"{where}{when}: {type(error).__name__}: {said}") from error

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 import onward
 from onward.errors import UsageError
 from onward.lab.config import Network
-from onward.lab.models import MODELS, build
+from onward.lab.models import MODELS, build, check, parse_shape
 
 
 def kinds(block: nn.Module) -> list[str]:
@@ -222,3 +224,103 @@ def test_the_papers_initial_weights(name: str) -> None:
         if isinstance(layer, nn.BatchNorm2d):
             assert (layer.weight == 1).all()
             assert (layer.bias == 0).all()
+
+
+def test_a_chain_is_of_equal_blocks() -> None:
+    model = build("chain", (3, 8, 8), 10, Network(layers=4, width=0.5))
+    assert onward.default_cuts(model) == ("block1", "block2", "block3", "block4")
+    assert sizes(model, 3, 8, 8) == [(8, 8, 8)] * 4 + [(10,)]
+
+
+OWN = """\
+import torch
+from torch import nn
+from sibling import SIZE
+
+def make_model(shape, classes):
+    assert shape == (1, SIZE, SIZE) and isinstance(classes, int)
+    return nn.Sequential(nn.Flatten(), nn.Linear(SIZE * SIZE, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, classes))
+
+def fixed():
+    return make_model((1, SIZE, SIZE), 3)
+
+def deep(classes, layers=1, **options):
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), *[nn.Linear(5, 5) for _ in range(layers)], nn.Linear(5, classes))
+
+def broken():
+    return 1 / 0
+
+def list_of_layers():
+    return [make_model((1, 4, 4), 3)]
+
+def for_other_images():
+    return nn.Linear(7, 3)
+
+class Fails(nn.Module):
+    def forward(self, x):
+        return x.no_such_thing
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> str:
+    (tmp_path / "sibling.py").write_text("SIZE = 4\n")
+    (tmp_path / "own.py").write_text(OWN)
+    return f"{tmp_path}/own.py"
+
+
+@pytest.mark.parametrize("function", ["make_model", "fixed", "deep"])
+def test_a_network_of_ones_own(own: str, function: str) -> None:
+    torch.manual_seed(0)
+    model = build(f"{own}:{function}", (1, 4, 4), 3, Network())
+    after = torch.rand(1)
+    assert model(torch.zeros(2, 1, 4, 4)).shape == (2, 3)
+    assert all(norm.num_batches_tracked == 1 for norm in model if isinstance(norm, nn.BatchNorm1d))  # by the line above
+    torch.manual_seed(0)
+    build(f"{own}:{function}", (1, 4, 4), 3, Network())
+    assert torch.equal(after, torch.rand(1))
+    assert onward.default_cuts(nn.Sequential(model, nn.Linear(3, 3))) == ("0",)
+
+
+def test_a_network_of_ones_own_has_the_options_of_its_function(own: str) -> None:
+    assert len(build(f"{own}:deep", (1, 4, 4), 3, Network(layers=4))) == 7
+    with pytest.raises(UsageError, match=r"--network.layers 4: .*own.py:fixed has no such option"):
+        build(f"{own}:fixed", (1, 4, 4), 3, Network(layers=4))
+
+
+@pytest.mark.parametrize(
+    ("function", "classes", "message"),
+    [
+        ("mak_model", 3, r"unknown function of .*own.py 'mak_model': did you mean 'make_model'"),
+        ("nn", 3, r"unknown function of .*own.py 'nn'"),
+        ("broken", 3, r"own.py, line 16: ZeroDivisionError: division by zero$"),
+        ("list_of_layers", 3, r"own.py:list_of_layers returned a list: return a torch.nn.Module"),
+        ("for_other_images", 3, r"own.py on a batch of shape \(2, 1, 4, 4\): RuntimeError: mat1 and mat2 shapes"),
+        ("Fails", 3, r"own.py, line 26 on a batch of shape \(2, 1, 4, 4\): AttributeError: 'Tensor' object has no attribute"),
+        ("fixed", 5, r"own.py:fixed returned a tensor of shape \(2, 3\) for 2 inputs: return one of shape \(2, 5\)"),
+    ],
+)
+def test_a_network_of_ones_own_that_fails(own: str, function: str, classes: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        build(f"{own}:{function}", (1, 4, 4), classes, Network())
+
+
+def test_a_file_of_ones_own_that_fails(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    with pytest.raises(UsageError, match=r"own.py:make_model: there is no file .*own.py: give path/to/file.py:function"):
+        check(f"{path}:make_model")
+    with pytest.raises(UsageError, match=r"say which function of the file makes the network, such as .*own.py:make_model"):
+        check(str(path))
+    path.write_text("x = 1\nraise KeyError('no weights')\n")
+    with pytest.raises(UsageError, match=r"own.py, line 2: KeyError: 'no weights'$"):
+        build(f"{path}:make_model", (1, 4, 4), 3, Network())
+    path.write_text("x = 1\n\ndef make_model(:\n")
+    with pytest.raises(UsageError, match=r"own.py, line 3: SyntaxError: invalid syntax$"):
+        build(f"{path}:make_model", (1, 4, 4), 3, Network())
+
+
+def test_shapes() -> None:
+    assert parse_shape("3,32,32") == (3, 32, 32)
+    for text in ("", "3x32", "3,0,32", "3,,2"):
+        with pytest.raises(UsageError, match=f"--input {text}: give positive sizes"):
+            parse_shape(text)
