@@ -1,28 +1,121 @@
-"""How well an estimator's error signals point along the true gradient."""
+"""How well an estimator's error signals and parameter gradients agree with the true gradient, block by block."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from onward.cuts import cut_graph, same_randomness
+from onward.cuts import cut_graph, default_cuts, same_randomness
+from onward.directions import draw, seed_of
 from onward.errors import UsageError
-from onward.estimators.base import Estimator, call, compute_loss, device_of
+from onward.estimators.backprop import Backprop
+from onward.estimators.base import Estimator, Loss, as_rows, call, compute_loss, device_of
+from onward.estimators.feedback import Feedback
+from onward.per_sample import parameters_behind
+
+
+class Agreement(NamedTuple):
+    """How estimates g_1, g_2, ... agree with the true gradient g. Lengths are relative to the length of g.
+
+    What takes several estimates is None where there is one; everything but the cosines is None where g is zero.
+    """
+
+    cosine: float
+    """Mean over samples (of error signals; else there is one) and estimates."""
+    squared_cosine: float
+    """Mean of the squares."""
+    norm_ratio: float | None
+    """Mean ``|g_i| / |g|``."""
+    bias: float | None
+    """``|E g_i - g| / |g|``, less what the noise of a mean over finitely many estimates adds to it; 0 where that is all."""
+    bias_noise: float | None
+    """What that noise is: a bias below it cannot be told from none; more estimates lower it, as their square root."""
+    variance: float | None
+    """``E|g_i - E g_i|^2 / |g|^2``"""
+    snr: float | None
+    """Signal to noise, ``|E g_i|^2 / E|g_i - E g_i|^2``; None without noise."""
+
+
+class Block(NamedTuple):
+    """One block of a network, as :func:`measure` found it."""
+
+    signal: Agreement | None
+    """Of the error signal at its output with dL/dh_k; None where none is delivered, and for the last block."""
+    parameters: Agreement | None
+    """Of the gradient of all its parameters; None where it has none to train."""
+    feedback: Agreement | None
+    """Of the feedback matrix with the network's mean Jacobian from here to the output; None where there is no such matrix."""
+    cosines: Tensor | None
+    """Those behind ``signal.cosine``, one for each estimate and sample."""
+
+
+def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: Sequence[str] | None = None) -> dict[str, Block]:
+    """How so many estimates on one batch agree with the true gradient of the network's loss, for each block of the network.
+
+    Blocks have the names of the cuts at their ends, the last is ``output``. ``cuts`` are those to look at where the estimator
+    has none of its own. The error signal is what block k differentiates itself with: delta_k, or, in spaces of parameters, the
+    guess u_k. Estimates differ by their random directions; dropout draws the same masks in all of them, and in the truth.
+
+    Everything is done on copies: the estimator, its gradients, its running statistics and the generators stay as they are.
+
+    >>> import onward
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> found = measure(onward.Backprop(model), torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    >>> {name: f"{block.parameters.cosine:.3f}" for name, block in found.items()}
+    {'1': '1.000', 'output': '1.000'}
+    """
+    if estimates < 1:
+        raise UsageError(f"estimates={estimates}: compare at least 1 with the true gradient")
+    cuts = tuple(estimator.cuts or (default_cuts(estimator.model) if cuts is None else cuts))
+    learner = copy.deepcopy(estimator)
+    again = same_randomness(device_of(estimator.model))
+    try:
+        with again:
+            truth = _true_gradients(estimator.model, cuts, estimator.loss, x, y)
+        signals = [_Comparison(signal.flatten(1)) for signal in truth.signals]
+        parameters = [_Comparison(_row(truth.parameters, names)) for names in truth.blocks]
+        for _ in range(estimates):
+            learner.zero_grad()
+            with again, _observing(learner, cuts) as observed:
+                learner.estimate(x, y)
+            for k, signal in observed.items():
+                signals[k].add(signal.flatten(1))
+            gradients = {name: p.grad for name, p in learner.model.named_parameters()}
+            for block, names in zip(parameters, truth.blocks, strict=True):
+                block.add(_row({name: _or_zero(gradients[name], truth.parameters[name]) for name in names}, names))
+        feedback: list[Agreement | None] = [None] * len(cuts)
+        if isinstance(matrices := getattr(learner, "feedback", None), Feedback):
+            with again:
+                jacobians = _mean_jacobians(estimator.model, cuts, x, estimator.seed)
+            feedback = [_compare(b.detach().view(1, -1), j.view(1, -1)) for b, j in zip(matrices, jacobians, strict=True)]
+    finally:
+        with again:
+            pass  # nothing has been drawn
+    last = "output" if "output" not in cuts else "last block"
+    return {
+        name: Block(
+            signal.result() if signal else None,
+            block.result() if names else None,
+            matrix,
+            torch.stack(signal.cosines) if signal and signal.cosines else None,
+        )
+        for name, signal, block, names, matrix in zip(
+            [*cuts, last], [*signals, None], parameters, truth.blocks, [*feedback, None], strict=True
+        )
+    }
 
 
 def cosines(estimator: Estimator, x: Any, y: Any) -> dict[str, Tensor]:
     """At each cut, each sample's cosine between its error signal and the true gradient dL/dh_k, of shape (N,).
 
-    The error signal is what block k differentiates itself with: delta_k, or, in spaces of parameters, the guess u_k. One step
-    is taken on a copy: the estimator, its gradients, its running statistics and the generators stay as they are.
-
     Raises :class:`onward.UsageError` for an estimator that delivers no error signals.
 
     >>> import onward
-    >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> found = cosines(onward.DFA(model), torch.randn(3, 4), torch.tensor([0, 1, 1]))
     >>> found["1"].shape
@@ -30,38 +123,155 @@ def cosines(estimator: Estimator, x: Any, y: Any) -> dict[str, Tensor]:
     """
     if not estimator.cuts:
         raise UsageError(f"{type(estimator).__name__} has no cuts here, so it delivers no error signals to compare")
-    learner = copy.deepcopy(estimator)
-    signals: dict[int, Tensor] = {}
-    learner.observe = lambda k, delta: signals.__setitem__(k, delta.detach())
-    again = same_randomness(device_of(estimator.model))
-    try:
-        with again:
-            learner.estimate(x, y)
-        with again:
-            true = true_signals(estimator, x, y)
-    finally:
-        with again:
-            pass  # nothing has been drawn
-    if len(signals) < len(estimator.cuts):
+    blocks = list(measure(estimator, x, y).values())[:-1]
+    found = {name: block.cosines[0] for name, block in zip(estimator.cuts, blocks, strict=True) if block.cosines is not None}
+    if len(found) < len(blocks):
         raise UsageError(
-            f"{type(estimator).__name__} delivers no error signal to {len(estimator.cuts) - len(signals)} of its "
-            f"{len(estimator.cuts)} cuts: there is nothing to compare with the true gradient"
+            f"{type(estimator).__name__} delivers no error signal to {len(blocks) - len(found)} of its "
+            f"{len(blocks)} cuts: there is nothing to compare with the true gradient"
         )
-    return {
-        name: torch.nn.functional.cosine_similarity(signals[k].flatten(1), true[k].flatten(1))
-        for k, name in enumerate(estimator.cuts)
-    }
+    return found
 
 
 def true_signals(estimator: Estimator, x: Any, y: Any) -> list[Tensor]:
     """dL/dh_k at each cut, by backpropagation through a copy of the network."""
-    model = copy.deepcopy(estimator.model)
+    return _true_gradients(estimator.model, estimator.cuts, estimator.loss, x, y).signals
+
+
+class _Comparison:
+    """Estimates with the truth, one row for each sample; a running mean and a sum of squares around it."""
+
+    def __init__(self, truth: Tensor) -> None:
+        self.truth = truth
+        self.mean = torch.zeros_like(truth)
+        self.squares = 0.0
+        self.cosines: list[Tensor] = []
+        self.lengths: list[float] = []
+
+    def add(self, estimate: Tensor) -> None:
+        self.cosines.append(torch.nn.functional.cosine_similarity(estimate, self.truth))
+        self.lengths.append(estimate.norm().item())
+        before = estimate - self.mean
+        self.mean += before / len(self.cosines)
+        self.squares += (before * (estimate - self.mean)).sum().item()
+
+    def result(self) -> Agreement | None:
+        m, length = len(self.cosines), self.truth.norm().item()
+        if m == 0:
+            return None
+        found = torch.stack(self.cosines)
+        agreement = Agreement(found.mean().item(), found.square().mean().item(), None, None, None, None, None)
+        if length == 0:
+            return agreement
+        agreement = agreement._replace(norm_ratio=sum(self.lengths) / m / length)
+        if m == 1:
+            return agreement
+        variance = self.squares / (m - 1)
+        bias = (self.mean - self.truth).square().sum().item() - variance / m
+        signal = self.mean.square().sum().item() - variance / m
+        return agreement._replace(
+            bias=max(0.0, bias) ** 0.5 / length,
+            bias_noise=(variance / m) ** 0.5 / length,
+            variance=variance / length**2,
+            snr=max(0.0, signal) / variance if variance > 0 else None,
+        )
+
+
+def _compare(estimate: Tensor, truth: Tensor) -> Agreement | None:
+    comparison = _Comparison(truth)
+    comparison.add(estimate)
+    return comparison.result()
+
+
+class _Truth(NamedTuple):
+    signals: list[Tensor]
+    parameters: dict[str, Tensor]
+    blocks: list[list[str]]
+    """The names of the parameters of each block."""
+
+
+def _true_gradients(model: nn.Module, cuts: Sequence[str], loss: Loss, x: Any, y: Any) -> _Truth:
+    """Backpropagation through a copy of the network."""
+    model = copy.deepcopy(model)
+    outputs, logits = _run(model, cuts, x)
+    names = {p: name for name, p in model.named_parameters() if p.requires_grad}
+    blocks: list[list[str]] = []
+    placed: set[nn.Parameter] = set()
+    for output in [*outputs, logits]:
+        fresh = [p for p in parameters_behind(output) if p not in placed]
+        blocks.append([names[p] for p in fresh])
+        placed.update(fresh)
+    with torch.enable_grad():
+        found = torch.autograd.grad(compute_loss(loss, logits, y), [*outputs, *names], allow_unused=True)
+    signals = [_or_zero(g, h) for h, g in zip(outputs, found[: len(outputs)], strict=True)]
+    parameters = {name: _or_zero(g, p) for (p, name), g in zip(names.items(), found[len(outputs) :], strict=True)}
+    return _Truth(signals, parameters, blocks)
+
+
+def _mean_jacobians(model: nn.Module, cuts: Sequence[str], x: Any, seed: int) -> list[Tensor]:
+    """The mean over samples of dz_n/dh_{k,n}, (C x d_k), at each cut: one backward pass for each output.
+
+    Random signs tell each sample's own derivative from what it does to others through batch statistics; of that, some noise is
+    left, a part in N of the whole.
+    """
+    outputs, logits = _run(copy.deepcopy(model), cuts, x)
+    z = as_rows(logits)
+    signs = draw(
+        (len(z), 1), seed=seed_of(seed, "jacobian"), step=0, block=0, noise="rademacher", dtype=z.dtype, device=z.device
+    )
+    rows: list[list[Tensor]] = [[] for _ in outputs]
+    for c in range(z.shape[1]):
+        with torch.enable_grad():
+            signed = (z[:, c] * signs[:, 0]).sum()
+        found = torch.autograd.grad(signed, outputs, retain_graph=True, allow_unused=True)
+        for row, h, g in zip(rows, outputs, found, strict=True):
+            row.append((_or_zero(g, h).flatten(1) * signs.to(h.dtype)).mean(0))
+    return [torch.stack(row) for row in rows]
+
+
+def _run(model: nn.Module, cuts: Sequence[str], x: Any) -> tuple[list[Tensor], Tensor]:
+    """The network's outputs at the cuts and at its end, with the whole graph."""
     outputs: list[Tensor] = []
 
     def keep(k: int, h: Tensor) -> Tensor:
-        outputs.append(h)
-        return h.clone()  # what follows may overwrite it
+        outputs.append(h if h.requires_grad else h.detach().requires_grad_())
+        return outputs[k].clone()  # what follows may overwrite it
 
-    with torch.enable_grad(), cut_graph(model, estimator.cuts, keep):
-        loss = compute_loss(estimator.loss, call(model, x), y)
-    return list(torch.autograd.grad(loss, outputs))
+    with torch.enable_grad(), cut_graph(model, cuts, keep):
+        logits = call(model, x)
+    return outputs, logits
+
+
+@contextmanager
+def _observing(learner: Estimator, cuts: Sequence[str]) -> Iterator[dict[int, Tensor]]:
+    """The error signals that arrive at the outputs of the blocks; those of backpropagation are what its sweep brings there."""
+    signals: dict[int, Tensor] = {}
+
+    def note(k: int, delta: Tensor) -> None:
+        signals[k] = delta.detach().clone()
+
+    def watch(k: int, h: Tensor) -> None:
+        if h.requires_grad:
+            h.register_hook(lambda delta: note(k, delta))
+
+    hooks = []
+    if isinstance(learner, Backprop):
+        for k, name in enumerate(cuts):
+            module = learner.model.get_submodule(name)
+            hooks.append(module.register_forward_hook(lambda module, args, h, k=k: watch(k, h)))
+    learner.observe = note
+    try:
+        yield signals
+    finally:
+        learner.observe = None
+        for hook in hooks:
+            hook.remove()
+
+
+def _row(gradients: dict[str, Tensor], names: Sequence[str]) -> Tensor:
+    """The gradients of those parameters as one row."""
+    return torch.cat([gradients[name].reshape(1, -1) for name in names], 1) if names else torch.zeros(1, 0)
+
+
+def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if gradient is None else gradient.detach()
