@@ -485,7 +485,7 @@ def by_rows(h: Tensor, parameters: Sequence[nn.Parameter], signals: Sequence[Ten
             row = torch.zeros_like(signal)
             row[n] = signal[n]
             for rows, gradient in zip(held, torch.autograd.grad(h, parameters, row, retain_graph=True), strict=True):
-                rows[i][n] = gradient
+                rows[i][n] = gradient.to_dense() if gradient.is_sparse else gradient
     for p, rows in zip(parameters, held, strict=True):
         yield p, Rows(rows)
 

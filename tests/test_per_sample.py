@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from onward import UsageError, per_sample
+from onward import ForwardGradient, UsageError, per_sample
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 FORMS = (None, True, False)  # of the inner products: the cheaper one, Gram, direct
@@ -267,3 +267,19 @@ def test_one_layer_at_a_time() -> None:
     parameter, _ = next(iter(found))
     assert parameter is model[0].weight
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("engine", ["reverse", "forward"])
+@pytest.mark.parametrize("space", ["avg-weight", "activation-2", "random-sign-weight"])
+def test_a_sparse_embedding_gets_the_gradient_of_a_dense_one(space: str, engine: str) -> None:
+    gradients = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Tanh()), nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+        ).double()
+        heads = {"0": nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()}
+        estimator = ForwardGradient(model, ["0"], guess="local", space=space, engine=engine, heads=heads)
+        estimator.estimate(torch.randint(7, (5, 3)), torch.randint(3, (5,)))
+        gradients.append(model[0][0].weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -24,7 +24,7 @@ from onward.estimators.base import (
     forget_unused,
     output_error,
 )
-from onward.estimators.reverse import accumulate_rows, estimate_samples
+from onward.estimators.reverse import accumulate_rows, estimate_samples, through
 from onward.estimators.signals import OutputError, perturb, tangents_of
 from onward.forward_mode import Tangents
 from onward.per_sample import Use, dots, parameters_behind, record_uses, weighted_sum
@@ -73,11 +73,9 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
         def inject(h: Tensor, wanted: Sequence[Site]) -> list[Tensor]:
             guesses = fg.guesses(wanted[0].block, h, y, error)
             found = [guesses[site.direction] for site in wanted]
-            return (
-                [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
-                if _signed(fg)
-                else found
-            )
+            if not _signed(fg):
+                return found
+            return [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
 
         slopes = _measure(fg, x, y, again, slots, at_output=inject).slopes
         slopes = {site: slope * _sign(fg, site, slope.shape) for site, slope in slopes.items()}
@@ -90,12 +88,12 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
         if fg.space == "random-sign-weight":
             # Its place among those compared is the target's, but here nothing is: random guesses only need the shapes.
             signals = [guesses[0]] * (1 if fg.guess == "random" else 2)
-            arrived = _arriving(h, guesses[0], uses)
+            arrived = through(h, guesses[0], [use.output for use in uses])
             estimate_samples(fg, k, h, uses, signals, [arrived] * len(signals))
             return
         weights = fg.row_weights([slopes[Site(k, None, i)] for i in range(fg.directions)], guesses)
         if fg.space == "activation-2":
-            accumulate_rows(h, uses, guesses, [_arriving(h, u, uses) for u in guesses], weights)
+            accumulate_rows(h, uses, guesses, [through(h, u, [use.output for use in uses]) for u in guesses], weights)
         else:
             torch.autograd.backward(h, fg.observed(k, weighted_sum(guesses, weights)))
 
@@ -113,9 +111,12 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, err
         members.append(list(parameters_behind(h)))
         if not members[k]:
             return
-        found = [] if fg.guess == "random" else torch.autograd.grad(h, members[k], fg.observed(k, guesses[0]))
         for i in range(fg.directions):
-            for p, direction in zip(members[k], found or [fg.drawn_weights(names[p], p, i) for p in members[k]], strict=True):
+            if fg.guess == "random":
+                found = [fg.drawn_weights(names[p], p, i) for p in members[k]]
+            else:  # each of these parameters is behind h, so a gradient arrives at each
+                found = [u for u in through(h, fg.observed(k, guesses[i]), members[k]) if u is not None]
+            for p, direction in zip(members[k], found, strict=True):
                 along[Site(k, names[p], i)] = direction
 
     step = _block_by_block(fg, x, y, again, error, learn, skip=lambda k: members.append([]))
@@ -367,10 +368,3 @@ def _sign(fg: ForwardGradient, site: Site, shape: Sequence[int]) -> Tensor:
         dtype=like.dtype,
         device=like.device,
     )
-
-
-def _arriving(h: Tensor, signal: Tensor, uses: Sequence[Any]) -> Sequence[Tensor | None]:
-    """What of a signal at a block's output arrives at each of its layers."""
-    if not uses:
-        return []
-    return torch.autograd.grad(h, [use.output for use in uses], signal, retain_graph=True, allow_unused=True)

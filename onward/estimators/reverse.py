@@ -97,9 +97,9 @@ def _sweep(
 ) -> None:
     """Fill ``.grad`` from the last block, entered at ``entry``, to the first; each is forgotten when it is done."""
     if not fg.cuts and fg.space == "avg-weight":  # Baydin et al.: there is no last block
-        _estimate_parameters(fg, parameters, _through(logits, e, parameters), None)
+        _estimate_parameters(fg, parameters, through(logits, e, parameters), None)
         return
-    gradients = _through(logits, e, [*parameters, *([entry] if entry else [])])
+    gradients = through(logits, e, [*parameters, *([entry] if entry else [])])
     carried: dict[str, Tensor | None] = dict.fromkeys(swept, gradients.pop() if entry else None)
     accumulate(parameters, gradients)
     for k in reversed(range(len(blocks))):
@@ -133,9 +133,9 @@ def _learn(
         """What of a signal arrives at the edges; notes what of its kind goes on to the block before this one."""
         entry = [block.entry] if kind in SWEPT and block.entry is not None else []
         if entry and kind == "above":
-            (carried_on[kind],) = _through(h, signal("local"), entry)
+            (carried_on[kind],) = through(h, signal("local"), entry)
             entry = []
-        found = _through(h, delivered, [*edges, *entry])
+        found = through(h, delivered, [*edges, *entry])
         if entry:
             carried_on[kind] = found.pop()
         return found
@@ -244,11 +244,12 @@ def _estimate_parameters(
         accumulate([p], [fg.along(slopes, along)])
 
 
-def _through(h: Tensor, signal: Tensor, edges: Sequence[Any]) -> list[Tensor | None]:
+def through(h: Tensor, signal: Tensor, edges: Sequence[Any]) -> list[Tensor | None]:
     """What of a signal at h arrives at each edge of its graph, which is kept."""
     if not edges:
         return []
-    return list(torch.autograd.grad(h, edges, signal, retain_graph=True, allow_unused=True))
+    arrived = torch.autograd.grad(h, edges, signal, retain_graph=True, allow_unused=True)
+    return [a.to_dense() if a is not None and a.is_sparse else a for a in arrived]
 
 
 def _check_kept(fg: ForwardGradient, k: int, block: Block) -> None:
