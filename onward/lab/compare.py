@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +16,48 @@ from rich.table import Table
 
 from onward.errors import UsageError
 from onward.lab import algorithms, models, run_folder
-from onward.lab.config import Compare
+from onward.lab.config import Compare, Recipe, Train
+from onward.lab.data import ImageData, held_out
 from onward.lab.plots import learning_curves
-from onward.lab.train import Row, load_data, train
+from onward.lab.train import Row, TrainingFailed, load_data, progress, train
 
-JSON, CSV, CURVES = "table.json", "table.csv", "curves.png"
+JSON, CSV, RATES, CURVES = "table.json", "table.csv", "rates.json", "curves.png"
+Outcome = list[Row] | str
+"""What became of a run: its epochs, or why it failed."""
 
 
 def compare(config: Compare) -> list[dict[str, Any]]:
     """Train every algorithm with every seed, each run in a folder of its own; print the table and write it, with the curves.
 
-    A run that is complete there already is not repeated. Returns the rows of the table, one per algorithm.
+    With a grid of learning rates, each algorithm's is chosen first. A run that is complete there already is not repeated, nor
+    is one that failed. Returns the rows of the table, one per algorithm.
 
     Raises:
         UsageError: something that was asked for cannot work, or a run with other settings is in the way.
     """
-    for name in config.algorithms:
-        algorithms.check(name)
-    models.check(config.model)
     if not config.algorithms or config.seeds < 1:
         raise UsageError(f"{len(config.algorithms)} algorithms with {config.seeds} seeds: compare at least one of each")
+    if config.lr_grid and config.subset.held_out:
+        raise UsageError(
+            "--lr-grid with --subset.held-out: the same images would choose the rates and judge them, leave one out"
+        )
+    models.check(config.model)
     folder = Path(config.out or run_folder.default_path(config, "compare"))
-    runs = [replace(run, out=str(folder / f"{run.algorithm}-s{run.seed}")) for run in config.runs()]
-    results: dict[str, list[list[Row]]] = {}
+    runs = runs_of(config, config.algorithms, range(config.seeds), folder)
+    trials = {label: _trials(config, runs[label][0], folder) for label in runs if config.lr_grid and not _has_rate(label)}
+    data = cache(lambda: load_data(config))
     with run_folder.claimed(folder, overwrite=True):
-        done = {} if config.overwrite else {run: run_folder.finished(Path(run.out), run) for run in runs}
-        data = None if all(done.get(run) for run in runs) else load_data(config)
-        for run in runs:
-            rows = done.get(run) or train(replace(run, overwrite=True), data)
-            results.setdefault(run.algorithm, []).append(rows)
+        if trials:
+            found = train_all(trials, "lr", config.overwrite, lambda: held_out(data()))
+            runs = _with_best_rates(config, runs, found, folder)
+        results = train_all(runs, "seed", config.overwrite, data)
 
-    engines = {run.algorithm: run_folder.read_config(Path(run.out))["environment"]["engine"] for run in runs}
-    table = [{"algorithm": name, "engine": engines[name], **summary(rows)} for name, rows in results.items()]
+    table = []
+    for label, same in results.items():
+        rows = [rows for rows in same.values() if isinstance(rows, list)]
+        engine = run_folder.read_config(Path(runs[label][0].out))["environment"]["engine"] if same else None
+        rate = runs[label][0].lr if same else None
+        table.append({"algorithm": label, "engine": engine, "lr": rate, **summary(rows), "failed": len(same) - len(rows)})
     (folder / JSON).write_text(json.dumps(table, indent=2) + "\n")
     with (folder / CSV).open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0].keys())
@@ -54,10 +65,92 @@ def compare(config: Compare) -> list[dict[str, Any]]:
         writer.writerows(table)
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
     title = f"{config.model}, {config.data_dir or config.data}, {config.epochs} epochs, {seeds}"
-    learning_curves(folder / CURVES, results, title)
+    complete = {label: [rows for rows in same.values() if isinstance(rows, list)] for label, same in results.items()}
+    learning_curves(folder / CURVES, {label: rows for label, rows in complete.items() if rows}, title)
     show(table, title)
     Console(soft_wrap=True, highlight=False).print(f"table: {folder / JSON}, {folder / CSV}\npicture: {folder / CURVES}")
     return table
+
+
+def runs_of(config: Recipe, labels: Iterable[str], seeds: Iterable[int], folder: Path) -> dict[str, list[Train]]:
+    """For each algorithm, as lists name it, a training with every seed, in a folder of its own.
+
+    Raises:
+        UsageError: an algorithm that cannot be, or two whose folders would be the same.
+    """
+    shared = {entry.name: getattr(config, entry.name) for entry in fields(Recipe)}
+    names: dict[str, str] = {}
+    found = {}
+    for label in dict.fromkeys(labels):
+        name = algorithms.folder_name(label)
+        if (other := names.setdefault(name, label)) != label:
+            raise UsageError(f"algorithms {other!r} and {label!r} would share the folder {name}: leave one out")
+        found[label] = [
+            algorithms.variant(label, Train(**{**shared, "seed": seed, "out": str(folder / f"{name}-s{seed}")}))
+            for seed in seeds
+        ]
+    return found
+
+
+def train_all(
+    runs: Mapping[str, Sequence[Train]], differ: str, overwrite: bool, data: Callable[[], ImageData]
+) -> dict[str, dict[Any, Outcome]]:
+    """Train what is not there yet, under one progress bar. Returns for each label what became of its runs, by the setting that
+    they `differ` in. A run that fails does not stop the others.
+
+    Raises:
+        UsageError: a run with other settings is in the way; nothing has been trained then.
+    """
+    done: dict[str, dict[Any, Outcome]] = {label: {} for label in runs}
+    missing: list[tuple[str, Train]] = []
+    for label, same in runs.items():
+        for run in same:
+            outcome = None if overwrite else run_folder.finished(Path(run.out), run)
+            if outcome:
+                done[label][getattr(run, differ)] = outcome
+            else:
+                missing.append((label, run))
+    if not missing:
+        return done
+    console = Console(highlight=False, soft_wrap=True)
+    if there := sum(map(len, done.values())):
+        console.print(f"{there} of {there + len(missing)} runs are there already")
+    images = data()
+    steps = [run.epochs * -(-len(images.train) // run.batch_size) for _, run in missing]
+    with progress(console, sum(steps)) as advance:
+        for number, ((label, run), left) in enumerate(zip(missing, steps, strict=True), start=1):
+            name = f"{number}/{len(missing)}  {label}, {differ} {getattr(run, differ):g}"
+            taken = 0
+
+            def step(text: str, name: str = name) -> None:
+                nonlocal taken
+                taken += 1
+                advance(f"{name}: {text}")
+
+            outcome: Outcome
+            try:
+                outcome = train(replace(run, overwrite=True), images, step)
+                console.print(f"{name}: test accuracy {outcome[-1]['test_accuracy']:.2f} %", markup=False)
+            except TrainingFailed as error:
+                outcome = str(error)
+                console.print(f"{name}: {error}", markup=False)
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt(f"{interrupt}; the same command goes on with the runs that are missing") from None
+            advance(name, left - taken)
+            done[label][getattr(run, differ)] = outcome
+    return {label: {getattr(run, differ): done[label][getattr(run, differ)] for run in same} for label, same in runs.items()}
+
+
+def best_rate(tried: Mapping[float, Outcome]) -> float | None:
+    """The learning rate with the best accuracy after the last epoch, of equal ones that with the lowest loss; None if none has.
+
+    >>> best_rate({0.1: "diverged", 1e-2: [{"test_accuracy": 9, "test_loss": 1}], 1e-3: [{"test_accuracy": 8, "test_loss": 1}]})
+    0.01
+    """
+    reached = {
+        rate: (rows[-1]["test_accuracy"], -rows[-1]["test_loss"]) for rate, rows in tried.items() if isinstance(rows, list)
+    }
+    return max(reached, key=lambda rate: reached[rate], default=None)
 
 
 def summary(runs: Sequence[Sequence[Row]]) -> dict[str, float | None]:
@@ -71,12 +164,12 @@ def summary(runs: Sequence[Sequence[Row]]) -> dict[str, float | None]:
     best = [max(row["test_accuracy"] for row in rows) for rows in runs]
     return {
         "runs": len(runs),
-        "accuracy": statistics.fmean(last),
+        "accuracy": statistics.fmean(last) if runs else None,
         "accuracy_std": statistics.stdev(last) if len(runs) > 1 else None,
-        "best_accuracy": statistics.fmean(best),
+        "best_accuracy": statistics.fmean(best) if runs else None,
         "best_accuracy_std": statistics.stdev(best) if len(runs) > 1 else None,
-        "seconds_per_epoch": statistics.fmean(row["seconds"] for rows in runs for row in rows),
-        "peak_memory_bytes": max(row["peak_memory_bytes"] for rows in runs for row in rows),
+        "seconds_per_epoch": statistics.fmean(row["seconds"] for rows in runs for row in rows) if runs else None,
+        "peak_memory_bytes": max((row["peak_memory_bytes"] for rows in runs for row in rows), default=None),
     }
 
 
@@ -84,19 +177,82 @@ def show(table: Sequence[dict[str, Any]], title: str) -> None:
     """Print the table."""
 
     def spread(row: dict[str, Any], measure: str) -> str:
-        std = row[f"{measure}_std"]
-        return f"{row[measure]:.2f}" + ("" if std is None else f" ± {std:.2f}")
+        mean, std = row[measure], row[f"{measure}_std"]
+        return "" if mean is None else f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
+
+    def number(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "" if value is None else format(value * scale, form)
 
     printed = Table(title=title, caption="test accuracy in %, mean ± standard deviation over seeds")
-    for column in ("algorithm", "engine", "last epoch", "best epoch", "s/epoch", "peak MB"):
-        printed.add_column(column, justify="left" if column in ("algorithm", "engine") else "right")
+    columns = ["algorithm", "engine", "lr", "last epoch", "best epoch", "s/epoch", "peak MB"]
+    failures = any(row["failed"] or not row["runs"] for row in table)
+    for column in [*columns, *(["failed"] * failures)]:
+        left = column in ("algorithm", "engine")
+        printed.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
     for row in table:
-        printed.add_row(
+        cells = [
             row["algorithm"],
-            row["engine"],
+            row["engine"] or "",
+            number(row["lr"], "g"),
             spread(row, "accuracy"),
             spread(row, "best_accuracy"),
-            f"{row['seconds_per_epoch']:.2f}",
-            f"{row['peak_memory_bytes'] / 1e6:.0f}",
-        )
+            number(row["seconds_per_epoch"], ".2f"),
+            number(row["peak_memory_bytes"], ".0f", 1e-6),
+        ]
+        if failures:
+            cells.append(f"{row['failed']} of {row['failed'] + row['runs']}" if row["lr"] is not None else "every rate")
+        printed.add_row(*cells)
     Console().print(printed)
+
+
+def _has_rate(label: str) -> bool:
+    """Whether an algorithm's entry in a list says its learning rate.
+
+    >>> _has_rate("fdfa:directions=2,lr=1e-3"), _has_rate("fdfa")
+    (True, False)
+    """
+    return any(setting.startswith("lr=") for setting in label.partition(":")[2].split(","))
+
+
+def _trials(config: Compare, run: Train, folder: Path) -> list[Train]:
+    """A shorter training with every learning rate of the grid, tested on images that are held out for it."""
+    name = Path(run.out).name.removesuffix(f"-s{run.seed}")
+    return [
+        replace(
+            run,
+            lr=rate,
+            epochs=config.lr_epochs or config.epochs,
+            subset=replace(run.subset, held_out=True),
+            align_every=0,
+            save_weights=0,
+            wandb=False,
+            out=str(folder / "rates" / f"{name}-lr{rate:g}"),
+        )
+        for rate in dict.fromkeys(config.lr_grid)
+    ]
+
+
+def _with_best_rates(
+    config: Compare, runs: dict[str, list[Train]], found: Mapping[str, Mapping[float, Outcome]], folder: Path
+) -> dict[str, list[Train]]:
+    """The runs with the rates that did best; none of an algorithm for which every rate failed. Prints and writes the trials."""
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    printed = Table(title="learning rates", caption="accuracy in % on held-out training images; * the best, which is taken")
+    rates = sorted(dict.fromkeys(config.lr_grid))
+    for column in ("algorithm", *(f"{rate:g}" for rate in rates)):
+        printed.add_column(column, justify="left" if column == "algorithm" else "right")
+    kept, notes, chosen = {}, [], dict(runs)
+    for label, tried in found.items():
+        best = best_rate(tried)
+        reached = {rate: rows[-1]["test_accuracy"] if isinstance(rows := tried[rate], list) else None for rate in rates}
+        cells = ["failed" if value is None else f"{value:.2f}{'*' * (rate == best)}" for rate, value in reached.items()]
+        printed.add_row(label, *cells)
+        kept[label] = {"lr": best, "accuracy": {f"{rate:g}": value for rate, value in reached.items()}}
+        chosen[label] = [] if best is None else [replace(run, lr=best) for run in runs[label]]
+        if best in (rates[0], rates[-1]) and len(rates) > 1:
+            notes.append(f"{label}: the best rate, {best:g}, is at the end of the grid: widen it to be sure")
+    (folder / RATES).write_text(json.dumps(kept, indent=2) + "\n")
+    Console().print(printed)
+    for note in notes:
+        console.print(note)
+    return chosen

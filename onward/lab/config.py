@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar
 
 from onward.errors import UsageError
 from onward.lab.batches import Transform
+from onward.lab.extra import lab_extra
+
+with lab_extra():
+    import tyro
+
+Positional = tyro.conf.Positional
 
 T = TypeVar("T")
 
@@ -135,6 +140,8 @@ class Subset:
     """Training images; all of them if not given."""
     test: int | None = None
     """Test images; all of them if not given."""
+    held_out: bool = False
+    """Test on a fifth of each class of the training images, which are then not trained on; the test images stay unseen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,8 +208,11 @@ class Recipe(Setup):
     """Replace what an earlier run left there."""
     save_weights: int = 0
     """Keep the network's weights, in a file of their own, every so many epochs and at the end; 0 keeps none."""
-    histogram: bool = False
-    """After every epoch, write histograms of how the error signal of each hidden block aligns with the true gradient."""
+    align_every: int = 0
+    """Before training, every so many epochs and at the end, measure how the estimates of each block align with the true
+    gradient; 0 never does."""
+    align_estimates: int = 10
+    """Estimates on one batch that bias and variance are measured from."""
     wandb: bool = False
     """Log to Weights & Biases too,"""
     wandb_project: str = "onward"
@@ -218,7 +228,8 @@ class Recipe(Setup):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, epochs=self.epochs, test_batch_size=self.test_batch_size, log_interval=self.log_interval)
-        at_least(0, save_weights=self.save_weights)
+        at_least(0, save_weights=self.save_weights, align_every=self.align_every)
+        at_least(1, align_estimates=self.align_estimates)
         if self.schedule.step_size < 1:
             raise UsageError(f"--schedule.step-size {self.schedule.step_size}: use at least 1")
         if self.schedule.gamma is not None and not 0 < self.schedule.gamma < float("inf"):
@@ -239,31 +250,106 @@ class Train(Recipe):
 class Compare(Recipe):
     """Train a network with several algorithms and several seeds; print a table, draw the learning curves."""
 
-    algorithms: tuple[str, ...] = ("bp", "dfa", "dkp", "fdfa")
-    """Algorithms that `onward list` names."""
+    algorithms: tuple[str, ...] = ("bp", "local", "dfa", "dkp", "fdfa", "fg", "fg:guess=local")
+    """Algorithms that `onward list` names, each with settings of its own if need be: fdfa:lr=1e-3, fg:guess=local."""
     seeds: int = 3
     """Runs of each algorithm: seeds 0, 1, ..."""
+    lr_grid: tuple[float, ...] = ()
+    """Try these learning rates, with seed 0, for every algorithm whose entry sets none: the one with the best accuracy on a
+    held-out fifth of the training images is taken."""
+    lr_epochs: int | None = None
+    """Epochs of such a trial; those of the runs if not given."""
 
-    def runs(self) -> list[Train]:
-        """One training for every algorithm and seed."""
-        shared = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(Recipe)}
-        return [
-            Train(**shared, algorithm=name, seed=seed) for name in dict.fromkeys(self.algorithms) for seed in range(self.seeds)
-        ]
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, lr_epochs=1 if self.lr_epochs is None else self.lr_epochs)
+        for rate in self.lr_grid:
+            if not 0 < rate < float("inf"):
+                raise UsageError(f"--lr-grid {rate}: a learning rate to try is a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align(Recipe):
+    """Measure, block by block, how estimated gradients agree with the true one: from checkpoints, or while training."""
+
+    runs: Positional[tuple[str, ...]] = ()
+    """Run folders, whose checkpoints are looked at; if none are given, --algorithms are trained and looked at on the way."""
+    algorithms: tuple[str, ...] = ("bp", "local", "dfa", "dkp", "fdfa", "fg", "fg:guess=local")
+    """Algorithms that `onward list` names, each with settings of its own if need be: fdfa:lr=1e-3, fg:guess=local."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and every random direction."""
+    epochs: int = 5
+    align_every: int = 1
+    """Epochs between two measurements; the first is made before training."""
+    align_estimates: int = 20
+    """Estimates on one batch that bias and variance are measured from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, align_every=self.align_every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Put runs on one HTML page that needs nothing else: tables, curves, cost, alignment, settings, commands."""
+
+    runs: Positional[tuple[str, ...]] = ()
+    """Run folders, or folders with run folders somewhere below them."""
+    out: str = "report.html"
+    """The page."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Setup):
+    """Measure time, memory and arithmetic of a training step with each algorithm, beside backpropagation with and without
+    checkpoints."""
+
+    algorithms: tuple[str, ...] = ("local", "dfa", "dkp", "fdfa", "fdfa:low_memory=true", "fg")
+    """Algorithms that `onward list` names, or variants such as fg:guess=local,engine=reverse; bp and bp:checkpoint=true are
+    always measured."""
+    classes: int = 10
+    """Outputs of the network."""
+    turns: int = 7
+    """Turns that the algorithms take."""
+    steps: int | None = None
+    """Timed steps in a turn; if not given, as many as bp makes in half a second, at most 20."""
+    sweep: tuple[str, ...] | None = None
+    """depth (--network.layers), width (--network.width) or batch, and the values to measure at: depth 8 16 32 64."""
+    plot: str | None = None
+    """Picture of the sweep; if not given, bench-<model>-<sweep>.png."""
+    json: str | None = None
+    """Write all figures to this file too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, turns=self.turns, steps=1 if self.steps is None else self.steps, classes=self.classes)
 
 
 def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     """The configuration that `dataclasses.asdict` turned into `values`, also after a trip through JSON.
 
-    >>> import json
+    Raises:
+        UsageError: a setting that does not exist, or a value of another type than its own; the message names it.
+
+    >>> import dataclasses, json
     >>> from_dict(Train, json.loads(json.dumps(dataclasses.asdict(Train(lr=0.1))))) == Train(lr=0.1)
     True
+    >>> from_dict(Train, {"network": {"width": "wide"}})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    onward.errors.UsageError: configuration: wrong value type for field "network.width" - should be "float" instead of ...
     """
-    hints = get_type_hints(kind)
-    return kind(**{name: _restored(hints[name], value) for name, value in values.items()})
+    import dacite
+
+    try:
+        return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[]))  # type: ignore[type-var]
+    except UsageError:
+        raise
+    except (dacite.DaciteError, TypeError, ValueError) as error:
+        raise UsageError(f"configuration: {error}") from None
 
 
-def _restored(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value)
+def _as_given(value: Any) -> Any:
+    """JSON has no tuples."""
+    if isinstance(value, dict):
+        return {name: _as_given(inner) for name, inner in value.items()}
     return tuple(value) if isinstance(value, list) else value

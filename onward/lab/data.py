@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
@@ -110,6 +110,30 @@ def load(
     if name not in ON_HUB and Path(name).is_dir():
         raise UsageError(f"data set {name} is a folder here: give it with --data-dir")
     return _decoded(name, *hub.read(ON_HUB.get(name, name)), asked)
+
+
+def held_out(data: ImageData) -> ImageData:
+    """The training images alone, a fixed fifth of each class of them as the test part: to choose settings by.
+
+    Raises:
+        UsageError: no class has 5 images.
+
+    >>> data = held_out(load("digits"))
+    >>> len(data.train), len(data.test)
+    (1157, 285)
+    """
+    images, labels = data.train.images, data.train.labels
+    parts = _hold_out(labels.tolist())
+    if not parts[1]:
+        raise UsageError(f"no class of data set {data.name} has 5 training images to hold one out of: use more of them")
+    splits = []
+    for rows in parts:
+        if isinstance(images, Encoded):
+            kept: Tensor | Encoded = Encoded([images.samples[row] for row in rows], images.mode, images.reason)
+        else:
+            kept = images[torch.tensor(rows)]
+        splits.append(Split(kept, labels[torch.tensor(rows)]))
+    return replace(data, train=splits[0], test=splits[1])
 
 
 def _digits(asked: dict[str, int | None]) -> ImageData:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,14 +15,17 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from onward.alignment import Block
 from onward.errors import UsageError
-from onward.lab.config import Recipe, Train
+from onward.lab.algorithms import folder_name
+from onward.lab.config import Recipe, Train, from_dict
 
 CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
-CONTENTS = (CONFIG, METRICS, CHECKPOINT, ALIGNMENT, "weights-*.pt", "*.partial", "events.out.tfevents.*")
+FAILURE = "failed.txt"
+CONTENTS = (CONFIG, METRICS, CHECKPOINT, ALIGNMENT, FAILURE, "weights-*.pt", "*.partial", "events.out.tfevents.*")
 BINS = 40
 """Of a histogram of cosines, all equal, from -1 to 1."""
-NOT_IN_RESULT = {"out", "overwrite", "wandb", "wandb_project", "wandb_name", "log_interval"}
+NOT_IN_RESULT = {"out", "overwrite", "wandb", "wandb_project", "wandb_name", "log_interval", "align_estimates"}
 
 
 def default_path(config: Recipe, what: str) -> Path:
@@ -30,7 +35,7 @@ def default_path(config: Recipe, what: str) -> Path:
     'runs/owner-flowers-mlp-bp-s3'
     """
     data = Path(config.data_dir).resolve().name if config.data_dir else config.data.replace("/", "-")
-    return Path("runs") / f"{data}-{config.model}-{what}"
+    return Path("runs") / "-".join(folder_name(part) for part in (data, config.model, what))
 
 
 @contextmanager
@@ -75,13 +80,35 @@ def add_metrics(folder: Path, row: dict[str, Any]) -> None:
     _add_line(folder / METRICS, row)
 
 
-def add_alignment(folder: Path, epoch: int, cosines: Mapping[str, Tensor]) -> None:
-    """One more line of alignment.jsonl: for each cut the mean of its samples' cosines, and how many fall into each bin."""
-    blocks = {
-        cut: {"mean": values.mean().item(), "counts": values.float().histc(BINS, -1, 1).int().tolist()}
-        for cut, values in cosines.items()
-    }
-    _add_line(folder / ALIGNMENT, {"epoch": epoch, "from": -1, "to": 1, "blocks": blocks})
+def add_alignment(folder: Path, entry: dict[str, Any]) -> None:
+    """One more line of alignment.jsonl."""
+    _add_line(folder / ALIGNMENT, entry)
+
+
+def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -> dict[str, Any]:
+    """A line of alignment.jsonl: for each block the agreement of error `signal`, `parameters` and `feedback` with the truth,
+    as far as it has them; of the error signals' cosines the `mean`, and how many fall into each bin (`counts`)."""
+    blocks = {}
+    for name, block in measured.items():
+        blocks[name] = {
+            what: {key: None if value is None or not math.isfinite(value) else value for key, value in found._asdict().items()}
+            for what in ("signal", "parameters", "feedback")
+            if (found := getattr(block, what)) is not None
+        }
+        if block.cosines is not None:
+            counts = block.cosines.float().clamp(-1, 1).histc(BINS, -1, 1).int().tolist()
+            blocks[name] = {"mean": blocks[name]["signal"]["cosine"], "counts": counts, **blocks[name]}
+    return {"epoch": epoch, "estimates": estimates, "from": -1, "to": 1, "blocks": blocks}
+
+
+def read_alignment(folder: Path) -> list[dict[str, Any]]:
+    """The lines of alignment.jsonl; none if there is no such file."""
+    return _lines(folder / ALIGNMENT)
+
+
+def write_failure(folder: Path, reason: str) -> None:
+    """failed.txt: why this run has stopped for good."""
+    (folder / FAILURE).write_text(reason + "\n")
 
 
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
@@ -94,29 +121,62 @@ def write_weights(folder: Path, epoch: int, weights: dict[str, Tensor]) -> None:
     _write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
 
 
-def finished(folder: Path, config: Train) -> list[dict[str, Any]] | None:
-    """The metrics of a run that is already complete there, one row per epoch; None if there is none.
+def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
+    """The metrics of a run that is already complete there, one row per epoch; why it stopped for good; or None for neither.
 
     Raises:
         UsageError: the run there has other settings.
     """
     try:
-        found = read_config(folder)["config"]
-        rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    except (OSError, ValueError, KeyError):
+        found = _with_defaults(read_config(folder)["config"])
+        rows = _lines(folder / METRICS)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     for name in asked.keys() - NOT_IN_RESULT:
-        if found.get(name) != asked[name]:
+        if found[name] != asked[name]:
             raise UsageError(
-                f"{folder} holds a run with {name} {found.get(name)}, not {asked[name]}: choose another folder with --out, "
+                f"{folder} holds a run with {name} {found[name]}, not {asked[name]}: choose another folder with --out, "
                 "or replace it with --overwrite"
             )
+    if (folder / FAILURE).exists():
+        return (folder / FAILURE).read_text().strip()
     return rows if len(rows) == config.epochs else None
+
+
+def load(folder: Path, device: torch.device | str) -> tuple[Train, dict[str, Any]]:
+    """The settings of the run there, and its checkpoint.
+
+    Raises:
+        UsageError: there is none, or it cannot be read.
+    """
+    if not (folder / CONFIG).exists():
+        raise UsageError(f"{folder} holds no run: give a folder that `onward train` has written")
+    try:
+        config = from_dict(Train, _with_defaults(read_config(folder)["config"]))
+        return config, torch.load(folder / CHECKPOINT, weights_only=True, map_location=device)
+    except FileNotFoundError:
+        raise UsageError(f"{folder} has no {CHECKPOINT}: no epoch of that run was completed") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{folder} cannot be read ({type(error).__name__}: {reason}): train it again") from error
+
+
+def _with_defaults(found: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a file has them, with the defaults of those that are newer than it, without those that are no more."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(Train())))
+    return {
+        name: {**default, **found.get(name, {})} if isinstance(default, dict) else found.get(name, default)
+        for name, default in defaults.items()
+    }
 
 
 def _contents(folder: Path) -> list[Path]:
     return [path for pattern in CONTENTS for path in folder.glob(pattern)]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _add_line(path: Path, entry: dict[str, Any]) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import onward
-from onward.alignment import cosines
+from onward.alignment import Block, measure
 from onward.errors import UsageError
 from onward.lab import algorithms, log, memory, models, run_folder
 from onward.lab.batches import Transform, batches
 from onward.lab.config import Train
-from onward.lab.data import ImageData, load
+from onward.lab.data import ImageData, held_out, load
 from onward.lab.schedules import Rate
 
 Row = dict[str, Any]
@@ -74,10 +74,10 @@ class Run:
         }
 
 
-def train(config: Train, data: ImageData | None = None) -> list[Row]:
+def train(config: Train, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
     """Train as `config` says, into a run folder; returns the rows of its metrics.jsonl, one per epoch.
 
-    `data` saves loading it again.
+    `data` saves loading it again. `advance`, if given, is called after every step, instead of anything being printed.
 
     Raises:
         UsageError: something that was asked for cannot work; nothing has been written then.
@@ -89,8 +89,7 @@ def train(config: Train, data: ImageData | None = None) -> list[Row]:
     folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
     with run_folder.claimed(folder, overwrite=config.overwrite):
         run = prepare(config, data or load_data(config))
-        if config.histogram:
-            alignment(run)  # says so now if there is nothing to align
+        aligned = align(run) if config.align_every else None  # says so now if there is nothing to align
     device = describe(run.device)
     run_folder.begin(
         folder,
@@ -102,39 +101,49 @@ def train(config: Train, data: ImageData | None = None) -> list[Row]:
         torch=torch.__version__,
         python=platform.python_version(),
     )
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=advance is not None)
     console.print(
         f"{config.algorithm} ({run.estimator.engine}), {config.model}, {run.data.name}: {len(run.data.train)} training and "
         f"{len(run.data.test)} test images of {run.data.classes} classes; {device}, seed {config.seed}"
     )
     rows: list[Row] = []
-    memory.reset_peak(run.device)
+    peak = 0
     try:
-        with log.open_log(folder, config) as write, _progress(console, config.epochs * run.steps) as advance:
+        with log.open_log(folder, config) as write, _advancing(advance, console, config.epochs * run.steps) as step_done:
+
+            def keep_alignment(epoch: int, measured: dict[str, Block]) -> None:
+                run_folder.add_alignment(folder, run_folder.alignment_entry(epoch, config.align_estimates, measured))
+                shown = {name: block.cosines.flatten() for name, block in measured.items() if block.cosines is not None}
+                write({"alignment": shown}, epoch * run.steps)
+
+            if aligned:
+                keep_alignment(0, aligned)
+            memory.reset_peak(run.device)
             for epoch in range(1, config.epochs + 1):
 
                 def report(step: int, loss: float, epoch: int = epoch) -> None:
-                    advance(f"epoch {epoch}/{config.epochs}, loss {loss:.3f}")
+                    step_done(f"epoch {epoch}/{config.epochs}, loss {loss:.3f}")
                     if step % config.log_interval == 0:
                         write({"step/train_loss": loss}, (epoch - 1) * run.steps + step)
 
                 row = {"epoch": epoch, **train_epoch(run, epoch, report), **evaluate(run)}
-                row["peak_memory_bytes"] = memory.peak(run.device)
+                peak = max(peak, memory.peak(run.device))
+                row["peak_memory_bytes"] = peak
                 run_folder.write_checkpoint(folder, run.state(epoch))
                 run_folder.add_metrics(folder, row)
                 rows.append(row)
                 write(row, epoch * run.steps)
                 if config.save_weights and (epoch % config.save_weights == 0 or epoch == config.epochs):
                     run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())
-                if config.histogram:
-                    aligned = alignment(run)
-                    run_folder.add_alignment(folder, epoch, aligned)
-                    write({"alignment": aligned}, epoch * run.steps)
+                if config.align_every and (epoch % config.align_every == 0 or epoch == config.epochs):
+                    keep_alignment(epoch, align(run))
+                    memory.reset_peak(run.device)  # what looking takes is not the training's
                 console.print(
                     "epoch {epoch}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
                     "test accuracy {test_accuracy:.2f} %  {seconds:.1f} s".format(**row)
                 )
     except TrainingFailed as error:
+        run_folder.write_failure(folder, str(error))
         raise TrainingFailed(f"{error}; {_kept(folder, rows)}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_kept(folder, rows)) from None
@@ -211,20 +220,17 @@ def evaluate(run: Run) -> Row:
     return {"test_loss": loss / n, "test_accuracy": 100 * correct / n}
 
 
-def alignment(run: Run) -> dict[str, Tensor]:
-    """For each cut the cosine of each sample's estimated and true gradient, on the same batch every time."""
-    if not run.estimator.cuts:
-        raise UsageError(f"--histogram: {run.config.algorithm} delivers no error signals to hidden blocks: leave it out")
+def align(run: Run) -> dict[str, Block]:
+    """How the estimates of each block agree with its true gradient, on the same batch every time."""
     run.estimator.train()
-    try:
-        return cosines(run.estimator, *next(run.training_batches(1)))
-    except UsageError as error:
-        raise UsageError(f"--histogram: {error}") from error
+    x, y = next(run.training_batches(1))
+    return measure(run.estimator, x, y, estimates=run.config.align_estimates, cuts=run.config.cuts)
 
 
 def load_data(config: Train) -> ImageData:
     """The images that `config` names."""
-    return load(config.data, config.data_dir, train_samples=config.subset.train, test_samples=config.subset.test)
+    data = load(config.data, config.data_dir, train_samples=config.subset.train, test_samples=config.subset.test)
+    return held_out(data) if config.subset.held_out else data
 
 
 def make_optimizers(config: Train, estimator: onward.Estimator) -> dict[str, Optimizer]:
@@ -295,10 +301,16 @@ def _kept(folder: Path, rows: list[Row]) -> str:
     return f"{folder / run_folder.CHECKPOINT} keeps the state after epoch {len(rows)}"
 
 
+def _advancing(
+    advance: Callable[[str], None] | None, console: Console, total: int
+) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+    return contextlib.nullcontext(advance) if advance else progress(console, total)
+
+
 @contextlib.contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """One progress bar; the function that it gives advances it by a step."""
+def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """One progress bar; the function that it gives advances it by a step, or by as many as it is told."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda description: progress.update(task, advance=1, description=description)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda description, steps=1: bar.update(task, advance=steps, description=description)

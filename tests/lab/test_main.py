@@ -208,7 +208,7 @@ FLG = {
         PAPER, data="imagenet32", epochs=70, transform=replace(ImageNet, size=32)
     ),
     "python main.py --save_model 20 --histogram --log-freq 5 --num-workers 4": replace(
-        PAPER, save_weights=20, histogram=True, log_interval=5
+        PAPER, save_weights=20, align_every=1, log_interval=5
     ),
     "python main.py --status --project 'My project' --run_name mine --save_model": replace(
         PAPER, wandb=True, wandb_project="My project", wandb_name="mine", save_weights=1
@@ -336,4 +336,4 @@ def test_the_readme_command_of_flg_trains(tmp_path: Path) -> None:
     assert all(rows[1]["heads"][cut]["loss"] < rows[0]["heads"][cut]["loss"] for cut in rows[0]["heads"])
     weights = torch.load(folder / "weights-2.pt", weights_only=True)
     assert weights["block1.0.weight"].shape == (4, 3, 3, 3)
-    assert len((folder / "alignment.jsonl").read_text().splitlines()) == 2
+    assert len((folder / "alignment.jsonl").read_text().splitlines()) == 3

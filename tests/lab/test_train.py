@@ -218,7 +218,6 @@ def test_an_earlier_run_is_kept_unless_overwritten(config: Train, images: Make) 
         ({"algorithm": "bp", "low_memory": True}, {}, "--low-memory: bp has no such form, use --backprop.checkpoint"),
         ({"algorithm": "local", "low_memory": True}, {}, "--low-memory: local has no such form, it never runs the network tw"),
         ({"algorithm": "fg", "low_memory": True}, {}, "--low-memory: fg has no such form, its forward engine always keeps one"),
-        ({"histogram": True}, {}, "--histogram: bp delivers no error signals to hidden blocks: leave it out"),
         ({"algorithm": "local", "heads": Heads("cnn")}, {}, "a cnn head at cut 'block1': the output has shape"),
         ({"algorithm": "local", "heads": Heads("mlp", 0)}, {}, "heads of width 0: use at least 1"),
         ({"transform": Transform(mean=(0.1, 0.2))}, {}, "for images of 1 channel"),
@@ -235,6 +234,8 @@ def test_refusals_leave_nothing_behind(config: Train, images: Make, changes: Any
     [
         ({"epochs": 0}, "--epochs 0: use at least 1"),
         ({"save_weights": -1}, "--save-weights -1: use at least 0"),
+        ({"align_every": -1}, "--align-every -1: use at least 0"),
+        ({"align_estimates": 0}, "--align-estimates 0: use at least 1"),
         ({"batch_size": -1}, "--batch-size -1: use at least 1"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"feedback": Feedback(lr=-1)}, "--feedback.lr -1"),
@@ -271,6 +272,9 @@ def test_training_stops_when_the_loss_is_not_finite(config: Train, images: Make)
     assert "the training loss is nan at epoch 2, step 2 of 6 (block1.2.running_var is not finite)" in str(failed.value)
     assert str(failed.value).endswith("run/checkpoint.pt keeps the state after epoch 1")
     assert checkpoint(config)["epoch"] == len(metrics(config)) == 1
+    assert (Path(config.out or "") / "failed.txt").read_text().startswith("the training loss is nan at epoch 2, step 2 of 6")
+    train(replace(config, epochs=1, overwrite=True), images())
+    assert not (Path(config.out or "") / "failed.txt").exists()
 
 
 def test_a_run_that_fails_at_once_says_that_nothing_was_kept(config: Train, images: Make) -> None:
@@ -498,29 +502,37 @@ def test_weights_are_kept_for_the_bare_network(config: Train, images: Make, ever
     assert not list(folder.glob("weights-*"))
 
 
-@pytest.mark.parametrize("algorithm", ["local", "fdfa", "fg"])
-def test_histograms_of_the_alignment(config: Train, images: Make, tmp_path: Path, algorithm: str) -> None:
+@pytest.mark.parametrize("algorithm", ["bp", "local", "fdfa", "fg"])
+def test_the_alignment_is_kept(config: Train, images: Make, tmp_path: Path, algorithm: str) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = replace(config, algorithm=algorithm, histogram=True)
+    config = replace(config, algorithm=algorithm, epochs=3, align_every=2, align_estimates=3)
     rows = train(config, images())
     lines = [json.loads(line) for line in (Path(config.out or "") / "alignment.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
+    assert [line["epoch"] for line in lines] == [0, 2, 3]
     for line in lines:
-        assert (line["from"], line["to"]) == (-1, 1)
-        assert list(line["blocks"]) == ["block1", "block2"]
-        for block in line["blocks"].values():
-            assert len(block["counts"]) == 40
-            assert sum(block["counts"]) == 16  # one batch
-            assert -1 <= block["mean"] <= 1.0001
+        assert (line["estimates"], line["from"], line["to"]) == (3, -1, 1)
+        assert list(line["blocks"]) == ["block1", "block2", "output"]
+        for name, block in line["blocks"].items():
+            assert ("signal" in block) == ("counts" in block) == ("mean" in block) == (name != "output")
+            assert ("feedback" in block) == (algorithm == "fdfa" and name != "output")
+            assert block["parameters"]["variance"] is not None
+            assert -1 <= block["parameters"]["cosine"] <= 1.0001
+            if name != "output":
+                assert len(block["counts"]) == 40
+                assert sum(block["counts"]) == 3 * 16  # estimates of one batch
+                assert block["mean"] == block["signal"]["cosine"]
+                assert block["mean"] == pytest.approx(1) if algorithm == "bp" else -1 <= block["mean"] < 1
     events = EventAccumulator(config.out, size_guidance={"histograms": 0})
     events.Reload()
-    assert [event.step for event in events.Histograms("alignment/block1")] == [6, 12]
-    assert events.Histograms("alignment/block1")[0].histogram_value.num == 16
-    without = train(replace(config, histogram=False, out=str(tmp_path / "without")), images())
+    assert [event.step for event in events.Histograms("alignment/block1")] == [0, 12, 18]
+    assert events.Histograms("alignment/block1")[0].histogram_value.num == 3 * 16
+    without = train(replace(config, align_every=0, out=str(tmp_path / "without")), images())
     for row, other in zip(rows, without, strict=True):  # looking changes nothing
         assert row["test_loss"] == other["test_loss"]
         assert row["train_loss"] == other["train_loss"]
+    one, two = (checkpoint(replace(config, out=str(tmp_path / name)))["estimator"] for name in ("run", "without"))
+    assert all(torch.equal(one[name], two[name]) for name in one if name != "_extra_state")
 
 
 def test_images_of_several_sizes_are_trained_on(config: Train, images: Make, tmp_path: Path) -> None:
