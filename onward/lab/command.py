@@ -49,13 +49,14 @@ def _run(argv: Sequence[str] | None) -> None:
     with lab_extra():
         import tyro
 
+        from onward.lab.bench import bench
         from onward.lab.compare import compare
-        from onward.lab.config import Compare, Train
+        from onward.lab.config import Bench, Compare, Train
         from onward.lab.train import train
 
     commands = [
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
-        for kind in (Train, Compare, List)
+        for kind in (Train, Compare, Bench, List)
     ]
     asked = tyro.cli(
         Union[tuple(commands)],  # noqa: UP007 (made at run time)
@@ -69,6 +70,8 @@ def _run(argv: Sequence[str] | None) -> None:
             train(asked)
         case Compare():
             compare(asked)
+        case Bench():
+            bench(asked)
         case List():
             _list()
 

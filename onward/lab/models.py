@@ -191,6 +191,8 @@ def build(name: str, shape: Shape, classes: int, options: Network) -> nn.Module:
     }
     if own := _own(name):
         return _build_own(name, *own, shape, classes, given)
+    if len(shape) != 3:
+        raise UsageError(f"{name} for inputs of shape {tuple(shape)}: it is for images, three sizes such as 3,32,32")
     _check_options(name, MODELS[name], given)
     return MODELS[name](shape, classes, **given)
 

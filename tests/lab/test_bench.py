@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from onward.errors import UsageError
+from onward.lab import bench, command
+from onward.lab.bench import BASELINES, PHASES, Clock, Learner, Turn
+from onward.lab.config import Backprop, Bench, Network
+
+CPU = torch.device("cpu")
+VARIANTS = (
+    "local:kind=linear",
+    "dfa",
+    "dkp",
+    "fdfa",
+    "fdfa:low_memory=true",
+    "fg",
+    "fg:space=avg-weight",
+    "fg:guess=local,space=weight,engine=reverse,heads.kind=linear",
+)
+
+
+@pytest.fixture
+def config() -> Bench:
+    return Bench(
+        algorithms=("fdfa",),
+        input="1,4,4",
+        classes=3,
+        batch_size=4,
+        network=Network(width=0.01),
+        turns=2,
+        steps=1,
+        device="cpu",
+    )
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh process takes seconds."""
+    monkeypatch.setattr(bench, "in_a_fresh_process", lambda function, *arguments: function(*arguments))
+
+
+def learner(config: Bench, name: str) -> Learner:
+    run = bench.candidates(replace(config, algorithms=(name,)))[name]
+    return Learner.of(run, bench.shape_of(config), config.classes, CPU)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_every_algorithm_has_its_row(config: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("local:kind=linear", "fdfa:low_memory=true", "fg:space=avg-weight")
+    rows = bench.bench(replace(config, algorithms=asked, json=str(tmp_path / "bench.json")))
+    report = json.loads((tmp_path / "bench.json").read_text())
+    printed = capsys.readouterr().out
+    assert report["rows"] == rows
+    assert report["config"]["batch_size"] == 4
+    assert report["environment"]["torch"] == torch.__version__
+    assert [row["algorithm"] for row in rows] == [*BASELINES, *asked]
+    for row in rows:
+        assert row["error"] is None
+        assert row["algorithm"][:10] in printed
+        assert row["seconds_range"][0] <= row["seconds"] <= row["seconds_range"][1]
+        assert sum(share or 0 for share in row["parts"].values()) == pytest.approx(1)
+        assert row["flops"] > 0
+        for base in BASELINES:
+            low, high = row[f"time / {base} range"]
+            assert low <= row[f"time / {base}"] <= high
+            assert f"memory / {base}" in row
+    assert [row[f"time / {base}"] for row, base in zip(rows, BASELINES, strict=False)] == [1, 1]
+
+
+def test_ratios_are_taken_within_a_turn() -> None:
+    def turns(*seconds: float) -> list[Turn]:
+        return [Turn(3, s, {"primal": s / 4, "other": 3 * s / 4}, 7 if i == 0 else None, "x") for i, s in enumerate(seconds)]
+
+    row = bench.summary(turns(3, 8, 5), {"bp": turns(1, 4, 2)})
+    assert (row["seconds"], row["seconds_range"]) == (5, [3, 8])
+    assert (row["time / bp"], row["time / bp range"]) == (2.5, [2, 3])
+    assert (row["flops"], row["engine"], row["steps"]) == (7, "x", 3)
+    assert row["parts"] == {"primal": 0.25, "tangent": None, "backward": None, "optimizer": None, "other": 0.75}
+
+
+def test_the_baselines_stay_what_they_are(config: Bench) -> None:
+    runs = bench.candidates(replace(config, algorithms=("dfa", "bp"), backprop=Backprop(checkpoint=True), low_memory=True))
+    assert list(runs) == [*BASELINES, "dfa"]
+    assert [run.backprop.checkpoint for run in runs.values()] == [False, True, True]
+    assert [run.low_memory for run in runs.values()] == [False, False, True]
+
+
+def test_flops_are_those_of_the_matrix_products(config: Bench) -> None:
+    n, d, h, c = 4, 16, 8, 3
+    forward = 2 * n * (d * h + h * h + h * c)
+    weights, inputs = forward, 2 * n * (h * h + h * c)
+    assert bench.flops(learner(config, "bp")) == forward + weights + inputs
+    again = 2 * n * (d * h + h * h)  # the hidden blocks
+    assert bench.flops(learner(config, "bp:checkpoint=true")) == forward + weights + inputs + again
+    # a forward gradient without cuts: each product, its tangent in both arguments, and nothing else
+    assert bench.flops(learner(config, "fg:space=avg-weight")) == 3 * forward - 2 * n * d * h
+
+
+@pytest.mark.parametrize("name", [*BASELINES, *VARIANTS])
+def test_the_clock_tells_the_parts_of_a_step(config: Bench, name: str) -> None:
+    made = learner(config, name)
+    made.step()
+    held = torch.autograd.backward, nn.Module.register_forward_hook
+    start = time.perf_counter()
+    with Clock(CPU).watching(made.estimator.model) as clock:
+        made.step(clock)
+    assert sum(clock.seconds.values()) <= time.perf_counter() - start
+    tangents = name.startswith("fdfa") or (name.startswith("fg") and "engine=reverse" not in name)
+    backward = name != "fg:space=avg-weight"  # which differentiates only the loss
+    assert clock.seconds.keys() - {"backward"} == set(PHASES) - {"backward"} - (set() if tangents else {"tangent"})
+    assert "backward" in clock.seconds or not backward
+    assert (torch.autograd.backward, nn.Module.register_forward_hook) == held
+    assert not made.estimator.model._forward_hooks
+
+
+def test_the_clock_counts_each_part_without_the_others_in_it(config: Bench) -> None:
+    class Slow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            return x
+
+    made = learner(config, "fdfa:low_memory=true")  # runs the network twice, and the hidden blocks backward inside it
+    made.estimator.model.block1.append(Slow())
+    made.estimator.observe = lambda k, delta: time.sleep(0.03)  # while a signal is delivered, twice
+    made.step()
+    with Clock(CPU).watching(made.estimator.model) as clock:
+        made.step(clock)
+    assert clock.seconds["primal"] >= 0.04
+    assert clock.seconds["other"] >= 0.06
+
+
+def test_memory_is_that_of_a_process_of_its_own(config: Bench) -> None:
+    config = replace(config, input="1,50,80", network=Network(width=1.25))
+    run = bench.candidates(config)["bp"]
+    held = bench.in_a_fresh_process(bench.peak, run, bench.shape_of(config), config.classes, "cpu", 1)
+    numbers = 4000 * 1000 + 1000 * 1000 + 1000 * 3 + 1003 + 1000 + 2 * 2 * 1000  # weights, biases, batch norm
+    assert held["state_bytes"] == pytest.approx(4 * 4 * numbers, rel=0.01)  # each with its gradient and Adam's two averages
+    assert 0.97 * held["state_bytes"] < held["peak_bytes"] < 1.35 * held["state_bytes"]  # and what a step needs
+
+
+def test_a_process_that_is_killed_is_a_row() -> None:
+    row = {"error": None}
+    with bench._failure_into(row):
+        bench.in_a_fresh_process(os._exit, 1)
+    assert row["error"] == "its process was killed: out of memory?"
+
+
+OWN = """\
+import torch
+from torch import nn
+
+class OutOfMemory(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise torch.OutOfMemoryError("no room\\nat all")
+
+class Fails(nn.Module):
+    def forward(self, x):
+        return OutOfMemory.apply(x)
+
+def make_model(layers=1):
+    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)], Fails(), nn.ReLU(), nn.Linear(4, 3))
+"""
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_what_fails_is_a_row_that_says_so(config: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    asked = ("fg:space=avg-weight", "local:kind=cnn")
+    rows = bench.bench(replace(config, model=f"{tmp_path}/own.py:make_model", network=Network(), input="4", algorithms=asked))
+    errors = [row["error"] for row in rows]
+    assert errors[:3] == ["out of memory: no room", "out of memory: no room", None]
+    assert errors[3].startswith("a cnn head at cut '2': the output has shape (2, 4), not (N, C, H, W)")
+    assert "time / bp" not in rows[2]
+    assert rows[2]["seconds"] > 0
+    printed = capsys.readouterr().out
+    assert "bp:checkpoint=true: out of memory: no room\n" in printed
+    assert "local:kind=cnn: a cnn head at cut" in printed
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_sweep_ends_in_slopes_and_a_picture(config: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--sweep", "depth", "1", "3", "--plot", f"{tmp_path}/depth.png", "--json", f"{tmp_path}/depth.json"]
+    small = ["--model", "chain", "--network.width", "0.2", "--input", "1,4,4", "--batch-size", "2", "--turns", "1"]
+    assert command.main(["bench", "--algorithms", "dfa", "--steps", "1", "--device", "cpu", *small, *asked]) == 0
+    report = json.loads((tmp_path / "depth.json").read_text())
+    assert [(row["algorithm"], row["value"]) for row in report["rows"]] == [
+        (name, depth) for depth in (1, 3) for name in (*BASELINES, "dfa")
+    ]
+    flops = [row["flops"] for row in report["rows"] if row["algorithm"] == "dfa"]
+    assert flops[1] > 2 * flops[0]
+    assert [fit["algorithm"] for fit in report["slopes"]] == [*BASELINES, "dfa"]
+    assert f"picture: {tmp_path}/depth.png" in capsys.readouterr().out
+    with Image.open(tmp_path / "depth.png") as picture:
+        assert picture.size == (1800, 675)
+
+
+def test_slopes_are_least_squares() -> None:
+    def row(name: str, value: int, size: float) -> dict[str, object]:
+        return {
+            "algorithm": name,
+            "value": value,
+            "error": None,
+            "seconds": size / 1e3,
+            "peak_bytes": 2e6 * size,
+            "state_bytes": 1e6 * size,
+        }
+
+    rows = [row("bp", v, 2 * v + 1) for v in (1, 2, 4)] + [row("dfa", v, v) for v in (1, 2, 4)]
+    rows += [row("fg", 1, 5), {**row("fg", 2, 0), "error": "out of memory"}]
+    bp, dfa, fg = bench.slopes(rows)
+    assert bp["ms"] == pytest.approx({"slope": 2, "intercept": 1, "/ bp": 1})
+    assert dfa["MB"] == pytest.approx({"slope": 2, "intercept": 0, "/ bp": 0.5}, abs=1e-9)
+    assert dfa["MB above state"] == pytest.approx({"slope": 1, "intercept": 0, "/ bp": 0.5}, abs=1e-9)
+    assert fg == {"algorithm": "fg"}  # one value has no slope
+
+
+@pytest.mark.parametrize(
+    ("sweep", "batch_size", "width", "layers"),
+    [(("batch", "2", "5"), 5, 0.01, 2), (("width", "0.1", "0.5"), 4, 0.5, 2), (("depth", "2", "3"), 4, 0.01, 3)],
+)
+def test_what_a_sweep_changes(config: Bench, sweep: tuple[str, ...], batch_size: int, width: float, layers: int) -> None:
+    first, last = bench._points(replace(config, sweep=sweep))
+    assert (last.batch_size, last.network.width, last.network.layers) == (batch_size, width, layers)
+    assert [bench.swept(first), bench.swept(last)] == [float(value) for value in sweep[1:]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"algorithms": ("fdaf",)}, "unknown algorithm 'fdaf': did you mean 'fdfa'"),
+        ({"model": "mpl"}, "unknown model 'mpl': did you mean 'mlp'"),
+        ({"model": "here.py:make_model", "input": None}, "--model here.py:make_model: there is no file here.py"),
+        ({"model": "cnn", "sweep": ("depth", "3", "4")}, "--network.layers 3: cnn has no such option"),
+        ({"sweep": ("dept", "2", "3")}, "unknown sweep 'dept': did you mean 'depth'"),
+        ({"sweep": ("depth", "2")}, "--sweep depth 2: a slope takes at least two values, such as depth 8 16 32 64"),
+        ({"sweep": ("depth", "2", "x")}, "--sweep depth x: this is no whole number"),
+        ({"sweep": ("batch", "0", "2")}, "--batch-size 0: use at least 1"),
+        ({"sweep": ("width", "-1", "2")}, "--network.width -1.0: use a positive number"),
+        ({"input": "1,4"}, r"mlp for inputs of shape \(1, 4\): it is for images, three sizes such as 3,32,32"),
+        ({"json": "no/such/folder/bench.json"}, "--json no/such/folder/bench.json: there is no folder no/such/folder"),
+        ({"device": "gpu"}, "--device gpu cannot be used"),
+    ],
+)
+def test_what_cannot_be_measured(config: Bench, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        bench.bench(replace(config, **changes))
+
+
+def test_a_network_of_ones_own_says_what_its_inputs_are(config: Bench, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    with pytest.raises(UsageError, match=r"own.py:make_model: say what its inputs look like, such as --input 3,32,32"):
+        bench.bench(replace(config, model=f"{tmp_path}/own.py:make_model", input=None))
