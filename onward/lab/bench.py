@@ -119,11 +119,14 @@ def measure(config: Bench, device: torch.device, console: Console) -> list[Row]:
         for row in rows.values():
             row.update(sweep=config.sweep[0], value=swept(config))
     threads = torch.get_num_threads()
+    gc.collect()
+    gc.freeze()  # so that collecting what the candidates leave behind is quick
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(runs) * (1 + config.turns))
         for name in runs:
             progress.update(task, description=f"memory of {name}")
             arguments = (runs[name], shape, config.classes, str(device), threads)
+            gc.collect()
             with _failure_into(rows[name]):
                 # A GPU counts what tensors take; a processor's peak is that of a whole process.
                 found = peak(*arguments) if device.type == "cuda" else in_a_fresh_process(peak, *arguments)
@@ -141,6 +144,7 @@ def measure(config: Bench, device: torch.device, console: Console) -> list[Row]:
                     done = take_turn(prepare[name](), device, steps, count=index == 0)
                     steps = steps or done.steps
                     turns[name].append(done)
+    gc.unfreeze()
     bases = [base for base in BASELINES if not rows[base]["error"]]
     for name, row in rows.items():
         if not row["error"]:
@@ -336,7 +340,6 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads
     # What the first step in a process loads and keeps is no need of the network's.
     kept = {"optimizer": config.optimizer, "backprop": config.backprop}
     Learner.of(Train(algorithm="bp", network=Network(width=0.01), batch_size=2, **kept), (1, 2, 2), 2, where).step()
-    gc.collect()
     memory.reset_peak(where)
     before = memory.peak(where)
     learner = Learner.of(config, shape, classes, where)
@@ -350,7 +353,7 @@ def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "torch._dynamo"])  # the first optimizer would import it
     with ProcessPoolExecutor(1, mp_context=context, initializer=_first_to_go) as pool:
         return pool.submit(function, *arguments).result()
 
