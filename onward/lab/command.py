@@ -51,12 +51,13 @@ def _run(argv: Sequence[str] | None) -> None:
 
         from onward.lab.bench import bench
         from onward.lab.compare import compare
-        from onward.lab.config import Bench, Compare, Train
+        from onward.lab.config import Bench, Compare, Report, Train
+        from onward.lab.report import report
         from onward.lab.train import train
 
     commands = [
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
-        for kind in (Train, Compare, Bench, List)
+        for kind in (Train, Compare, Bench, Report, List)
     ]
     asked = tyro.cli(
         Union[tuple(commands)],  # noqa: UP007 (made at run time)
@@ -72,6 +73,8 @@ def _run(argv: Sequence[str] | None) -> None:
             compare(asked)
         case Bench():
             bench(asked)
+        case Report():
+            report(asked)
         case List():
             _list()
 
