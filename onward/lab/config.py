@@ -252,6 +252,7 @@ class Compare(Recipe):
 
     algorithms: tuple[str, ...] = ("bp", "local", "dfa", "dkp", "fdfa", "fg", "fg:guess=local")
     """Algorithms that `onward list` names, each with settings of its own if need be: fdfa:lr=1e-3, fg:guess=local."""
+    epochs: int = 5
     seeds: int = 3
     """Runs of each algorithm: seeds 0, 1, ..."""
     lr_grid: tuple[float, ...] = ()
