@@ -43,10 +43,11 @@ def make_heads(
     outputs: list[Tensor] = []
 
     def note(k: int, h: Tensor) -> Tensor:
-        outputs.append(h)
-        return h.clone()  # what follows may overwrite it
+        outputs.append(h.to("meta"))  # its shape is enough
+        return h
 
-    again = same_randomness(device_of(model))
+    device = device_of(model)
+    again = same_randomness(device)
     with again, torch.no_grad(), frozen_statistics(model), cut_graph(model, cuts, note):
         classes = as_rows(call(model, x)).shape[1]
     with again:
@@ -57,7 +58,7 @@ def make_heads(
         if not h.is_floating_point():
             raise UsageError(f"the output of cut {name!r} is {h.dtype}: a head needs floating-point numbers")
         try:
-            made[name] = HEADS[kind](h, classes, width or default).to(h.device, h.dtype)
+            made[name] = HEADS[kind](h, classes, width or default).to(device, h.dtype)
         except UsageError as error:
             raise UsageError(f"a {kind} head at cut {name!r}: {error}") from None
     return made
