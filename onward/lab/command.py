@@ -49,15 +49,16 @@ def _run(argv: Sequence[str] | None) -> None:
     with lab_extra():
         import tyro
 
+        from onward.lab.align import align
         from onward.lab.bench import bench
         from onward.lab.compare import compare
-        from onward.lab.config import Bench, Compare, Report, Train
+        from onward.lab.config import Align, Bench, Compare, Report, Train
         from onward.lab.report import report
         from onward.lab.train import train
 
     commands = [
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
-        for kind in (Train, Compare, Bench, Report, List)
+        for kind in (Train, Compare, Align, Bench, Report, List)
     ]
     asked = tyro.cli(
         Union[tuple(commands)],  # noqa: UP007 (made at run time)
@@ -71,6 +72,8 @@ def _run(argv: Sequence[str] | None) -> None:
             train(asked)
         case Compare():
             compare(asked)
+        case Align():
+            align(asked)
         case Bench():
             bench(asked)
         case Report():

@@ -183,8 +183,8 @@ def show(table: Sequence[dict[str, Any]], title: str) -> None:
     def number(value: float | None, form: str, scale: float = 1.0) -> str:
         return "" if value is None else format(value * scale, form)
 
-    printed = Table(title=title, caption="test accuracy in %, mean ± standard deviation over seeds")
-    columns = ["algorithm", "engine", "lr", "last epoch", "best epoch", "s/epoch", "peak MB"]
+    printed = Table(title=title, caption="test accuracy in % after the last and the best epoch, mean ± standard deviation")
+    columns = ["algorithm", "engine", "lr", "last", "best", "s/epoch", "MB"]
     failures = any(row["failed"] or not row["runs"] for row in table)
     for column in [*columns, *(["failed"] * failures)]:
         left = column in ("algorithm", "engine")

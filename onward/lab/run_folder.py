@@ -22,7 +22,8 @@ from onward.lab.config import Recipe, Train, from_dict
 
 CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
 FAILURE = "failed.txt"
-CONTENTS = (CONFIG, METRICS, CHECKPOINT, ALIGNMENT, FAILURE, "weights-*.pt", "*.partial", "events.out.tfevents.*")
+ALIGNED = ("alignment.json", "alignment.png", "alignment-histograms.png")
+CONTENTS = (CONFIG, METRICS, CHECKPOINT, ALIGNMENT, *ALIGNED, FAILURE, "weights-*.pt", "*.partial", "events.out.tfevents.*")
 BINS = 40
 """Of a histogram of cosines, all equal, from -1 to 1."""
 NOT_IN_RESULT = {"out", "overwrite", "wandb", "wandb_project", "wandb_name", "log_interval", "align_estimates"}

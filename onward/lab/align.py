@@ -1,0 +1,190 @@
+"""How well estimated gradients agree with the true one, block by block: from checkpoints, or over a training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from onward.errors import UsageError
+from onward.lab import models, run_folder
+from onward.lab.compare import runs_of, train_all
+from onward.lab.config import Align
+from onward.lab.extra import lab_extra
+from onward.lab.train import align as align_run
+from onward.lab.train import load_data, prepare
+
+JSON, MAP, HISTOGRAMS = run_folder.ALIGNED
+KINDS = {"signal": "error signal", "parameters": "parameter gradient", "feedback": "feedback matrix"}
+COLUMNS = {
+    "cosine": "cosine",
+    "norm_ratio": "length",
+    "bias": "bias",
+    "variance": "variance",
+    "snr": "SNR",
+}
+Entry = dict[str, Any]
+"""A line of alignment.jsonl, with the `label` of its run."""
+
+
+def align(config: Align) -> list[Entry]:
+    """Look at the runs of `config`, or train its algorithms and look on the way; print tables, write them, draw two pictures.
+
+    Returns what was measured, each run's at one epoch after the other.
+
+    Raises:
+        UsageError: something that was asked for cannot work.
+    """
+    if not config.runs and not config.algorithms:
+        raise UsageError("--algorithms: name at least one, or a run folder to look at")
+    folder = Path(config.out or (config.runs[0] if len(config.runs) == 1 else run_folder.default_path(config, "align")))
+    if config.runs:
+        found = [entry for run in dict.fromkeys(config.runs) for entry in _of_checkpoint(Path(run), config)]
+        with run_folder.claimed(folder, overwrite=True):
+            pass
+    else:
+        found = _of_training(config, folder)
+    (folder / JSON).write_text(json.dumps(found) + "\n")
+    latest = {entry["label"]: entry for entry in found}
+    for entry in latest.values():
+        show(entry)
+    heat_map(folder / MAP, found)
+    histograms(folder / HISTOGRAMS, latest)
+    said = f"table: {folder / JSON}\npictures: {folder / MAP}, {folder / HISTOGRAMS}"
+    Console(soft_wrap=True, highlight=False, markup=False).print(said)
+    return found
+
+
+def _of_checkpoint(folder: Path, config: Align) -> list[Entry]:
+    """What was measured while the run trained, and now at its checkpoint."""
+    settings, saved = run_folder.load(folder, "cpu")
+    settings = replace(settings, device=config.device, align_estimates=config.align_estimates)
+    run = prepare(settings, load_data(settings))
+    try:
+        run.estimator.load_state_dict(saved["estimator"])
+        epoch = int(saved["epoch"])
+    except (KeyError, RuntimeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"the checkpoint of {folder} does not fit its settings ({reason}): train it again") from error
+    entry = run_folder.alignment_entry(epoch, config.align_estimates, align_run(run))
+    earlier = [line for line in run_folder.read_alignment(folder) if line["epoch"] != epoch]
+    label = folder.resolve().name
+    return [{"label": label, **line} for line in [*earlier, entry]]
+
+
+def _of_training(config: Align, folder: Path) -> list[Entry]:
+    """What is measured while every algorithm trains the network, each run in a folder of its own."""
+    models.check(config.model)
+    runs = runs_of(config, config.algorithms, [config.seed], folder)
+    with run_folder.claimed(folder, overwrite=True):
+        train_all(runs, "seed", config.overwrite, cache(lambda: load_data(config)))
+    return [{"label": label, **line} for label, (run,) in runs.items() for line in run_folder.read_alignment(Path(run.out))]
+
+
+def show(entry: Entry) -> None:
+    """Print what was measured of one run at one epoch."""
+    what = "estimate" if entry["estimates"] == 1 else "estimates"
+    printed = Table(
+        title=f"{entry['label']}, epoch {entry['epoch']}",
+        caption=f"against the true gradient, in units of its length; {entry['estimates']} {what} on one batch",
+    )
+    for column in ("block", "of its", *COLUMNS.values()):
+        printed.add_column(column, justify="left" if column in ("block", "of its") else "right")
+    for block, found in entry["blocks"].items():
+        for kind, name in KINDS.items():
+            if kind in found:
+                printed.add_row(block, name, *(_cell(found[kind], key) for key in COLUMNS))
+    Console().print(printed)
+
+
+def _cell(agreement: Mapping[str, float | None], key: str) -> str:
+    """A number of the table; a bias that the noise of the mean could be is given as a bound.
+
+    >>> _cell({"bias": 0.1, "bias_noise": 0.5}, "bias"), _cell({"snr": None, "variance": 0.0}, "snr")
+    ('< 0.5', '∞')
+    """
+    value = agreement[key]
+    if key == "snr" and agreement["variance"] == 0:
+        return "∞"
+    if value is None:
+        return ""
+    if key == "bias" and value < (agreement["bias_noise"] or 0):
+        return f"< {agreement['bias_noise']:.3g}"
+    return f"{value:.3f}" if key == "cosine" else f"{value:.3g}"
+
+
+def heat_map(path: Path, found: Sequence[Entry]) -> None:
+    """The cosines over blocks and epochs: a row of maps for each run, of its error signals and of its parameter gradients."""
+    with lab_extra():
+        from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(entry["label"] for entry in found))
+    kinds = ("signal", "parameters")
+    most = max(len(entry["blocks"]) for entry in found)
+    figure = Figure(figsize=(11, len(labels) * (0.9 + 0.28 * most)), layout="constrained")
+    grid = figure.subplots(len(labels), len(kinds), squeeze=False)
+    for row, label in zip(grid, labels, strict=True):
+        entries = sorted((entry for entry in found if entry["label"] == label), key=lambda entry: entry["epoch"])
+        for axes, kind in zip(row, kinds, strict=True):
+            blocks = [
+                block for block in entries[-1]["blocks"] if kind == "parameters" or block != list(entries[-1]["blocks"])[-1]
+            ]
+            if not blocks:
+                axes.set_visible(False)
+                continue
+            values = [[_cosine(entry, block, kind) for entry in entries] for block in blocks]
+            picture = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu", aspect="auto", interpolation="nearest")
+            axes.set_facecolor("0.85")
+            axes.set(title=f"{label}: {KINDS[kind]}", xlabel="epoch" if label == labels[-1] else "")
+            axes.set_xticks(range(len(entries)), [str(entry["epoch"]) for entry in entries])
+            axes.set_yticks(range(len(blocks)), blocks)
+            if len(entries) > 12:
+                axes.locator_params(axis="x", nbins=12)
+            else:
+                for y, line in enumerate(values):
+                    for x, value in enumerate(line):
+                        said = f"{value:.2f}" if value == value else "none"
+                        axes.text(x, y, said, ha="center", va="center", fontsize=8, color="w" if abs(value) > 0.6 else "k")
+    figure.colorbar(picture, ax=grid, label="cosine with the true gradient", shrink=min(1.0, 4 / len(labels)))
+    figure.savefig(path, dpi=120)
+
+
+def _cosine(entry: Entry, block: str, kind: str) -> float:
+    value = entry["blocks"].get(block, {}).get(kind, {}).get("cosine")
+    return float("nan") if value is None else value
+
+
+def histograms(path: Path, latest: Mapping[str, Entry]) -> None:
+    """For each block, how the samples' cosines are distributed at the last epoch of every run."""
+    with lab_extra():
+        from matplotlib.figure import Figure
+
+    blocks = list(
+        dict.fromkeys(name for entry in latest.values() for name, block in entry["blocks"].items() if "counts" in block)
+    )
+    columns = max(1, min(3, len(blocks)))
+    rows = max(1, -(-len(blocks) // columns))
+    figure = Figure(figsize=(4.5 * columns, 3 * rows + 0.6), layout="constrained")
+    figure.suptitle("cosine of each sample's error signal with the true gradient")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.set_visible(False)
+    lines: dict[str, Any] = {}
+    for axes, block in zip(grid, blocks, strict=False):
+        axes.set_visible(True)
+        axes.set(title=block, xlim=(-1.05, 1.05), ylabel="part of the samples")
+        for number, (label, entry) in enumerate(latest.items()):
+            if counts := entry["blocks"].get(block, {}).get("counts"):
+                width = (entry["to"] - entry["from"]) / len(counts)
+                edges = [entry["from"] + width * i for i in range(len(counts) + 1)]
+                parts = [count / sum(counts) for count in counts]
+                lines[label] = axes.stairs(parts, edges, label=label, color=f"C{number % 10}", linewidth=1.5)
+    if lines:
+        figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
+    figure.savefig(path, dpi=120)
