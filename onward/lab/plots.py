@@ -244,9 +244,7 @@ def heat_map(
         "ygap": 1,
         **({"texttemplate": f"%{{z:{form}}}", "textfont": {"size": 11}, "showscale": False} if form else {}),
     }
-    x_axis = {"title": {"text": title}, "showgrid": False, "automargin": False} | (
-        {"tickvals": list(x)} if len(x) <= 12 else {}
-    )
+    x_axis = {"title": {"text": title}, "showgrid": False} | ({"tickvals": list(x)} if len(x) <= 12 else {})
     short = [name if len(name) <= 18 else f"…{name[-17:]}" for name in y]
     names = {"tickvals": list(range(len(y))), "ticktext": [html.escape(name) for name in short]}
     layout = _layout(x_axis, {"autorange": "reversed", "showgrid": False, "automargin": False, **names})
@@ -296,9 +294,9 @@ def _layout(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
     """What all figures share. The page colours text and grid, so that they follow its theme."""
     plain = {"zeroline": False, "automargin": True, "ticks": "", "title": {"standoff": 8}}
     return {
-        "xaxis": plain | x | {"title": plain["title"] | x.get("title", {})},
+        "xaxis": plain | {"automargin": False} | x | {"title": plain["title"] | x.get("title", {})},
         "yaxis": plain | y | {"title": plain["title"] | y.get("title", {})},
-        "margin": {"l": 44, "r": 10, "t": 8, "b": 40},
+        "margin": {"l": 44, "r": 14, "t": 8, "b": 44},
         "height": 300,
         "showlegend": False,
         "font": {"family": "system-ui, sans-serif", "size": 12},

@@ -90,7 +90,7 @@ def report(config: Report) -> Path:
     if not config.runs:
         raise UsageError("no run folders are given: name them, or a folder of them, as in onward report runs")
     runs, skipped = [], []
-    for folder in dict.fromkeys(found for given in config.runs for found in find(Path(given))):
+    for folder in {found.resolve(): found for given in config.runs for found in find(Path(given))}.values():
         try:
             runs.append(read(folder))
         except UsageError as error:
@@ -114,14 +114,15 @@ def report(config: Report) -> Path:
 
 def find(path: Path) -> list[Path]:
     """The run folders at and below a path, and the empty ones, meant to be some; the path itself if there is none."""
-    if not path.is_dir():
-        return [path]
-    folders = [path, *sorted(folder for folder in path.rglob("*") if folder.is_dir())]
-    return [
-        folder
-        for folder in folders
-        if (folder / CONFIG).exists() or (folder / METRICS).exists() or next(folder.iterdir(), None) is None
-    ] or [path]
+    found = []
+    for folder, below, inside in os.walk(path):
+        below.sort()
+        if CONFIG in inside or METRICS in inside:
+            found.append(Path(folder))
+            below.clear()
+        elif not below and not inside:
+            found.append(Path(folder))
+    return found or [path]
 
 
 def read(folder: Path) -> Run:
@@ -132,13 +133,13 @@ def read(folder: Path) -> Run:
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is {'no folder' if folder.exists() else 'not there'}")
-    if not (folder / CONFIG).exists():
-        raise UsageError(f"{folder} holds no run (it has no {CONFIG})")
     try:
         saved = read_config(folder)
         known, unknown = _split(Train, saved["config"])
         config = from_dict(Train, known)
         environment = dict(saved.get("environment") or {})
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder} holds no run (it has no {CONFIG})") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = error if isinstance(error, UsageError) else f"{type(error).__name__}: {error}"
         raise UsageError(f"{folder} has a broken {CONFIG} ({reason})") from error
@@ -161,10 +162,17 @@ def read(folder: Path) -> Run:
 
 def remarks(runs: Sequence[Run]) -> list[str]:
     """What is not as it should be, in words."""
+    notes = [note for run in runs for note in run.notes]
     unknown = Counter(name for run in runs for name in run.unknown)
-    return [note for run in runs for note in run.notes] + [
+    notes += [
         f"{name} is no setting of this version, so the commands of {count} of the {len(runs)} runs leave it out"
         for name, count in unknown.items()
+    ]
+    same: dict[str, list[str]] = {}
+    for run in runs:
+        same.setdefault(_key({**_result(run), "seed": run.config.seed}), []).append(str(run.folder))
+    return notes + [
+        f"{' and '.join(twins)} have the same settings and seed: each counts" for twins in same.values() if twins[1:]
     ]
 
 
@@ -316,7 +324,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     """The runs by all but their seed; bp first. A label is the algorithm and what sets it apart, as variants are named."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(_result(run), default=str, sort_keys=True), []).append(run)
+        groups.setdefault(_key(_result(run)), []).append(run)
     found = sorted(groups.values(), key=lambda group: group[0].config.algorithm != "bp")
     results = [_result(group[0]) for group in found]
     defaults = settings(Train())
@@ -325,15 +333,17 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     for result in results:
         algorithm = result["algorithm"]
         own = algorithms.SETTINGS.get(algorithm, ("",))
+        owners = {owner: place for place, owner in enumerate(own)}
         siblings = [other for other in results if other["algorithm"] == algorithm]
         parts = [
             f"{name if name.endswith('.lr') else name.removeprefix(f'{own[0]}.')}={shown(result[name])}"
-            for name in varied
+            for name in sorted(varied, key=lambda name: owners.get(name.partition(".")[0], len(owners)))
             if name in result
             and result[name] != defaults.get(name)
-            and (name.partition(".")[0] in own or _varies(name, siblings))
+            and (name.partition(".")[0] in owners or _varies(name, siblings))
         ]
-        labels.append(f"{algorithm}:{','.join(parts)}" if parts else algorithm)
+        label = f"{algorithm}:{','.join(parts)}" if parts else algorithm
+        labels.append(label if label not in labels else f"{label} ({len(labels) + 1})")
     return [Group(label, sorted(group, key=lambda run: run.config.seed)) for label, group in zip(labels, found, strict=True)]
 
 
@@ -378,6 +388,8 @@ def alignment(groups: Sequence[Group]) -> list[dict[str, Any]]:
         every = [value for values in means.values() for value in values.values()]
         most = max(map(abs, every)) or 1.0
         is_cosine = name in COSINES
+        if not is_cosine and len(set(every)) == 1:  # nothing to see
+            continue
         limits = (-most, most) if is_cosine or min(every) < 0 else (0.0, most)
         figures = []
         for label, values in means.items():
@@ -437,16 +449,17 @@ def shown(value: Any) -> str:
     """
     if isinstance(value, tuple | list):
         return " ".join(map(shown, value))
-    if isinstance(value, float):
-        return f"{value:.10g}"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value).removesuffix(".0")
 
 
 def _result(run: Run) -> dict[str, Any]:
     """The settings that the result depends on, but for the seed."""
-    beside = NOT_IN_RESULT | {"seed", "save_weights", "align_every", "align_estimates"}
-    known = {name: value for name, value in settings(run.config).items() if name not in beside}
-    return known | run.unknown
+    beside = NOT_IN_RESULT | {"seed", "save_weights", "align_every", "align_estimates", "histogram"}
+    return {name: value for name, value in (settings(run.config) | run.unknown).items() if name not in beside}
+
+
+def _key(result: Mapping[str, Any]) -> str:
+    return json.dumps(result, default=str, sort_keys=True)
 
 
 def _names(results: Sequence[Mapping[str, Any]]) -> list[str]:

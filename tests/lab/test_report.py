@@ -85,10 +85,11 @@ def write(tmp_path: Path) -> Write:
         ]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         if alignment:
-            block = {"mean": 0.25, "counts": [0, 1, 3, 0], "parameters": {"cosine": 0.5, "norm_ratio": 2.0, "snr": None}}
-            entries = [
-                {"epoch": epoch, "from": -1, "to": 1, "blocks": {"block1": block, "0.conv": block}} for epoch in (0, 1, 2)
-            ]
+            entries = []
+            for epoch in (0, 1, 2):
+                parameters = {"cosine": 0.5, "norm_ratio": 2.0 + epoch, "snr": None}
+                block = {"mean": 0.25, "counts": [0, 1, 3, 0], "parameters": parameters}
+                entries.append({"epoch": epoch, "from": -1, "to": 1, "blocks": {"block1": block, "0.conv": block}})
             (folder / "alignment.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         return folder
 
@@ -171,6 +172,7 @@ def test_a_command_is_parsed_back_to_the_same_run(
     given = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(Train) if entry.name != "epochs"}
     folder = write("run", epochs=config.epochs, **{**given, "overwrite": True})
     (line,) = make(tmp_path / "page.html", folder).commands
+    command.main(["list"])  # imports all commands, which then keep the train that they know
     asked: list[Train] = []
     monkeypatch.setattr("onward.lab.train.train", asked.append)
     words = shlex.split(line)
@@ -192,7 +194,7 @@ def test_settings_that_differ_are_named_and_highlighted(write: Write, tmp_path: 
     write("runs/c", algorithm="fdfa", lr=0.1, feedback=Feedback(lr=0.5, directions=4))
     write("runs/d", algorithm="fg", lr=0.2, forward_gradient=ForwardGradient(guess="local"), heads=Heads("mlp"))
     page = make(tmp_path / "page.html", tmp_path / "runs")
-    labels = ["dfa", "fdfa", "fdfa:feedback.lr=0.5,directions=4", "fg:heads.kind=mlp,guess=local"]
+    labels = ["dfa", "fdfa", "fdfa:feedback.lr=0.5,directions=4", "fg:guess=local,heads.kind=mlp"]
     assert page.rows("what differs") == [f"what differs {' '.join(labels)}"]
     assert page.rows("feedback.directions") == ["feedback.directions 1 1 4 1"]
     assert page.rows("forward_gradient.guess") == ["forward_gradient.guess random random random local"]
@@ -230,7 +232,7 @@ def test_what_is_broken_is_named_and_left_out(write: Write, tmp_path: Path, caps
     failed = write("runs/failed")
     (failed / "metrics.jsonl").unlink()
     (failed / "failed.txt").write_text("the training loss is nan at epoch 1\n")
-    (write("runs/cut") / "metrics.jsonl").write_text('{"epoch": 1, "test_accuracy": 50}\n{"epoch": 2, "te')
+    (write("runs/cut", seed=1) / "metrics.jsonl").write_text('{"epoch": 1, "test_accuracy": 50}\n{"epoch": 2, "te')
     assert command.main(["report", str(runs), str(tmp_path / "gone"), "--out", str(tmp_path / "page.html")]) == 0
     said = capsys.readouterr()
     assert said.out.startswith("2 runs on one page of ")
@@ -309,10 +311,32 @@ def test_folders_below_are_found_once(write: Write, tmp_path: Path, monkeypatch:
     run = write("runs/deep/bp-s0")
     (tmp_path / "runs/notes").mkdir()
     (tmp_path / "runs/notes/text.md").write_text("no run")
+    (run / "wandb/logs").mkdir(parents=True)
     assert find(tmp_path / "runs") == [run]
     assert find(tmp_path / "runs/notes") == [tmp_path / "runs/notes"]
-    page = make(tmp_path / "page.html", tmp_path / "runs", run)
+    monkeypatch.chdir(tmp_path)
+    page = make(tmp_path / "page.html", tmp_path / "runs", run, Path("runs"))
     assert len(page.commands) == 1
+
+
+def test_the_same_run_twice_is_said(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = write("runs/a"), write("runs/b")
+    page = make(tmp_path / "page.html", tmp_path / "runs")
+    assert f"{first} and {second} have the same settings and seed: each counts" in capsys.readouterr().err
+    assert page.rows("93.00")[0].startswith("bp 93.00 ± 0.00")
+
+
+def test_a_comparison_is_reported_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = shlex.split("--epochs 1 --network.width 0.04 --subset.train 64 --subset.test 32 --device cpu")
+    asked = shlex.split("--algorithms bp fg:guess=local,heads.kind=linear --seeds 1 --align-every 1 --align-estimates 2")
+    assert command.main(["compare", *asked, *small, "--out", str(tmp_path / "both")]) == 0
+    assert command.main(["report", str(tmp_path / "both"), "--out", str(tmp_path / "page.html")]) == 0
+    assert capsys.readouterr().err == ""
+    page = Page(tmp_path / "page.html")
+    assert len(page.commands) == 2
+    assert {trace["name"] for trace in page.figures[0]["data"] if "name" in trace} == {"bp", "fg:guess=local,heads.kind=linear"}
+    blocks = [(figure["layout"]["yaxis"].get("ticktext", [""]), figure["data"][0].get("z")) for figure in page.figures]
+    assert next(cells[-1] for names, cells in blocks if names[-1] == "output") == pytest.approx([1, 1])
 
 
 def test_nothing_from_files_is_markup(write: Write, tmp_path: Path) -> None:
