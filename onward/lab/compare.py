@@ -52,9 +52,10 @@ def compare(config: Compare) -> list[dict[str, Any]]:
             runs = _with_best_rates(config, runs, found, folder)
         results = train_all(runs, "seed", config.overwrite, data)
 
+    complete = {label: [rows for rows in same.values() if isinstance(rows, list)] for label, same in results.items()}
     table = []
     for label, same in results.items():
-        rows = [rows for rows in same.values() if isinstance(rows, list)]
+        rows = complete[label]
         engine = run_folder.read_config(Path(runs[label][0].out))["environment"]["engine"] if same else None
         rate = runs[label][0].lr if same else None
         table.append({"algorithm": label, "engine": engine, "lr": rate, **summary(rows), "failed": len(same) - len(rows)})
@@ -65,10 +66,12 @@ def compare(config: Compare) -> list[dict[str, Any]]:
         writer.writerows(table)
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
     title = f"{config.model}, {config.data_dir or config.data}, {config.epochs} epochs, {seeds}"
-    complete = {label: [rows for rows in same.values() if isinstance(rows, list)] for label, same in results.items()}
-    learning_curves(folder / CURVES, {label: rows for label, rows in complete.items() if rows}, title)
     show(table, title)
-    Console(soft_wrap=True, highlight=False).print(f"table: {folder / JSON}, {folder / CSV}\npicture: {folder / CURVES}")
+    said = f"table: {folder / JSON}, {folder / CSV}"
+    if drawn := {label: rows for label, rows in complete.items() if rows}:
+        learning_curves(folder / CURVES, drawn, title)
+        said += f"\npicture: {folder / CURVES}"
+    Console(soft_wrap=True, highlight=False, markup=False).print(said)
     return table
 
 

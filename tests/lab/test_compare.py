@@ -11,7 +11,9 @@ from PIL import Image
 
 from onward.errors import UsageError
 from onward.lab.compare import compare
-from onward.lab.config import Compare, ForwardGradient, Heads, Network, Subset
+from onward.lab.config import Compare, ForwardGradient, Heads, Network, Subset, Train
+from onward.lab.data import load
+from onward.lab.train import load_data
 
 
 @pytest.fixture
@@ -92,6 +94,80 @@ def test_algorithms_with_heads_are_compared_too(config: Compare, guess: str) -> 
     assert all(row["accuracy"] > 0 for row in table)
 
 
+def test_variants_are_rows_of_their_own(config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = ("fdfa", "fdfa:directions=2,lr=0.001", "fg:guess=local,heads.kind=linear")
+    table = compare(replace(config, algorithms=labels, seeds=1))
+    printed = capsys.readouterr().out
+    assert [(row["algorithm"], row["lr"]) for row in table] == list(zip(labels, (1e-2, 1e-3, 1e-2), strict=True))
+    kept = json.loads((tmp_path / "fdfa-directions=2-lr=0.001-s0" / "config.json").read_text())["config"]
+    assert (kept["algorithm"], kept["feedback"]["directions"], kept["lr"]) == ("fdfa", 2, 1e-3)
+    assert "3/3  fg:guess=local,heads.kind=linear, seed 0: test accuracy" in printed
+
+
+def test_learning_rates_are_chosen_on_held_out_training_images(
+    config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config, algorithms=("bp", "dfa:lr=0.005", "dfa"), seeds=1, lr_grid=(1e-6, 1e-2), lr_epochs=1)
+    table = compare(config)
+    printed = capsys.readouterr().out
+    rates = json.loads((tmp_path / "rates.json").read_text())
+    assert set(rates) == {"bp", "dfa"}  # the other says its own
+    for label, found in rates.items():
+        trials = {rate: tmp_path / "rates" / f"{label}-lr{rate:g}" for rate in config.lr_grid}
+        last = {}
+        for rate, folder in trials.items():
+            kept = json.loads((folder / "config.json").read_text())["config"]
+            assert (kept["lr"], kept["epochs"], kept["subset"]["held_out"], kept["seed"]) == (rate, 1, True, 0)
+            (last[f"{rate:g}"],) = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+        assert found["accuracy"] == {rate: row["test_accuracy"] for rate, row in last.items()}
+        best = max(last, key=lambda rate: (last[rate]["test_accuracy"], -last[rate]["test_loss"]))
+        assert found["lr"] == float(best)
+        assert f"{label}: the best rate, {best}, is at the end of the grid" in printed
+    assert [row["lr"] for row in table] == [rates["bp"]["lr"], 0.005, rates["dfa"]["lr"]]
+    for name in ("bp-s0", "dfa-s0"):
+        kept = json.loads((tmp_path / name / "config.json").read_text())["config"]
+        assert (kept["lr"], kept["epochs"]) == (rates[name.partition("-")[0]]["lr"], 2)
+        assert not kept["subset"]["held_out"]
+
+    files = [*tmp_path.glob("*/checkpoint.pt"), *tmp_path.glob("rates/*/checkpoint.pt")]
+    assert len(files) == 3 + 4
+    before = [file.stat().st_mtime_ns for file in files]
+    assert compare(config) == table  # nothing is done again
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_held_out_images_are_training_images() -> None:
+    whole, part = load("digits"), load_data(Train(subset=Subset(held_out=True)))
+    images = {image.numpy().tobytes() for image in whole.train.images}
+    assert len(part.train) + len(part.test) == len(whole.train)
+    assert {image.numpy().tobytes() for split in (part.train, part.test) for image in split.images} == images
+    again = load_data(Train(subset=Subset(held_out=True)))
+    assert again.test.labels.tolist() == part.test.labels.tolist()
+    assert part.test.labels.bincount().min() > 20  # a fifth of each class
+
+
+def test_a_run_that_fails_does_not_stop_the_others(config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = replace(config, algorithms=("bp:lr=1e38", "dfa"), seeds=1)
+    failed, fine = compare(config)
+    printed = capsys.readouterr().out
+    assert (failed["runs"], failed["failed"], failed["accuracy"]) == (0, 1, None)
+    assert (fine["runs"], fine["failed"]) == (1, 0)
+    assert "bp:lr=1e38, seed 0: the training loss is nan" in printed
+    assert "1 of 1" in printed
+    assert (tmp_path / "bp-lr=1e38-s0" / "failed.txt").exists()
+    compare(config)
+    assert "2 of 2 runs are there already" not in capsys.readouterr().out  # nothing was missing, so nothing is said
+
+
+def test_rates_that_fail_are_never_taken(config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = compare(replace(config, algorithms=("bp",), seeds=1, lr_grid=(1e-2, 1e38)))
+    assert (row["lr"], row["runs"]) == (1e-2, 1)
+    assert json.loads((tmp_path / "rates.json").read_text())["bp"]["accuracy"]["1e+38"] is None
+    (row,) = compare(replace(config, algorithms=("bp",), seeds=1, lr_grid=(1e38,), out=str(tmp_path / "none")))
+    assert (row["lr"], row["runs"], row["accuracy"]) == (None, 0, None)
+    assert "every rate" in capsys.readouterr().out
+
+
 def test_a_single_run_has_no_deviation(config: Compare) -> None:
     (row,) = compare(replace(config, algorithms=("dfa",), seeds=1))
     assert row["accuracy_std"] is None
@@ -105,9 +181,23 @@ def test_a_single_run_has_no_deviation(config: Compare) -> None:
         ({"algorithms": ()}, "0 algorithms with 2 seeds: compare at least one of each"),
         ({"data": "digit"}, "unknown data set 'digit'"),
         ({"seeds": 0}, "2 algorithms with 0 seeds: compare at least one of each"),
+        ({"algorithms": ("fg:guess=locl",)}, "unknown fg:guess 'locl': did you mean 'local'"),
+        ({"lr_grid": (0.1,), "subset": Subset(held_out=True)}, "--lr-grid with --subset.held-out: the same images"),
     ],
 )
 def test_refusals_leave_nothing_behind(config: Compare, tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         compare(replace(config, out=str(tmp_path / "new"), **changes))
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_grid": (0.1, 0.0)}, "--lr-grid 0.0: a learning rate to try is a positive number"),
+        ({"lr_epochs": 0}, "--lr-epochs 0: use at least 1"),
+    ],
+)
+def test_settings_out_of_range(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Compare(**changes)
