@@ -89,6 +89,7 @@ def curves(results: Results, looks: Looks, measure: str, title: str, *, by_secon
     [3.0]
     """
     traces: list[dict[str, Any]] = []
+    together = not by_seconds and len(results) <= 6  # one box for all names at an epoch
     longest = max((len(rows) for runs in results.values() for rows in runs), default=0)
     for place, (name, runs) in enumerate(results.items()):
         look = looks[name]
@@ -125,7 +126,9 @@ def curves(results: Results, looks: Looks, measure: str, title: str, *, by_secon
         form = ".2f" if "accuracy" in measure else ".4g"
         said = [f"{spread(found, form)}{f', n={len(found)}' if len(found) > 1 else ''}" for found in values]
         if by_seconds:
-            said = [f"{duration(s)}, epoch {epoch:g}: {text}" for s, epoch, text in zip(x, epochs, said, strict=True)]
+            said = [f"epoch {epoch:g}, {duration(s)}: {text}" for s, epoch, text in zip(x, epochs, said, strict=True)]
+        elif not together:
+            said = [f"epoch {epoch:g}: {text}" for epoch, text in zip(epochs, said, strict=True)]
         traces.append(
             {
                 "type": "scatter",
@@ -136,7 +139,7 @@ def curves(results: Results, looks: Looks, measure: str, title: str, *, by_secon
                 "line": {"color": look["color"], "dash": look["dash"], "width": 2},
                 "marker": {"symbol": look["symbol"], "size": 7},
                 "customdata": said,
-                "hovertemplate": "%{customdata}",
+                "hovertemplate": f"{html.escape(_short(name, 26))}{': ' if together else '<br>'}%{{customdata}}<extra></extra>",
                 "meta": place,
             }
         )
@@ -156,7 +159,7 @@ def curves(results: Results, looks: Looks, measure: str, title: str, *, by_secon
         axis |= {"dtick": 1} if longest <= 12 else {}
     return {
         "data": traces,
-        "layout": _layout(axis, y_axis) | {"hovermode": "closest" if by_seconds else "x unified"},
+        "layout": _layout(axis, y_axis) | {"hovermode": "x unified" if together else "closest"},
     }
 
 
@@ -245,7 +248,7 @@ def heat_map(
         **({"texttemplate": f"%{{z:{form}}}", "textfont": {"size": 11}, "showscale": False} if form else {}),
     }
     x_axis = {"title": {"text": title}, "showgrid": False} | ({"tickvals": list(x)} if len(x) <= 12 else {})
-    short = [name if len(name) <= 18 else f"…{name[-17:]}" for name in y]
+    short = [_short(name, 18) for name in y]
     names = {"tickvals": list(range(len(y))), "ticktext": [html.escape(name) for name in short]}
     layout = _layout(x_axis, {"autorange": "reversed", "showgrid": False, "automargin": False, **names})
     layout["margin"] |= {"l": 14 + 7 * max(map(len, short)), "r": 10 if form else 56}
@@ -285,6 +288,11 @@ def size(count: float) -> str:
     return f"{count / 1e6:.0f} MB" if count < 1e10 else f"{count / 1e9:.1f} GB"
 
 
+def _short(name: str, most: int) -> str:
+    """The name without its middle if it is longer than so many letters."""
+    return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
+
+
 def _faint(color: str) -> str:
     red, green, blue = (int(color[at : at + 2], 16) for at in (1, 3, 5))
     return f"rgba({red},{green},{blue},0.18)"
@@ -302,5 +310,5 @@ def _layout(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any]:
         "font": {"family": "system-ui, sans-serif", "size": 12},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "hoverlabel": {"bgcolor": "#20262d", "bordercolor": "#20262d", "font": {"color": "#ffffff"}, "namelength": 28},
+        "hoverlabel": {"bgcolor": "#20262d", "bordercolor": "#20262d", "font": {"color": "#ffffff"}},
     }

@@ -327,24 +327,28 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         groups.setdefault(_key(_result(run)), []).append(run)
     found = sorted(groups.values(), key=lambda group: group[0].config.algorithm != "bp")
     results = [_result(group[0]) for group in found]
-    defaults = settings(Train())
-    varied = [name for name in _names(results) if _varies(name, results) and name != "algorithm"]
-    labels = []
-    for result in results:
-        algorithm = result["algorithm"]
-        own = algorithms.SETTINGS.get(algorithm, ("",))
-        owners = {owner: place for place, owner in enumerate(own)}
-        siblings = [other for other in results if other["algorithm"] == algorithm]
-        parts = [
-            f"{name if name.endswith('.lr') else name.removeprefix(f'{own[0]}.')}={shown(result[name])}"
-            for name in sorted(varied, key=lambda name: owners.get(name.partition(".")[0], len(owners)))
-            if name in result
-            and result[name] != defaults.get(name)
-            and (name.partition(".")[0] in owners or _varies(name, siblings))
-        ]
-        label = f"{algorithm}:{','.join(parts)}" if parts else algorithm
+    own = [_label(result, results) for result in results]
+    labels: list[str] = []
+    for result, label in zip(results, own, strict=True):
+        if own.count(label) > 1:
+            label = _label(result, results, [other for other, its in zip(results, own, strict=True) if its == label])
         labels.append(label if label not in labels else f"{label} ({len(labels) + 1})")
     return [Group(label, sorted(group, key=lambda run: run.config.seed)) for label, group in zip(labels, found, strict=True)]
+
+
+def _label(result: Mapping[str, Any], others: Sequence[Mapping[str, Any]], twins: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The algorithm with those settings, none of them the default, of its own that vary among the others, or that do so among
+    its twins."""
+    algorithm, defaults = result["algorithm"], settings(Train())
+    owners = {owner: place for place, owner in enumerate(algorithms.SETTINGS.get(algorithm, ("",)))}
+    first = f"{next(iter(owners))}."
+    parts = [
+        f"{name if name.endswith('.lr') else name.removeprefix(first)}={shown(result[name])}"
+        for name in sorted(result, key=lambda name: owners.get(name.partition(".")[0], len(owners)))
+        if name != "algorithm" and result[name] != defaults.get(name)
+        if _varies(name, others if name.partition(".")[0] in owners else twins)
+    ]
+    return f"{algorithm}:{','.join(parts)}" if parts else algorithm
 
 
 def results_of(group: Group, baseline: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -206,6 +206,15 @@ def test_settings_that_differ_are_named_and_highlighted(write: Write, tmp_path: 
     assert "epochs 3" in page.texts["code"]
 
 
+def test_rates_that_were_searched_set_nothing_apart_that_is_apart_already(write: Write) -> None:
+    checkpoint = Backprop(checkpoint=True)
+    first, other = write("a", lr=0.1), write("b", lr=0.2, backprop=checkpoint)
+    assert [group.label for group in grouped([read(first), read(other)])] == ["bp", "bp:checkpoint=true"]
+    third = write("c", lr=0.1, backprop=checkpoint)
+    labels = [group.label for group in grouped([read(first), read(other), read(third)])]
+    assert labels == ["bp", "bp:checkpoint=true,lr=0.2", "bp:checkpoint=true,lr=0.1"]
+
+
 def test_networks_and_data_have_sections_of_their_own(write: Write, tmp_path: Path) -> None:
     write("a", algorithm="dfa")
     write("b", algorithm="dfa", network=Network(layers=4))
