@@ -7,7 +7,7 @@ How it is measured, so that the figures can be trusted:
 - Time: candidates take turns within one process (A B C A B C ...), so that a slow spell of the machine hits all. A turn builds
   the network afresh, makes two steps that are not timed (the first allocates, the second fills the caches), then several that
   are. Ratios are taken within a turn; the table has their median, least and greatest.
-- Memory: in a fresh process for each, the growth of the largest resident size over three steps: the network, gradients
+- Memory: the median over three fresh processes of the growth of the largest resident size over three steps: network, gradients
   and optimizer are in it, the interpreter and what the first step in a process loads are not. On a GPU, the most that tensors
   took. `state_bytes` is what outlives a step (parameters, gradients, buffers, feedback, the optimizers' averages).
 - Parts: one more step in each turn, with a clock on every forward pass of the network (`primal`), the rules of forward mode and
@@ -52,7 +52,7 @@ from onward.errors import UsageError, unknown
 from onward.estimators import forward
 from onward.forward_mode import Tangents
 from onward.lab import algorithms, memory, models
-from onward.lab.config import Backprop, Bench, Network, Train
+from onward.lab.config import Backprop, Bench, Heads, Network, Train
 from onward.lab.extra import lab_extra
 from onward.lab.train import choose_device, describe, make_optimizers
 
@@ -63,6 +63,8 @@ PHASES = ("primal", "tangent", "backward", "optimizer", "other")
 INPUTS = {"mlp": (1, 28, 28), "alexnet": (3, 224, 224)}
 """Of a network, the shape of its inputs if none is asked for; 3x32x32 for the others."""
 SWEEPS = {"depth": "blocks of --network.layers", "width": "--network.width", "batch": "--batch-size"}
+PROCESSES = 3
+"""In which memory is measured, one after the other."""
 SECONDS = 0.5
 """That backpropagation's part of a turn should take."""
 
@@ -129,8 +131,14 @@ def measure(config: Bench, device: torch.device, console: Console) -> list[Row]:
             gc.collect()
             with _failure_into(rows[name]):
                 # A GPU counts what tensors take; a processor's peak is that of a whole process.
-                found = peak(*arguments) if device.type == "cuda" else in_a_fresh_process(peak, *arguments)
-                rows[name].update(found)
+                if device.type == "cuda":
+                    found = [peak(*arguments)]
+                else:
+                    found = [in_a_fresh_process(peak, *arguments) for _ in range(PROCESSES)]
+                peaks = sorted(measured for measured, _ in found)
+                rows[name]["peak_bytes"] = statistics.median(peaks)
+                rows[name]["peak_bytes_range"] = [peaks[0], peaks[-1]]
+                rows[name]["state_bytes"] = found[0][1]
             progress.advance(task)
         turns: dict[str, list[Turn]] = {name: [] for name in runs}
         steps = config.steps
@@ -332,20 +340,20 @@ _WATCHED: tuple[tuple[Any, str, str], ...] = (
 _SHARED = {entry.name for entry in dataclasses.fields(Train)} - {"algorithm", "out", "overwrite"}
 
 
-def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads: int) -> dict[str, int]:
-    """`peak_bytes`, by which memory grew over three steps, and `state_bytes`."""
+def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads: int) -> tuple[int, int]:
+    """Bytes by which memory grew over three steps, and bytes of what outlives a step."""
     where = torch.device(device)
     if where.type == "cpu":
         torch.set_num_threads(threads)
     # What the first step in a process loads and keeps is no need of the network's.
-    kept = {"optimizer": config.optimizer, "backprop": config.backprop}
-    Learner.of(Train(algorithm="bp", network=Network(width=0.01), batch_size=2, **kept), (1, 2, 2), 2, where).step()
+    tiny = {"model": "mlp", "network": Network(width=0.01), "heads": Heads(), "input": None, "cuts": None, "batch_size": 2}
+    Learner.of(dataclasses.replace(config, **tiny), (1, 2, 2), 2, where).step()
     memory.reset_peak(where)
     before = memory.peak(where)
     learner = Learner.of(config, shape, classes, where)
     for _ in range(3):
         learner.step()
-    return {"peak_bytes": memory.peak(where) - before, "state_bytes": learner.state_bytes()}
+    return memory.peak(where) - before, learner.state_bytes()
 
 
 def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -423,10 +431,12 @@ def show(rows: Sequence[Row], title: str, console: Console) -> None:
         peaks = [_spread(row.get(f"memory / {base}")) for base in BASELINES]
         shares = ["" if share is None else f"{100 * share:.0f}" for share in row["parts"].values()]
         time_of.add_row(name, f"{1e3 * row['seconds']:.1f}", *times)
-        memory_of.add_row(name, f"{row['peak_bytes'] / 1e6:.0f}", *peaks, row["engine"])
+        low, high = row["peak_bytes_range"]
+        megabytes = f"{row['peak_bytes'] / 1e6:.0f} ({low / 1e6:.0f}–{high / 1e6:.0f})"
+        memory_of.add_row(name, megabytes, *peaks, row["engine"])
         parts_of.add_row(name, f"{row['flops'] / 1e9:.2f}", *shares)
     console.print("\nTime; ratios: median (least–greatest) over turns; ckpt: bp:checkpoint=true", time_of)
-    console.print("Peak memory", memory_of)
+    console.print("Peak memory; median (least–greatest) over processes", memory_of)
     console.print("Arithmetic, and parts of the time of a step in %", parts_of)
     _show_failures(rows, console)
 
