@@ -156,6 +156,7 @@ def curves(results: Results, looks: Looks, measure: str, title: str, *, by_secon
         axis = {"title": {"text": "seconds of training"}, "rangemode": "tozero"}
     else:
         axis = {"title": {"text": "epoch"}, "tickformat": "d", "unifiedhovertitle": {"text": "epoch %{x}"}}
+        axis |= {"spikethickness": -1, "spikecolor": BASELINE["color"]}  # negative: without a halo
         axis |= {"dtick": 1} if longest <= 12 else {}
     return {
         "data": traces,

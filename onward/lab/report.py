@@ -177,7 +177,8 @@ def remarks(runs: Sequence[Run]) -> list[str]:
 
 
 def command(config: Train) -> list[str]:
-    """The command that trains the same again, word by word: every setting that is not the default, but for --overwrite.
+    """The command that trains the same again, word by word: every setting that is not the default, but for --overwrite and
+    --resume, which are about what was there before.
 
     >>> shlex.join(command(Train(algorithm="bp", lr=0.01, out="runs/my run")))
     "onward train --lr 0.01 --out 'runs/my run' --algorithm bp"
@@ -185,7 +186,7 @@ def command(config: Train) -> list[str]:
     defaults = settings(Train())
     words = ["onward", "train"]
     for name, value in settings(config).items():
-        if value == defaults[name] or name == "overwrite":
+        if value == defaults[name] or name in ("overwrite", "resume"):
             continue
         flag = f"--{name.replace('_', '-')}"
         values = [] if value is True else [str(entry) for entry in (value if isinstance(value, tuple) else [value])]
