@@ -25,7 +25,7 @@ from onward.errors import UsageError
 from onward.lab import algorithms, plots
 from onward.lab.config import Report, Train, from_dict
 from onward.lab.extra import lab_extra
-from onward.lab.run_folder import ALIGNMENT, CONFIG, FAILURE, METRICS, NOT_IN_RESULT, read_config
+from onward.lab.run_folder import ALIGNED, ALIGNMENT, CONFIG, FAILURE, METRICS, NOT_IN_RESULT, read_config
 
 ENVIRONMENT = ("device", "torch", "onward", "python")
 COSINES = {
@@ -155,6 +155,7 @@ def read(folder: Path) -> Run:
     if (folder / ALIGNMENT).exists():
         alignment, more = _lines(folder / ALIGNMENT)
         notes += more
+    alignment = [*_aligned_later(folder), *alignment]
     if len(rows) < config.epochs:
         notes.append(f"it stopped after epoch {len(rows)} of {config.epochs}{failure}")
     return Run(folder, config, unknown, environment, rows, alignment, tuple(f"{folder}: {note}" for note in notes))
@@ -509,6 +510,17 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return entries, []
 
 
+def _aligned_later(folder: Path) -> list[dict[str, Any]]:
+    """What `onward align` has left in a run folder of that run."""
+    try:
+        entries = json.loads(_text(folder / ALIGNED[0]) or "[]")
+    except ValueError:
+        return []
+    name = folder.resolve().name
+    entries = entries if isinstance(entries, list) else []
+    return [entry for entry in entries if isinstance(entry, dict) and entry.get("label") == name]
+
+
 def _numbers(entry: Any, prefix: str = "") -> dict[str, float]:
     """The finite numbers in an entry, by their names; what is nested has names such as signal.cosine."""
     found: dict[str, float] = {}
@@ -532,8 +544,8 @@ def _aligned(run: Run) -> tuple[dict[tuple[str, str, float], float], dict[str, l
     """What a run says of its alignment: numbers by (measure, block, epoch), and the last histogram of each block."""
     cells: dict[tuple[str, str, float], float] = {}
     counts: dict[str, list[float]] = {}
-    for at, entry in enumerate(run.alignment, start=1):
-        epoch = _numbers(entry).get("epoch", at)
+    dated = [(_numbers(entry).get("epoch", at), entry) for at, entry in enumerate(run.alignment, start=1)]
+    for epoch, entry in sorted(dated, key=lambda pair: pair[0]):
         blocks = entry.get("blocks")
         for block, values in blocks.items() if isinstance(blocks, dict) else ():
             numbers = _numbers(values)

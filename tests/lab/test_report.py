@@ -328,6 +328,19 @@ def test_folders_below_are_found_once(write: Write, tmp_path: Path, monkeypatch:
     assert len(page.commands) == 1
 
 
+def test_what_align_found_at_the_checkpoint_is_shown(write: Write, tmp_path: Path) -> None:
+    folder = write("run", alignment=True)
+    later = [
+        {"label": label, "epoch": epoch, "blocks": {"block1": {"mean": 0.75}}} for label in ("run", "other") for epoch in (2, 3)
+    ]
+    (folder / "alignment.json").write_text(json.dumps(later))
+    page = make(tmp_path / "page.html", folder)
+    cosine = next(figure["data"][0] for figure in page.figures if figure["data"][0]["type"] == "heatmap")
+    assert (cosine["x"], cosine["z"][0]) == ([0, 1, 2, 3], [0.25, 0.25, 0.25, 0.75])
+    (folder / "alignment.json").write_text("3")
+    assert len(read(folder).alignment) == 3
+
+
 def test_the_same_run_twice_is_said(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = write("runs/a"), write("runs/b")
     page = make(tmp_path / "page.html", tmp_path / "runs")
