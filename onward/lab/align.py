@@ -63,12 +63,12 @@ def align(config: Align) -> list[Entry]:
 
 def _of_checkpoint(folder: Path, config: Align) -> list[Entry]:
     """What was measured while the run trained, and now at its checkpoint."""
-    settings, saved = run_folder.load(folder, "cpu")
+    settings, saved = run_folder.load(folder)
     settings = replace(settings, device=config.device, align_estimates=config.align_estimates)
     run = prepare(settings, load_data(settings))
     try:
         run.estimator.load_state_dict(saved["estimator"])
-        epoch = int(saved["epoch"])
+        epoch = int(saved["progress"]["epoch"]) - 1  # complete
     except (KeyError, RuntimeError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"the checkpoint of {folder} does not fit its settings ({reason}): train it again") from error

@@ -57,13 +57,15 @@ def batches(
     train: bool,
     seed: int = 0,
     epoch: int = 0,
+    skip: int = 0,
     device: str | torch.device = "cpu",
     drop_last: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (x, y) of one epoch: x float32 (N, C, H, W), y int64 (N,).
 
     With `train`, samples come in an order that depends on (seed, epoch) only, augmented by draws that depend on
-    (seed, epoch, number of the batch) only; the global generator is neither read nor moved. Without, in file order.
+    (seed, epoch, number of the batch) only; the global generator is neither read nor moved. Without, in file order. The
+    first `skip` batches are left out, and the others as they would be.
 
     Raises:
         UsageError: a batch size below 1, `drop_last` with no full batch, a mean or std for another number of channels.
@@ -96,8 +98,8 @@ def batches(
         order = torch.arange(len(split))
         if train:
             order = torch.randperm(len(split), generator=torch.Generator().manual_seed(_key(seed, epoch)))
-        for number, start in enumerate(range(0, stop, batch_size)):
-            rows = order[start : min(start + batch_size, stop)]
+        for number in range(skip, -(-stop // batch_size)):
+            rows = order[number * batch_size : min((number + 1) * batch_size, stop)]
             images = split.images[rows if encoded else rows.to(split.images.device)]
             if encoded and len({image.shape for image in images}) == 1:
                 images = torch.stack(images)

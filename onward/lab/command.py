@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Union
 
 from onward.errors import UsageError
@@ -54,7 +55,7 @@ def _run(argv: Sequence[str] | None) -> None:
         from onward.lab.compare import compare
         from onward.lab.config import Align, Bench, Compare, Report, Train
         from onward.lab.report import report
-        from onward.lab.train import train
+        from onward.lab.train import resume, train
 
     commands = [
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
@@ -68,6 +69,10 @@ def _run(argv: Sequence[str] | None) -> None:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     match asked:
+        case Train(resume=str(folder)):
+            if replace(asked, resume=None) != Train():
+                raise UsageError(f"--resume {folder} keeps every setting of the run: leave out the other options")
+            resume(Path(folder))
         case Train():
             train(asked)
         case Compare():

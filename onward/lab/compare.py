@@ -19,7 +19,7 @@ from onward.lab import algorithms, models, run_folder
 from onward.lab.config import Compare, Recipe, Train
 from onward.lab.data import ImageData, held_out
 from onward.lab.plots import learning_curves
-from onward.lab.train import Row, TrainingFailed, load_data, progress, train
+from onward.lab.train import Row, TrainingFailed, load_data, progress, resume, train
 
 JSON, CSV, RATES, CURVES = "table.json", "table.csv", "rates.json", "curves.png"
 Outcome = list[Row] | str
@@ -132,7 +132,8 @@ def train_all(
 
             outcome: Outcome
             try:
-                outcome = train(replace(run, overwrite=True), images, step)
+                begun = not overwrite and (Path(run.out) / run_folder.CONFIG).exists()
+                outcome = resume(Path(run.out), images, step) if begun else train(replace(run, overwrite=True), images, step)
                 console.print(f"{name}: test accuracy {outcome[-1]['test_accuracy']:.2f} %", markup=False)
             except TrainingFailed as error:
                 outcome = str(error)

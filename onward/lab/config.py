@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -206,6 +207,8 @@ class Recipe(Setup):
     """Folder to write to; a name under runs/ if not given."""
     overwrite: bool = False
     """Replace what an earlier run left there."""
+    checkpoint_every: str = "10m"
+    """How often within an epoch the run is saved, so that it can go on from there: in minutes (10m) or steps (500)."""
     save_weights: int = 0
     """Keep the network's weights, in a file of their own, every so many epochs and at the end; 0 keeps none."""
     align_every: int = 0
@@ -230,6 +233,10 @@ class Recipe(Setup):
         at_least(1, epochs=self.epochs, test_batch_size=self.test_batch_size, log_interval=self.log_interval)
         at_least(0, save_weights=self.save_weights, align_every=self.align_every)
         at_least(1, align_estimates=self.align_estimates)
+        if not re.fullmatch(r"[1-9]\d*|(\d+\.)?\d+m", self.checkpoint_every):
+            raise UsageError(
+                f"--checkpoint-every {self.checkpoint_every}: give a number of steps, such as 500, or of minutes, such as 10m"
+            )
         if self.schedule.step_size < 1:
             raise UsageError(f"--schedule.step-size {self.schedule.step_size}: use at least 1")
         if self.schedule.gamma is not None and not 0 < self.schedule.gamma < float("inf"):
@@ -244,6 +251,8 @@ class Train(Recipe):
     """An algorithm that `onward list` names."""
     seed: int = 0
     """Of the initial weights, the order of the data and every random direction."""
+    resume: str | None = None
+    """Go on with the run in this folder, all of whose settings are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,10 +30,13 @@ def check(config: Train) -> None:
 
 
 @contextmanager
-def open_log(folder: Path, config: Train) -> Iterator[Log]:
-    """A function that logs named values at a step; what is nested has names such as heads/block1/loss."""
+def open_log(folder: Path, config: Train, done: int = 0) -> Iterator[Log]:
+    """A function that logs named values at a step; what is nested has names such as heads/block1/loss.
+
+    What an earlier part of the run logged after step `done` does not count.
+    """
     with ExitStack() as stack:
-        sinks = [stack.enter_context(_tensorboard(folder))]
+        sinks = [stack.enter_context(_tensorboard(folder, done))]
         if config.wandb:
             sinks.append(stack.enter_context(_wandb(folder, config)))
 
@@ -45,10 +48,10 @@ def open_log(folder: Path, config: Train) -> Iterator[Log]:
 
 
 @contextmanager
-def _tensorboard(folder: Path) -> Iterator[Log]:
+def _tensorboard(folder: Path, done: int) -> Iterator[Log]:
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder)) as writer:
+    with SummaryWriter(str(folder), purge_step=done + 1 if done else None) as writer:
 
         def log(values: Mapping[str, Any], step: int) -> None:
             for name, value in values.items():

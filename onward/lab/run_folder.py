@@ -5,28 +5,47 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onward.alignment import Block
 from onward.errors import UsageError
+from onward.lab import checkpoint
 from onward.lab.algorithms import folder_name
 from onward.lab.config import Recipe, Train, from_dict
 
 CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
 FAILURE = "failed.txt"
 ALIGNED = ("alignment.json", "alignment.png", "alignment-histograms.png")
-CONTENTS = (CONFIG, METRICS, CHECKPOINT, ALIGNMENT, *ALIGNED, FAILURE, "weights-*.pt", "*.partial", "events.out.tfevents.*")
+CONTENTS = (
+    CONFIG,
+    METRICS,
+    "checkpoint*.pt",
+    ALIGNMENT,
+    *ALIGNED,
+    FAILURE,
+    "weights-*.pt",
+    "*.partial",
+    "events.out.tfevents.*",
+)
 BINS = 40
 """Of a histogram of cosines, all equal, from -1 to 1."""
-NOT_IN_RESULT = {"out", "overwrite", "wandb", "wandb_project", "wandb_name", "log_interval", "align_estimates"}
+NOT_IN_RESULT = {
+    "out",
+    "overwrite",
+    "wandb",
+    "wandb_project",
+    "wandb_name",
+    "log_interval",
+    "align_estimates",
+    "checkpoint_every",
+    "resume",
+}
 
 
 def default_path(config: Recipe, what: str) -> Path:
@@ -53,8 +72,11 @@ def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
         probe.unlink()
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder with --out") from error
-    if _contents(folder) and not overwrite:
-        raise UsageError(f"{folder} already holds a run: choose another folder with --out, or replace it with --overwrite")
+    if any(path.suffix != ".partial" for path in _contents(folder)) and not overwrite:
+        raise UsageError(
+            f"{folder} already holds a run: go on with it by onward train --resume {folder}, choose another folder with --out, "
+            "or replace it with --overwrite"
+        )
     try:
         yield
     except BaseException:
@@ -68,7 +90,7 @@ def begin(folder: Path, config: Train, **environment: Any) -> None:
     for path in _contents(folder):
         path.unlink()
     settings = {"config": dataclasses.asdict(config), "environment": environment}
-    _write_whole(folder / CONFIG, lambda file: file.write((json.dumps(settings, indent=2) + "\n").encode()))
+    checkpoint.write_whole(folder / CONFIG, lambda file: file.write((json.dumps(settings, indent=2) + "\n").encode()))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -76,14 +98,34 @@ def read_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / CONFIG).read_text())
 
 
-def add_metrics(folder: Path, row: dict[str, Any]) -> None:
-    """One more line of metrics.jsonl."""
-    _add_line(folder / METRICS, row)
+def settings(folder: Path) -> Train:
+    """The settings of the run in a folder.
+
+    Raises:
+        UsageError: there is no run, or its settings cannot be used; the message names the one that is wrong.
+    """
+    if not (folder / CONFIG).exists():
+        raise UsageError(f"{folder} holds no run: give a folder that `onward train` has written")
+    try:
+        found = _with_defaults(read_config(folder)["config"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{folder / CONFIG} cannot be read ({type(error).__name__}: {reason}): train it again") from error
+    try:
+        return from_dict(Train, found)
+    except UsageError as error:
+        raise UsageError(f"{folder / CONFIG}: {error}") from error
 
 
-def add_alignment(folder: Path, entry: dict[str, Any]) -> None:
-    """One more line of alignment.jsonl."""
-    _add_line(folder / ALIGNMENT, entry)
+def write_metrics(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """metrics.jsonl, one line for each epoch."""
+    _write_lines(folder / METRICS, rows)
+
+
+def write_alignment(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """alignment.jsonl, if there is anything to write."""
+    if entries:
+        _write_lines(folder / ALIGNMENT, entries)
 
 
 def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -> dict[str, Any]:
@@ -112,14 +154,9 @@ def write_failure(folder: Path, reason: str) -> None:
     (folder / FAILURE).write_text(reason + "\n")
 
 
-def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """checkpoint.pt, whole or not at all; `torch.load(path, weights_only=True)` reads it."""
-    _write_whole(folder / CHECKPOINT, lambda file: torch.save(state, file))
-
-
 def write_weights(folder: Path, epoch: int, weights: dict[str, Tensor]) -> None:
     """weights-<epoch>.pt, the network's own, for `load_state_dict`; `torch.load(path, weights_only=True)` reads it."""
-    _write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
+    checkpoint.write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
 
 
 def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
@@ -145,30 +182,26 @@ def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
     return rows if len(rows) == config.epochs else None
 
 
-def load(folder: Path, device: torch.device | str) -> tuple[Train, dict[str, Any]]:
-    """The settings of the run there, and its checkpoint.
+def load(folder: Path) -> tuple[Train, dict[str, Any]]:
+    """The settings of the run there, and its last checkpoint.
 
     Raises:
-        UsageError: there is none, or it cannot be read.
+        UsageError: there is none, or it cannot be used.
     """
-    if not (folder / CONFIG).exists():
-        raise UsageError(f"{folder} holds no run: give a folder that `onward train` has written")
-    try:
-        config = from_dict(Train, _with_defaults(read_config(folder)["config"]))
-        return config, torch.load(folder / CHECKPOINT, weights_only=True, map_location=device)
-    except FileNotFoundError:
-        raise UsageError(f"{folder} has no {CHECKPOINT}: no epoch of that run was completed") from None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{folder} cannot be read ({type(error).__name__}: {reason}): train it again") from error
+    config = settings(folder)
+    state = checkpoint.load(folder / CHECKPOINT)
+    if state is None:
+        raise UsageError(f"{folder} has no {CHECKPOINT} yet: go on with the run by onward train --resume {folder}")
+    return config, state
 
 
 def _with_defaults(found: dict[str, Any]) -> dict[str, Any]:
     """Settings as a file has them, with the defaults of those that are newer than it, without those that are no more."""
     defaults = json.loads(json.dumps(dataclasses.asdict(Train())))
     return {
-        name: {**default, **found.get(name, {})} if isinstance(default, dict) else found.get(name, default)
+        name: {**default, **given} if isinstance(default, dict) and isinstance(given, dict) else given
         for name, default in defaults.items()
+        for given in (found.get(name, default),)
     }
 
 
@@ -180,16 +213,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _add_line(path: Path, entry: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
-
-
-def _write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that is never seen half-written, even if the machine stops in between."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _write_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    checkpoint.write_whole(path, lambda file: file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode()))

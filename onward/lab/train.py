@@ -7,10 +7,10 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 import onward
 from onward.alignment import Block, measure
 from onward.errors import UsageError
-from onward.lab import algorithms, log, memory, models, run_folder
+from onward.lab import algorithms, checkpoint, interrupt, log, memory, models, run_folder
 from onward.lab.batches import Transform, batches
 from onward.lab.config import Train
 from onward.lab.data import ImageData, held_out, load
@@ -51,8 +51,8 @@ class Run:
     drop_last: bool
     """Leave out the last batch of an epoch, which is not full."""
 
-    def training_batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of one epoch, in its own order."""
+    def training_batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images of one epoch, in its own order, without its first `skip` batches."""
         return batches(
             self.data.train,
             self.config.batch_size,
@@ -60,18 +60,90 @@ class Run:
             train=True,
             seed=self.config.seed,
             epoch=epoch,
+            skip=skip,
             device=self.device,
             drop_last=self.drop_last,
         )
 
-    def state(self, epoch: int) -> dict[str, object]:
-        """What a checkpoint holds."""
+    def step(self, x: Tensor, y: Tensor, where: str) -> onward.Step:
+        """One step of training; `where` it is goes into the message if it fails.
+
+        Raises:
+            TrainingFailed: the loss or a gradient is not finite; the weights are still those before the step.
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+        done = self.estimator.estimate(x, y)
+        _check_finite(self.estimator, done.loss, x, where)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.rate.after_step()
+        return done
+
+    def state(self, at: Standing) -> dict[str, object]:
+        """What a checkpoint holds: all that decides how the run goes on."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
         return {
-            "epoch": epoch,
+            "rows": at.rows,
+            "progress": {name: value for name, value in vars(at).items() if name != "rows"},
             "estimator": self.estimator.state_dict(),
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
             "schedule": self.rate.scheduler.state_dict(),
+            "generators": generators,
         }
+
+    def restore(self, state: dict[str, Any]) -> Standing:
+        """Take up the state of a checkpoint.
+
+        Raises:
+            UsageError: it is of another run.
+        """
+        try:
+            self.estimator.load_state_dict(state["estimator"])
+            for role, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][role])
+            self.rate.scheduler.load_state_dict(state["schedule"])
+            torch.set_rng_state(state["generators"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in state["generators"]:
+                torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+            return Standing(**state["progress"], rows=state["rows"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UsageError(
+                f"the checkpoint does not fit the run's configuration ({type(error).__name__}: {reason})"
+            ) from error
+
+
+@dataclass
+class Standing:
+    """Where a run stands: the epoch that it is in, how many steps of it are done, and what they have added up to."""
+
+    rows: list[Row] = field(default_factory=list)
+    """Of the epochs that are complete."""
+    aligned: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of alignment.jsonl."""
+    epoch: int = 1
+    step: int = 0
+    loss: float = 0.0
+    """Over samples."""
+    seen: int = 0
+    """Samples."""
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    """For each cut the sum of losses, and the number of hits."""
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def row(self) -> Row:
+        """The epoch's training figures: `seconds` is the time of its steps, `heads` each head's loss and accuracy (percent)."""
+        row: Row = {"epoch": self.epoch, "train_loss": self.loss / self.seen, "seconds": self.seconds}
+        if self.heads:
+            sums = {cut: pair.tolist() for cut, pair in self.heads.items()}
+            row["heads"] = {
+                cut: {"loss": loss / self.seen, "accuracy": 100 * hits / self.seen} for cut, (loss, hits) in sums.items()
+            }
+        return row
 
 
 def train(config: Train, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
@@ -81,7 +153,7 @@ def train(config: Train, data: ImageData | None = None, advance: Callable[[str],
 
     Raises:
         UsageError: something that was asked for cannot work; nothing has been written then.
-        TrainingFailed: a loss is not finite; the checkpoint of the last good epoch stays.
+        TrainingFailed: a loss or a gradient is not finite; the last checkpoint stays.
     """
     algorithms.check(config.algorithm)
     models.check(config.model)
@@ -101,54 +173,104 @@ def train(config: Train, data: ImageData | None = None, advance: Callable[[str],
         torch=torch.__version__,
         python=platform.python_version(),
     )
+    return _go_on(run, folder, Standing(), advance, aligned)
+
+
+def resume(folder: Path, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
+    """Go on with the run in `folder` from its last checkpoint, as if it had never stopped; what is complete is left alone.
+
+    Raises:
+        UsageError: there is no run, or neither its configuration nor a checkpoint of it can be used.
+        TrainingFailed: as `train`.
+    """
+    config = replace(run_folder.settings(folder), out=str(folder))
+    log.check(config)
+    state = checkpoint.load(folder / run_folder.CHECKPOINT)
+    rows: list[Row] = [] if state is None else state.get("rows", [])
+    if len(rows) == config.epochs:
+        run_folder.write_metrics(folder, rows)
+        Console(highlight=False, soft_wrap=True, quiet=advance is not None).print(f"{folder} is complete")
+        return rows
+    run = prepare(config, data or load_data(config))
+    if state is None:
+        return _go_on(run, folder, Standing(), advance, align(run) if config.align_every else None)
+    at = run.restore(state)
+    run_folder.write_metrics(folder, at.rows)
+    run_folder.write_alignment(folder, at.aligned)
+    return _go_on(run, folder, at, advance)
+
+
+def _go_on(
+    run: Run,
+    folder: Path,
+    at: Standing,
+    advance: Callable[[str], None] | None,
+    aligned: dict[str, Block] | None = None,
+) -> list[Row]:
+    """Train from where the run stands to its end."""
+    config = run.config
     console = Console(highlight=False, soft_wrap=True, quiet=advance is not None)
+    where = f", on from epoch {at.epoch}, step {at.step}" if at.rows or at.step else ""
     console.print(
         f"{config.algorithm} ({run.estimator.engine}), {config.model}, {run.data.name}: {len(run.data.train)} training and "
-        f"{len(run.data.test)} test images of {run.data.classes} classes; {device}, seed {config.seed}"
+        f"{len(run.data.test)} test images of {run.data.classes} classes; {describe(run.device)}, seed {config.seed}{where}"
     )
-    rows: list[Row] = []
-    peak = 0
+    due = _due(config.checkpoint_every)
+
+    def save() -> None:
+        checkpoint.save(folder / run_folder.CHECKPOINT, run.state(at))
+
+    def keep_alignment(epoch: int, measured: dict[str, Block]) -> list[dict[str, Any]]:
+        shown = {name: block.cosines.flatten() for name, block in measured.items() if block.cosines is not None}
+        write({"alignment": shown}, epoch * run.steps)
+        return [*at.aligned, run_folder.alignment_entry(epoch, config.align_estimates, measured)]
+
+    done = (at.epoch - 1) * run.steps + at.step
     try:
-        with log.open_log(folder, config) as write, _advancing(advance, console, config.epochs * run.steps) as step_done:
-
-            def keep_alignment(epoch: int, measured: dict[str, Block]) -> None:
-                run_folder.add_alignment(folder, run_folder.alignment_entry(epoch, config.align_estimates, measured))
-                shown = {name: block.cosines.flatten() for name, block in measured.items() if block.cosines is not None}
-                write({"alignment": shown}, epoch * run.steps)
-
+        with (
+            log.open_log(folder, config, done) as write,
+            _advancing(advance, console, config.epochs * run.steps, done) as step_done,
+            interrupt.requests() as asked_to_stop,
+        ):
             if aligned:
-                keep_alignment(0, aligned)
+                at.aligned = keep_alignment(0, aligned)
             memory.reset_peak(run.device)
-            for epoch in range(1, config.epochs + 1):
-
-                def report(step: int, loss: float, epoch: int = epoch) -> None:
-                    step_done(f"epoch {epoch}/{config.epochs}, loss {loss:.3f}")
-                    if step % config.log_interval == 0:
-                        write({"step/train_loss": loss}, (epoch - 1) * run.steps + step)
-
-                row = {"epoch": epoch, **train_epoch(run, epoch, report), **evaluate(run)}
-                peak = max(peak, memory.peak(run.device))
-                row["peak_memory_bytes"] = peak
-                run_folder.write_checkpoint(folder, run.state(epoch))
-                run_folder.add_metrics(folder, row)
-                rows.append(row)
-                write(row, epoch * run.steps)
+            while at.epoch <= config.epochs:
+                for loss in train_epoch(run, at):
+                    step_done(f"epoch {at.epoch}/{config.epochs}, loss {loss:.3f}")
+                    if at.step % config.log_interval == 0:
+                        write({"step/train_loss": loss}, (at.epoch - 1) * run.steps + at.step)
+                    if stop := asked_to_stop():
+                        save()
+                        _stop(folder, at, stop)
+                    if due():
+                        save()
+                run.rate.after_epoch(at.loss / at.seen)
+                row = {**at.row(), **evaluate(run)}
+                row["peak_memory_bytes"] = peak = max(at.peak_memory_bytes, memory.peak(run.device))
+                epoch = at.epoch
+                entries = at.aligned
+                if config.align_every and (epoch % config.align_every == 0 or epoch == config.epochs):
+                    entries = keep_alignment(epoch, align(run))
+                    memory.reset_peak(run.device)  # what looking takes is not the training's
                 if config.save_weights and (epoch % config.save_weights == 0 or epoch == config.epochs):
                     run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())
-                if config.align_every and (epoch % config.align_every == 0 or epoch == config.epochs):
-                    keep_alignment(epoch, align(run))
-                    memory.reset_peak(run.device)  # what looking takes is not the training's
+                at = Standing([*at.rows, row], entries, epoch + 1, peak_memory_bytes=peak)
+                save()
+                run_folder.write_metrics(folder, at.rows)
+                run_folder.write_alignment(folder, at.aligned)
+                write(row, epoch * run.steps)
                 console.print(
                     "epoch {epoch}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
                     "test accuracy {test_accuracy:.2f} %  {seconds:.1f} s".format(**row)
                 )
     except TrainingFailed as error:
         run_folder.write_failure(folder, str(error))
-        raise TrainingFailed(f"{error}; {_kept(folder, rows)}") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_kept(folder, rows)) from None
+        raise TrainingFailed(f"{error}; {_kept(folder)}") from None
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(str(stopped) or _kept(folder)) from None
     console.print(f"written to {folder}")
-    return rows
+    return at.rows
 
 
 def prepare(config: Train, data: ImageData) -> Run:
@@ -173,35 +295,19 @@ def prepare(config: Train, data: ImageData) -> Run:
     return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last)
 
 
-def train_epoch(run: Run, epoch: int, report: Callable[[int, float], None]) -> Row:
-    """One pass over the training images; `seconds` is the time it took, `heads` each head's loss and accuracy (percent)."""
-    start = time.perf_counter()
-    total, seen = 0.0, 0
-    heads: dict[str, Tensor] = {}
+def train_epoch(run: Run, at: Standing) -> Iterator[float]:
+    """The steps that are left of an epoch; yields each one's loss, once `at` counts it."""
     run.estimator.train()
-    for step, (x, y) in enumerate(run.training_batches(epoch), start=1):
-        for optimizer in run.optimizers.values():
-            optimizer.zero_grad()
-        done = run.estimator.estimate(x, y)
+    start = time.perf_counter() - at.seconds
+    for x, y in run.training_batches(at.epoch, at.step):
+        done = run.step(x, y, f"epoch {at.epoch}, step {at.step + 1} of {run.steps}")
         loss = done.loss.item()
-        if not math.isfinite(loss):
-            raise TrainingFailed(
-                f"the training loss is {loss} at epoch {epoch}, step {step} of {run.steps} ({_culprit(run.estimator, x)})"
-            )
-        for optimizer in run.optimizers.values():
-            optimizer.step()
-        run.rate.after_step()
-        total, seen = total + loss * len(y), seen + len(y)
+        at.step, at.loss, at.seen = at.step + 1, at.loss + loss * len(y), at.seen + len(y)
         for cut, (head_loss, logits) in done.heads.items():
             sums = torch.stack([head_loss * len(y), (logits.argmax(1) == y).sum()])
-            heads[cut] = heads[cut] + sums if cut in heads else sums
-        report(step, loss)
-    run.rate.after_epoch(total / seen)
-    row: Row = {"train_loss": total / seen, "seconds": time.perf_counter() - start}
-    if heads:
-        totals = {cut: sums.tolist() for cut, sums in heads.items()}
-        row["heads"] = {cut: {"loss": loss / seen, "accuracy": 100 * hits / seen} for cut, (loss, hits) in totals.items()}
-    return row
+            at.heads[cut] = at.heads[cut] + sums if cut in at.heads else sums
+        at.seconds = time.perf_counter() - start
+        yield loss
 
 
 @torch.no_grad()
@@ -286,6 +392,16 @@ def _leaves_one(images: int, batch_size: int, model: nn.Module) -> bool:
     return images % batch_size == 1
 
 
+def _check_finite(estimator: onward.Estimator, loss: Tensor, x: Tensor, where: str) -> None:
+    if not math.isfinite(loss.item()):
+        raise TrainingFailed(f"the training loss is {loss.item()} at {where} ({_culprit(estimator, x)})")
+    gradients = [p.grad for p in estimator.parameters() if p.grad is not None]
+    if not nn.utils.get_total_norm(gradients).isfinite():
+        for name, p in estimator.named_parameters():
+            if p.grad is not None and not p.grad.isfinite().all():
+                raise TrainingFailed(f"the gradient of {name.removeprefix('model.')} is not finite at {where}")
+
+
 def _culprit(estimator: onward.Estimator, x: Tensor) -> str:
     """The first thing that is not finite, from the input on."""
     named: Iterable[tuple[str, Tensor]] = [("the input", x), *estimator.model.state_dict().items()]
@@ -295,22 +411,51 @@ def _culprit(estimator: onward.Estimator, x: Tensor) -> str:
     return "the network's parameters are finite, its output is not"
 
 
-def _kept(folder: Path, rows: list[Row]) -> str:
-    if not rows:
+def _kept(folder: Path) -> str:
+    """What is left of a run that has failed."""
+    try:
+        state = checkpoint.load(folder / run_folder.CHECKPOINT)
+    except UsageError as error:
+        return str(error)
+    if state is None:
         return "no epoch was completed, so there is no checkpoint"
-    return f"{folder / run_folder.CHECKPOINT} keeps the state after epoch {len(rows)}"
+    at = state["progress"]
+    where = f"step {at['step']} of epoch {at['epoch']}" if at["step"] else f"epoch {at['epoch'] - 1}"
+    return f"{folder / run_folder.CHECKPOINT} keeps the state after {where}"
+
+
+def _stop(folder: Path, at: Standing, request: str) -> NoReturn:
+    raise KeyboardInterrupt(
+        f"{request} after step {at.step} of epoch {at.epoch}, which {folder} keeps: onward train --resume {folder} goes on"
+    )
+
+
+def _due(every: str) -> Callable[[], bool]:
+    """A function to be called after every step: is it time for a checkpoint, by steps ("500") or minutes ("10m")?"""
+    taken, last = 0, time.monotonic()
+
+    def due() -> bool:
+        nonlocal taken, last
+        taken += 1
+        minutes = every.endswith("m")
+        reached = time.monotonic() - last >= 60 * float(every[:-1]) if minutes else taken >= int(every)
+        if reached:
+            taken, last = 0, time.monotonic()
+        return reached
+
+    return due
 
 
 def _advancing(
-    advance: Callable[[str], None] | None, console: Console, total: int
+    advance: Callable[[str], None] | None, console: Console, total: int, done: int
 ) -> contextlib.AbstractContextManager[Callable[[str], None]]:
-    return contextlib.nullcontext(advance) if advance else progress(console, total)
+    return contextlib.nullcontext(advance) if advance else progress(console, total, done)
 
 
 @contextlib.contextmanager
-def progress(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+def progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
     """One progress bar; the function that it gives advances it by a step, or by as many as it is told."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
+        task = bar.add_task("", total=total, completed=done)
         yield lambda description, steps=1: bar.update(task, advance=steps, description=description)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
 
 from onward.errors import UsageError
+from onward.lab import checkpoint
 from onward.lab.align import align
 from onward.lab.command import main
 from onward.lab.config import Align, Network, Subset, Train
@@ -88,11 +88,17 @@ def test_a_run_from_before_there_were_alignments(tmp_path: Path) -> None:
     ("break_it", "message"),
     [
         (lambda run: (run / "config.json").unlink(), r"run holds no run: give a folder that `onward train` has written"),
-        (lambda run: (run / "config.json").write_text("{"), r"run cannot be read \(JSONDecodeError: .*\): train it again"),
-        (lambda run: (run / "checkpoint.pt").unlink(), "run has no checkpoint.pt: no epoch of that run was completed"),
-        (lambda run: (run / "checkpoint.pt").write_bytes(b"PK"), r"run cannot be read \(.*\): train it again"),
         (
-            lambda run: torch.save({"epoch": 1, "estimator": {}}, run / "checkpoint.pt"),
+            lambda run: (run / "config.json").write_text("{"),
+            r"config.json cannot be read \(JSONDecodeError: .*\): train it again",
+        ),
+        (
+            lambda run: [path.unlink() for path in run.glob("checkpoint*.pt")],
+            "run has no checkpoint.pt yet: go on with the run by onward train --resume",
+        ),
+        (lambda run: (run / "checkpoint.pt").write_bytes(b"PK"), r"no usable checkpoint in .*run: checkpoint.pt is damaged"),
+        (
+            lambda run: checkpoint.save(run / "checkpoint.pt", {"progress": {"epoch": 1}, "estimator": {}}),
             r"the checkpoint of .*run does not fit its settings \(.*\): train it again",
         ),
     ],

@@ -66,11 +66,13 @@ def test_the_table_is_that_of_the_runs(config: Compare, tmp_path: Path, capsys: 
 def test_runs_that_are_complete_are_not_repeated(config: Compare, tmp_path: Path) -> None:
     config = replace(config, algorithms=("bp",))
     first = compare(config)
-    (tmp_path / "bp-s1" / "metrics.jsonl").write_text("")  # as if it had been interrupted
+    broken = tmp_path / "bp-s1"
+    (broken / "metrics.jsonl").write_text("")  # as if it had been interrupted in its last epoch
+    (broken / "checkpoint-previous.pt").replace(broken / "checkpoint.pt")
     kept, redone = ((tmp_path / f"bp-s{seed}" / "checkpoint.pt").stat().st_mtime_ns for seed in (0, 1))
     again = compare(replace(config, seeds=3))
     assert (tmp_path / "bp-s0" / "checkpoint.pt").stat().st_mtime_ns == kept
-    assert (tmp_path / "bp-s1" / "checkpoint.pt").stat().st_mtime_ns > redone
+    assert (broken / "checkpoint.pt").stat().st_mtime_ns > redone
     assert (first[0]["runs"], again[0]["runs"]) == (2, 3)
 
 

@@ -1,0 +1,105 @@
+"""Checkpoints that are whole or not there: written beside the last one, sealed with a digest, opened without running code."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from onward.errors import UsageError
+
+SEAL = b"\nonward sha256 "
+_SEAL_SIZE = len(SEAL) + 64
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint; the one before it stays as `<name>-previous.pt`. `torch.load(path, weights_only=True)` reads both.
+
+    Raises:
+        OSError: it could not be written, for want of space perhaps; what was there is still there.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "checkpoint.pt"
+    >>> save(path, {"epoch": 1})
+    >>> load(path)
+    {'epoch': 1}
+    """
+
+    def write(file: BinaryIO) -> None:
+        torch.save(state, file)
+        file.flush()
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0, os.SEEK_END)
+        file.write(SEAL + digest.encode())
+
+    write_whole(path, write, keep=previous(path))
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """The state in a checkpoint, or, where that one is damaged, in the one before it; None if there is neither.
+
+    Raises:
+        UsageError: there are files, and all of them are damaged, or hold more than numbers (nothing of which is run).
+    """
+    reasons = []
+    for candidate in (path, previous(path)):
+        try:
+            return _open(candidate)
+        except FileNotFoundError:
+            continue
+        except _Damaged as damage:
+            reasons.append(f"{candidate.name} {damage}")
+    if reasons:
+        raise UsageError(f"no usable checkpoint in {path.parent}: {'; '.join(reasons)}: start the run anew with --overwrite")
+    return None
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before this one is kept."""
+    return path.with_name(f"{path.stem}-previous{path.suffix}")
+
+
+class _Damaged(Exception):
+    pass
+
+
+def _open(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        content = file.read()
+    body, seal = content[:-_SEAL_SIZE], content[-_SEAL_SIZE:]
+    if not seal.startswith(SEAL) or hashlib.sha256(body).hexdigest().encode() != seal[len(SEAL) :]:
+        raise _Damaged("is damaged or was not written by onward (its digest does not fit)")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise _Damaged("holds more than numbers and names, and was not opened") from None
+    if not isinstance(state, dict):
+        raise _Damaged(f"holds a {type(state).__name__}, not the state of a run")
+    return state
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
+    """Write a file that is never seen half-written, even if the machine stops in between; `keep` takes the old one."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w+b") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            path.replace(keep)
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the renaming too
+    finally:
+        os.close(folder)
