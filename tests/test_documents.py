@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from onward.lab import command
+from onward.lab import align, bench, command, compare, report  # noqa: F401 (before their functions are replaced)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -27,10 +27,21 @@ def test_the_readmes_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_readmes_commands_can_be_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [shlex.split(line, comments=True) for line in re.findall(r"^onward .*$", README, re.MULTILINE)]
     asked = []
-    monkeypatch.setattr("onward.lab.train.train", asked.append)
-    monkeypatch.setattr("onward.lab.compare.compare", asked.append)
+    for name in ("train.train", "compare.compare", "bench.bench", "align.align", "report.report"):
+        monkeypatch.setattr(f"onward.lab.{name}", asked.append)
+    monkeypatch.setattr("onward.lab.train.resume", asked.append)
     assert [command.main(line[1:]) for line in lines] == [0] * len(lines)
-    assert [type(one).__name__ for one in asked] == ["Train", "Train", "Train", "Compare"]
+    assert [type(one).__name__ for one in asked] == [
+        "Train",
+        "Train",
+        "Train",
+        "PosixPath",
+        "Compare",
+        "Compare",
+        "Bench",
+        "Align",
+        "Report",
+    ]
 
 
 def test_the_example_learns() -> None:
