@@ -434,7 +434,7 @@ def show(rows: Sequence[Row], title: str, console: Console) -> None:
         low, high = row["peak_bytes_range"]
         megabytes = f"{row['peak_bytes'] / 1e6:.0f} ({low / 1e6:.0f}–{high / 1e6:.0f})"
         memory_of.add_row(name, megabytes, *peaks, row["engine"])
-        parts_of.add_row(name, f"{row['flops'] / 1e9:.2f}", *shares)
+        parts_of.add_row(name, f"{row['flops'] / 1e9:.3g}", *shares)
     console.print("\nTime; ratios: median (least–greatest) over turns; ckpt: bp:checkpoint=true", time_of)
     console.print("Peak memory; median (least–greatest) over processes", memory_of)
     console.print("Arithmetic, and parts of the time of a step in %", parts_of)

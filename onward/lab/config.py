@@ -153,7 +153,7 @@ class Setup:
     """A network that `onward list` names, or path/to/file.py:function of your own, whose function (called without arguments,
     or with those it names: shape, classes and what --network has) returns it."""
     input: str | None = None
-    """Shape of one input, such as 3,32,32; if not given, that of the data."""
+    """Shape of one input, such as 3,32,32; if not given, that of the data (bench: of the images that the network is for)."""
     cuts: tuple[str, ...] | None = None
     """Modules whose outputs end a block; if not given, the children of a Sequential with parameters but the last."""
     batch_size: int = 64
