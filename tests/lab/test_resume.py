@@ -133,8 +133,10 @@ def test_killed_at_many_moments(start: Callable[..., Any], family: str, tmp_path
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_request_to_stop_is_heeded_after_the_step(
-    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    before = signal.signal(number, signal.default_int_handler)  # a shell may have started us with the signal ignored
+    request.addfinalizer(lambda: signal.signal(number, before))
     whole = config_of("bp", tmp_path / "whole", checkpoint_every="1000")
     train(whole)
     broken = replace(whole, out=str(tmp_path / "broken"))
