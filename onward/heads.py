@@ -52,13 +52,12 @@ def make_heads(
         classes = as_rows(call(model, x)).shape[1]
     with again:
         pass  # the pass has drawn nothing
-    default = _WIDTHS.get(kind, 1) // (1 if len(cuts) <= 8 else 2)
     made = {}
     for name, h in zip(cuts, outputs, strict=True):
         if not h.is_floating_point():
             raise UsageError(f"the output of cut {name!r} is {h.dtype}: a head needs floating-point numbers")
         try:
-            made[name] = HEADS[kind](h, classes, width or default).to(device, h.dtype)
+            made[name] = HEADS[kind](h, classes, width or default_width(kind, len(cuts)) or 1).to(device, h.dtype)
         except UsageError as error:
             raise UsageError(f"a {kind} head at cut {name!r}: {error}") from None
     return made
@@ -125,6 +124,15 @@ class PredSim(nn.Module):
 
 HEADS: dict[str, Callable[[Tensor, int, int], nn.Module]] = {"cnn": cnn, "mlp": mlp, "linear": linear, "predsim": PredSim}
 _WIDTHS = {"cnn": 32, "mlp": 1024}
+
+
+def default_width(kind: str, cuts: int) -> int | None:
+    """Hidden channels or features of a head of that kind, half of them beyond 8 cuts; None where it has no width.
+
+    >>> default_width("cnn", 8), default_width("cnn", 16), default_width("linear", 8)
+    (32, 16, None)
+    """
+    return _WIDTHS[kind] // (1 if cuts <= 8 else 2) if kind in _WIDTHS else None
 
 
 def local_loss(head: nn.Module, h: Tensor, y: Any, loss: Loss) -> tuple[Tensor, Tensor]:

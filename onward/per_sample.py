@@ -81,10 +81,10 @@ class PerSample:
         """
         return self.totals(weigh(self.inner(pairs)))
 
-    def totals(self, weights: Sequence[Tensor]) -> Tensor:
-        """``sum_n sum_i weights^i_n G^{1+i}_n``."""
-        total = self.total(1, weights[0])
-        for i, others in enumerate(weights[1:], start=2):
+    def totals(self, weights: Sequence[Tensor], first: int = 1) -> Tensor:
+        """``sum_n sum_i weights^i_n G^{first+i}_n``."""
+        total = self.total(first, weights[0])
+        for i, others in enumerate(weights[1:], start=first + 1):
             total += self.total(i, others)
         return total
 

@@ -103,10 +103,6 @@ class Estimator(nn.Module):
     def _roles(self) -> dict[str, list[nn.Parameter]]:
         return {"network": list(self.model.parameters())}
 
-    def _output_error(self, logits: Tensor, y: Any) -> tuple[Tensor, Tensor]:
-        """The loss, and its gradient with respect to the output, e = dL/dz."""
-        return output_error(self.loss, logits, y)
-
     def get_extra_state(self) -> dict[str, int]:
         return {"step": self.step, "seed": self.seed}
 

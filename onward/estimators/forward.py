@@ -32,6 +32,7 @@ from onward.per_sample import Use, dots, parameters_behind, record_uses, weighte
 if TYPE_CHECKING:
     from onward.estimators.forward_gradient import ForwardGradient
 
+Guess = Callable[[], list[Tensor]]
 _AT_ONCE = 4  # tangents in one pass where every block has its own, so that memory does not grow with the number of blocks
 
 
@@ -82,7 +83,12 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
     of_samples = fg.space in ("activation-2", "random-sign-weight")
     recording: AbstractContextManager[list[Use]] = record_uses(fg.model) if of_samples else nullcontext([])
 
-    def learn(k: int, h: Tensor, guesses: list[Tensor]) -> None:
+    def learn(k: int, h: Tensor, guess: Guess) -> None:
+        guesses = guess()
+        with torch.autocast(h.device.type, enabled=False):
+            differentiate(k, h, guesses)
+
+    def differentiate(k: int, h: Tensor, guesses: list[Tensor]) -> None:
         if of_samples:
             fg.observed(k, guesses[0])
         if fg.space == "random-sign-weight":
@@ -107,7 +113,7 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, err
     along: dict[Site, Tensor] = {}
     names = {p: name for name, p in fg.model.named_parameters()}
 
-    def learn(k: int, h: Tensor, guesses: list[Tensor]) -> None:
+    def learn(k: int, h: Tensor, guess: Guess) -> None:
         members.append(list(parameters_behind(h)))
         if not members[k]:
             return
@@ -115,7 +121,7 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, err
             if fg.guess == "random":
                 found = [fg.drawn_weights(names[p], p, i) for p in members[k]]
             else:  # each of these parameters is behind h, so a gradient arrives at each
-                found = [u for u in through(h, fg.observed(k, guesses[i]), members[k]) if u is not None]
+                found = [u for u in through(h, fg.observed(k, guess()[i]), members[k]) if u is not None]
             for p, direction in zip(members[k], found, strict=True):
                 along[Site(k, names[p], i)] = direction
 
@@ -127,9 +133,7 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, err
 def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: same_randomness) -> Step:
     """Baydin et al.: one direction for all parameters of the network; nothing is differentiated in reverse."""
     named = {name: p for name, p in fg.model.named_parameters() if p.requires_grad}
-    along = {
-        Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()
-    }  # fmt: skip
+    along = {Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()}
     measured = _estimate_along(fg, x, y, again, [list(named.values())], along)
     return Step(measured.loss, measured.logits)
 
@@ -176,7 +180,7 @@ def _block_by_block(
     y: Any,
     again: same_randomness,
     error: OutputError | None,
-    learn: Callable[[int, Tensor, list[Tensor]], None],
+    learn: Callable[[int, Tensor, Guess], None],
     after: Callable[[], object] = lambda: None,
     skip: Callable[[int], object] = lambda k: None,
 ) -> Step:
@@ -192,9 +196,8 @@ def _block_by_block(
             local, value, z = fg.heads.differentiate(k, h, y, fg.loss, fg.seed, fg.step, learn=True)
             seen[fg.cuts[k]] = value, z
         if h.requires_grad:
-            guesses = [local] if fg.guess == "local" and local is not None else fg.guesses(k, h, y, error)
-            with torch.autocast(h.device.type, enabled=False):
-                learn(k, h, guesses)
+            known = [local] if fg.guess == "local" and local is not None else None
+            learn(k, h, lambda: known or fg.guesses(k, h, y, error))
         else:
             skip(k)
         if fg.feedback is not None:

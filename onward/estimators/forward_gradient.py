@@ -36,7 +36,9 @@ GUESSES = {
 ENGINES = {"forward": forward.estimate, "reverse": reverse.estimate}
 PASSES = {"block": "a tangent for each block, exact", "one": "all blocks at once, with random signs"}
 SCALINGS = {"unbiased": "<g, u> u", "projection": "<g, u> u / |u|^2"}
-WITH_HEADS = ("local", "above", "sum")
+OF_TRAINED_HEADS = {"local", "above", "sum"}
+OF_HEADS = OF_TRAINED_HEADS | {"ntk", "fixed-ntk"}
+"""Targets and guesses that are gradients of heads' losses."""
 
 
 class ForwardGradient(Estimator):
@@ -124,7 +126,7 @@ class ForwardGradient(Estimator):
         if engine == "forward":
             self.engine += ", all blocks in one tangent" if passes == "one" else ", a tangent per block"
         frozen = guess in ("ntk", "fixed-ntk")
-        trained = heads is not None and (not frozen or target in WITH_HEADS)
+        trained = heads is not None and (not frozen or target in OF_TRAINED_HEADS)
         self.heads = Heads(self.cuts, heads) if heads is not None and trained else None
         self.frozen_heads = Heads(self.cuts, heads, frozen=True) if heads is not None and frozen else None
         self.feedback = FEEDBACK[feedback](model, self.cuts, seed) if guess == "feedback" else None
@@ -132,7 +134,7 @@ class ForwardGradient(Estimator):
 
     def _check_combination(self, engine: str, heads: Mapping[str, nn.Module] | None) -> None:
         for what, name in (("target", self.target), ("guess", self.guess)):
-            if heads is None and name in (*WITH_HEADS, "ntk", "fixed-ntk"):
+            if heads is None and name in OF_HEADS:
                 raise UsageError(f"{what}={name!r} is a gradient of heads: give heads=, one for each cut (onward.make_heads)")
         if self.directions < 1:
             raise UsageError(f"directions={self.directions}: a forward gradient needs at least 1")
@@ -159,7 +161,7 @@ class ForwardGradient(Estimator):
                 f"space={self.space!r} compares gradients of every parameter for every sample, and a forward pass measures one "
                 "derivative for each sample: use engine='reverse', or the spaces activation, activation-2 or avg-weight"
             )
-        if engine == "forward" and self.target in WITH_HEADS and heads is not None:
+        if engine == "forward" and self.target in OF_TRAINED_HEADS and heads is not None:
             for name, head in heads.items():
                 if hasattr(head, "local_loss"):
                     raise UsageError(

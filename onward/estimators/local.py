@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward.cuts import BypassCheck, cut_graph
-from onward.estimators.base import Estimator, Loss, Step, allocate_gradients, call, check_last_block, forget_unused
+from onward.estimators.base import (
+    Estimator,
+    Loss,
+    Step,
+    allocate_gradients,
+    call,
+    check_last_block,
+    forget_unused,
+    output_error,
+)
 from onward.heads import Heads
 
 
@@ -68,7 +77,7 @@ class LocalLoss(Estimator):
             check.visit(len(self.cuts), logits)
         self._check_bypass = False
         check_last_block(self.cuts, logits.requires_grad)
-        loss, e = self._output_error(logits, y)
+        loss, e = output_error(self.loss, logits, y)
         torch.autograd.backward(logits, e.to(logits.dtype))
         forget_unused(fresh)
         return Step(loss, logits.detach(), seen)

@@ -141,8 +141,13 @@ def _learn(
         return found
 
     target = signal(fg.target)
-    guesses = [signal(fg.guess)] if fg.guess in ("local", *SWEPT) else block.guesses or fg.guesses(k, h, y, error)
     drawn_in_weights = fg.guess == "random" and fg.space in (*spaces.OF_SAMPLES, "avg-weight")
+    if drawn_in_weights:
+        guesses = []
+    elif fg.guess in ("local", *SWEPT):
+        guesses = [signal(fg.guess)]
+    else:
+        guesses = block.guesses or fg.guesses(k, h, y, error)
     edges: Sequence[Any] = []
     if fg.space == "avg-weight":
         edges = parameters
@@ -150,12 +155,8 @@ def _learn(
         edges = [use.output for use in uses]
     compared = [] if fg.space == "activation-2" else edges  # the target itself is not needed inside the block
     at_target = sweep(fg.target, target, compared)
-    if drawn_in_weights:
-        at_guesses = []
-    elif fg.guess == fg.target and compared:
-        at_guesses = [at_target]
-    else:
-        at_guesses = [sweep(fg.guess, u, edges) for u in guesses]
+    same = fg.guess == fg.target and compared is edges
+    at_guesses = [at_target] if same else [sweep(fg.guess, u, edges) for u in guesses]
     if not parameters:
         return carried_on
     if fg.space == "avg-weight":
@@ -164,8 +165,7 @@ def _learn(
         weights = fg.row_weights([dots(target, u) for u in guesses], guesses)
         accumulate_rows(h, uses, guesses, at_guesses, weights)
     elif fg.space in spaces.OF_SAMPLES:
-        compared_with = [] if drawn_in_weights else guesses
-        estimate_samples(fg, k, h, uses, [target, *compared_with], [at_target, *at_guesses])
+        estimate_samples(fg, k, h, uses, [target, *guesses], [at_target, *at_guesses])
     else:
         if fg.space == "span-activation":
             delta = torch.stack([spaces.span_rows(target, u) for u in guesses]).mean(0)
@@ -187,10 +187,7 @@ def accumulate_rows(
 ) -> None:
     """Add to ``.grad`` the sum over samples and directions i of weights^i_n times the parameter gradients under guess i."""
     for p, gradients in per_sample_gradients(h, uses, guesses, arrived):
-        total = gradients.total(0, weights[0])
-        for i, others in enumerate(weights[1:], start=1):
-            total += gradients.total(i, others)
-        accumulate([p], [total])
+        accumulate([p], [gradients.totals(weights, first=0)])
 
 
 def estimate_samples(

@@ -23,6 +23,7 @@ from onward.estimators.base import (
     check_last_block,
     device_of,
     forget_unused,
+    output_error,
 )
 from onward.forward_mode import Tangents
 
@@ -104,7 +105,7 @@ class SignalEstimator(Estimator):
         self._check(outputs, logits)
         if self.reads_outputs:
             self._check_kept(outputs, versions)
-        loss, e = self._output_error(logits, y)
+        loss, e = output_error(self.loss, logits, y)
         error = OutputError(e, tangents_out, lambda k, h: drawn[k])
         # Nothing has to wait for a later block, so the first blocks, with most to forget and the fewest parameters, go first.
         outputs.reverse()
@@ -136,7 +137,7 @@ class SignalEstimator(Estimator):
             with cut_graph(self.model, self.cuts, pass_on):
                 logits = call(self.model, x)
             tangents_out = tangents_of(tangents, self.cuts, logits)
-        loss, e = self._output_error(logits, y)
+        loss, e = output_error(self.loss, logits, y)
         error = OutputError(e, tangents_out, self._draw)
         check = BypassCheck(self.model, self.cuts) if self._check_bypass else None
 

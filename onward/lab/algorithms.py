@@ -14,14 +14,11 @@ from torch import Tensor, nn
 import onward
 from onward.errors import UsageError, unknown
 from onward.estimators.base import Loss
+from onward.estimators.forward_gradient import OF_HEADS
+from onward.heads import default_width
 from onward.lab import models
 from onward.lab.blocks import scaled
 from onward.lab.config import Train
-
-HEAD_WIDTH = {"cnn": 32, "mlp": 1024}
-"""Of a network of 8 blocks; half of it beyond. Other heads have no width."""
-WITH_HEADS = {"local", "above", "sum", "ntk", "fixed-ntk"}
-"""Targets and guesses that are gradients of heads' losses."""
 
 
 def bp(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
@@ -60,7 +57,7 @@ def fg(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
     if config.low_memory:
         raise UsageError("--low-memory: fg has no such form, its forward engine always keeps one block at a time: leave it out")
     asked = config.forward_gradient
-    heads = make_heads(model, config, x) if {asked.target, asked.guess} & WITH_HEADS else None
+    heads = make_heads(model, config, x) if {asked.target, asked.guess} & OF_HEADS else None
     return onward.ForwardGradient(model, config.cuts, heads=heads, seed=config.seed, **dataclasses.asdict(asked))
 
 
@@ -187,9 +184,7 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
     ends = [shared.get(cut, cut) for cut in cuts]
     flat = any(isinstance(layer, nn.Flatten) for end in ends for layer in model.get_submodule(end).modules())
     kind = config.heads.kind or ("mlp" if flat else "cnn")
-    width = config.heads.width
-    if width is None and kind in HEAD_WIDTH:
-        width = HEAD_WIDTH[kind] if len(cuts) <= 8 else HEAD_WIDTH[kind] // 2
+    width = default_width(kind, len(cuts)) if config.heads.width is None else config.heads.width
     made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
     if config.model in models.INITIALIZE:
         for head in made.values():

@@ -32,7 +32,7 @@ OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "sgd": torch.optim.
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on: a loss is no longer a finite number."""
+    """Training cannot go on: a loss or a gradient is no longer a finite number."""
 
 
 @dataclass(frozen=True)
@@ -298,7 +298,7 @@ def prepare(config: Train, data: ImageData) -> Run:
 def train_epoch(run: Run, at: Standing) -> Iterator[float]:
     """The steps that are left of an epoch; yields each one's loss, once `at` counts it."""
     run.estimator.train()
-    start = time.perf_counter() - at.seconds
+    start = time.perf_counter()
     for x, y in run.training_batches(at.epoch, at.step):
         done = run.step(x, y, f"epoch {at.epoch}, step {at.step + 1} of {run.steps}")
         loss = done.loss.item()
@@ -306,8 +306,9 @@ def train_epoch(run: Run, at: Standing) -> Iterator[float]:
         for cut, (head_loss, logits) in done.heads.items():
             sums = torch.stack([head_loss * len(y), (logits.argmax(1) == y).sum()])
             at.heads[cut] = at.heads[cut] + sums if cut in at.heads else sums
-        at.seconds = time.perf_counter() - start
+        at.seconds += time.perf_counter() - start
         yield loss
+        start = time.perf_counter()  # what is done with the loss is not the step's time
 
 
 @torch.no_grad()
