@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onward.errors import UsageError
-from onward.lab import models, run_folder
+from onward.lab import disk, models, run_folder
 from onward.lab.compare import runs_of, train_all
 from onward.lab.config import Align
 from onward.lab.extra import lab_extra
@@ -50,7 +50,7 @@ def align(config: Align) -> list[Entry]:
             pass
     else:
         found = _of_training(config, folder)
-    (folder / JSON).write_text(json.dumps(found) + "\n")
+    disk.write_text(folder / JSON, json.dumps(found) + "\n")
     latest = {entry["label"]: entry for entry in found}
     for entry in latest.values():
         show(entry)
@@ -152,7 +152,8 @@ def heat_map(path: Path, found: Sequence[Entry]) -> None:
                         said = f"{value:.2f}" if value == value else "none"
                         axes.text(x, y, said, ha="center", va="center", fontsize=8, color="w" if abs(value) > 0.6 else "k")
     figure.colorbar(picture, ax=grid, label="cosine with the true gradient", shrink=min(1.0, 4 / len(labels)))
-    figure.savefig(path, dpi=120)
+    with disk.writing(path):
+        figure.savefig(path, dpi=120)
 
 
 def _cosine(entry: Entry, block: str, kind: str) -> float:
@@ -187,4 +188,5 @@ def histograms(path: Path, latest: Mapping[str, Entry]) -> None:
                 lines[label] = axes.stairs(parts, edges, label=label, color=f"C{number % 10}", linewidth=1.5)
     if lines:
         figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
-    figure.savefig(path, dpi=120)
+    with disk.writing(path):
+        figure.savefig(path, dpi=120)

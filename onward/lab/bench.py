@@ -51,7 +51,7 @@ from onward import directions
 from onward.errors import UsageError, unknown
 from onward.estimators import forward
 from onward.forward_mode import Tangents
-from onward.lab import algorithms, memory, models
+from onward.lab import algorithms, disk, memory, models
 from onward.lab.config import Backprop, Bench, Heads, Network, Train
 from onward.lab.extra import lab_extra
 from onward.lab.train import choose_device, describe, make_optimizers
@@ -106,7 +106,7 @@ def bench(config: Bench) -> list[Row]:
         draw_sweep(picture, report["slopes"], rows, config)
         console.print(f"picture: {picture}")
     if config.json:
-        Path(config.json).write_text(json.dumps(report, indent=2) + "\n")
+        disk.write_text(Path(config.json), json.dumps(report, indent=2) + "\n")
         console.print(f"figures: {config.json}")
     return rows
 
@@ -574,7 +574,8 @@ def draw_sweep(path: Path, fits: Sequence[Row], rows: Sequence[Row], config: Ben
         axes.set(xlabel=config.sweep[0], ylabel=unit, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small", title=f"slope, {unit} per {config.sweep[0]}", title_fontsize="x-small")
-    figure.savefig(path, dpi=150)
+    with disk.writing(path):
+        figure.savefig(path, dpi=150)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from onward.errors import UsageError
+from onward.lab import disk
 
 SEAL = b"\nonward sha256 "
 _SEAL_SIZE = len(SEAL) + 64
@@ -38,7 +38,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         file.seek(0, os.SEEK_END)
         file.write(SEAL + digest.encode())
 
-    write_whole(path, write, keep=previous(path))
+    disk.write_whole(path, write, keep=previous(path))
 
 
 def load(path: Path) -> dict[str, Any] | None:
@@ -82,24 +82,3 @@ def _open(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict):
         raise _Damaged(f"holds a {type(state).__name__}, not the state of a run")
     return state
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
-    """Write a file that is never seen half-written, even if the machine stops in between; `keep` takes the old one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w+b") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            path.replace(keep)
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the renaming too
-    finally:
-        os.close(folder)

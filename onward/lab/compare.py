@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from onward.errors import UsageError
-from onward.lab import algorithms, models, run_folder
+from onward.lab import algorithms, disk, models, run_folder
 from onward.lab.config import Compare, Recipe, Train
 from onward.lab.data import ImageData, held_out
 from onward.lab.plots import learning_curves
@@ -59,8 +59,8 @@ def compare(config: Compare) -> list[dict[str, Any]]:
         engine = run_folder.read_config(Path(runs[label][0].out))["environment"]["engine"] if same else None
         rate = runs[label][0].lr if same else None
         table.append({"algorithm": label, "engine": engine, "lr": rate, **summary(rows), "failed": len(same) - len(rows)})
-    (folder / JSON).write_text(json.dumps(table, indent=2) + "\n")
-    with (folder / CSV).open("w", newline="") as file:
+    disk.write_text(folder / JSON, json.dumps(table, indent=2) + "\n")
+    with disk.writing(folder / CSV), (folder / CSV).open("w", newline="") as file:
         writer = csv.DictWriter(file, table[0].keys())
         writer.writeheader()
         writer.writerows(table)
@@ -255,7 +255,7 @@ def _with_best_rates(
         chosen[label] = [] if best is None else [replace(run, lr=best) for run in runs[label]]
         if best in (rates[0], rates[-1]) and len(rates) > 1:
             notes.append(f"{label}: the best rate, {best:g}, is at the end of the grid: widen it to be sure")
-    (folder / RATES).write_text(json.dumps(kept, indent=2) + "\n")
+    disk.write_text(folder / RATES, json.dumps(kept, indent=2) + "\n")
     Console().print(printed)
     for note in notes:
         console.print(note)

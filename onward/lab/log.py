@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from onward.errors import UsageError
+from onward.lab import disk
 from onward.lab.config import Train
 from onward.lab.extra import lab_extra
 
@@ -51,13 +53,35 @@ def open_log(folder: Path, config: Train, done: int = 0) -> Iterator[Log]:
 def _tensorboard(folder: Path, done: int) -> Iterator[Log]:
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder), purge_step=done + 1 if done else None) as writer:
+    file = folder / "events.out.tfevents.*"
+    with _silent_threads():
+        with disk.writing(file):
+            writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
 
         def log(values: Mapping[str, Any], step: int) -> None:
-            for name, value in values.items():
-                (writer.add_histogram if isinstance(value, Tensor) else writer.add_scalar)(name, value, step)
+            with disk.writing(file):
+                for name, value in values.items():
+                    (writer.add_histogram if isinstance(value, Tensor) else writer.add_scalar)(name, value, step)
 
-        yield log
+        try:
+            yield log
+        except BaseException:
+            with suppress(OSError):  # the body's own failure is the one to tell
+                writer.close()
+            raise
+        with disk.writing(file):
+            writer.close()
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """TensorBoard writes in a thread; what fails there is raised here by its next call, and need not be printed too."""
+    before = threading.excepthook
+    threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else before(failed)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 @contextmanager

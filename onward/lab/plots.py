@@ -10,6 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from onward.lab import disk
 from onward.lab.extra import lab_extra
 
 Rows = Sequence[Mapping[str, float]]
@@ -52,7 +53,8 @@ def learning_curves(path: Path, results: Results, title: str) -> None:
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=150)
+    with disk.writing(path):
+        figure.savefig(path, dpi=150)
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, str]]:

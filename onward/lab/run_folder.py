@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from onward.alignment import Block
 from onward.errors import UsageError
-from onward.lab import checkpoint
+from onward.lab import checkpoint, disk
 from onward.lab.algorithms import folder_name
 from onward.lab.config import Recipe, Train, from_dict
 
@@ -67,9 +68,8 @@ def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / "writable.partial"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(4096))  # a disk that is full still takes a file that is empty
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder with --out") from error
     if any(path.suffix != ".partial" for path in _contents(folder)) and not overwrite:
@@ -90,7 +90,7 @@ def begin(folder: Path, config: Train, **environment: Any) -> None:
     for path in _contents(folder):
         path.unlink()
     settings = {"config": dataclasses.asdict(config), "environment": environment}
-    checkpoint.write_whole(folder / CONFIG, lambda file: file.write((json.dumps(settings, indent=2) + "\n").encode()))
+    disk.write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -151,12 +151,12 @@ def read_alignment(folder: Path) -> list[dict[str, Any]]:
 
 def write_failure(folder: Path, reason: str) -> None:
     """failed.txt: why this run has stopped for good."""
-    (folder / FAILURE).write_text(reason + "\n")
+    disk.write_text(folder / FAILURE, reason + "\n")
 
 
 def write_weights(folder: Path, epoch: int, weights: dict[str, Tensor]) -> None:
     """weights-<epoch>.pt, the network's own, for `load_state_dict`; `torch.load(path, weights_only=True)` reads it."""
-    checkpoint.write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
+    disk.write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
 
 
 def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
@@ -214,4 +214,4 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _write_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    checkpoint.write_whole(path, lambda file: file.write("".join(json.dumps(entry) + "\n" for entry in entries).encode()))
+    disk.write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))

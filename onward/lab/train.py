@@ -189,7 +189,8 @@ def resume(folder: Path, data: ImageData | None = None, advance: Callable[[str],
     rows: list[Row] = [] if state is None else state.get("rows", [])
     if len(rows) == config.epochs:
         run_folder.write_metrics(folder, rows)
-        Console(highlight=False, soft_wrap=True, quiet=advance is not None).print(f"{folder} is complete")
+        run_folder.write_alignment(folder, state["progress"]["aligned"])
+        Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None).print(f"{folder} is complete")
         return rows
     run = prepare(config, data or load_data(config))
     if state is None:
@@ -209,7 +210,7 @@ def _go_on(
 ) -> list[Row]:
     """Train from where the run stands to its end."""
     config = run.config
-    console = Console(highlight=False, soft_wrap=True, quiet=advance is not None)
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None)
     where = f", on from epoch {at.epoch}, step {at.step}" if at.rows or at.step else ""
     console.print(
         f"{config.algorithm} ({run.estimator.engine}), {config.model}, {run.data.name}: {len(run.data.train)} training and "
@@ -265,8 +266,11 @@ def _go_on(
                     "test accuracy {test_accuracy:.2f} %  {seconds:.1f} s".format(**row)
                 )
     except TrainingFailed as error:
-        run_folder.write_failure(folder, str(error))
+        with contextlib.suppress(OSError):  # a disk that is full too must not hide why
+            run_folder.write_failure(folder, str(error))
         raise TrainingFailed(f"{error}; {_kept(folder)}") from None
+    except OSError as error:  # a disk that is full, images that do not come
+        raise OSError(f"{error}, then go on by onward train --resume {folder}; {_kept(folder)}") from error
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(str(stopped) or _kept(folder)) from None
     console.print(f"written to {folder}")

@@ -1,0 +1,68 @@
+"""Files that are written whole or not at all, and one sentence where they cannot be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What keeps the body from writing to `path` is told with its name and a remedy: the system leaves out either, or both.
+
+    >>> with writing(Path("run/metrics.jsonl")):
+    ...     raise OSError(errno.ENOSPC, "No space left on device")
+    Traceback (most recent call last):
+    OSError: run/metrics.jsonl cannot be written (No space left on device): make space on its disk
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch.save buries what the file has raised in a RuntimeError of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        remedy = "check its disk"
+        if cause.errno in FULL:
+            remedy = "make space on its disk"
+        elif cause.errno in FORBIDDEN:
+            remedy = "allow writing there, or choose another folder"
+        raise OSError(f"{path} cannot be written ({cause.strerror or cause}): {remedy}") from error
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
+    """Write a file that is never seen half-written, even if the machine stops in between; `keep` takes the old one.
+
+    Raises:
+        OSError: it could not be written, for want of space perhaps; what was there is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    with writing(path):
+        try:
+            with partial.open("w+b") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                path.replace(keep)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the renaming too
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_whole` of a text."""
+    write_whole(path, lambda file: file.write(text.encode()))
