@@ -105,6 +105,10 @@ def _has_parameters(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
+class Elsewhere(nn.Identity):
+    """In the place of a block that another process has (:class:`onward.Stage`)."""
+
+
 def check_names(model: nn.Module, cuts: Sequence[str]) -> tuple[str, ...]:
     """The cuts as a tuple, each the name of a different module of ``model``.
 
@@ -125,6 +129,8 @@ def check_names(model: nn.Module, cuts: Sequence[str]) -> tuple[str, ...]:
 def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver) -> Iterator[None]:
     """Within the block, ``deliver(k, h)`` takes the output h of the k-th named module, and its result goes on in its place.
 
+    Modules that are :class:`Elsewhere` are passed over.
+
     Raises :class:`onward.UsageError` where a cut's output is not a tensor, or a cut module runs more than once, in another
     order than the cuts were named in, or not at all.
 
@@ -136,7 +142,8 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver) -> Iterat
     >>> model[0].weight.grad is None
     True
     """
-    done: list[str] = []
+    here = {name: k for k, name in enumerate(cuts) if not isinstance(model.get_submodule(name), Elsewhere)}
+    order, done = list(here), list[str]()
 
     def hook(k: int, name: str) -> Callable[..., Tensor]:
         def deliver_output(module: nn.Module, args: Any, output: Any) -> Tensor:
@@ -150,21 +157,21 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver) -> Iterat
                     f"cut {name!r} ({type(module).__name__}) runs more than once in a forward pass: cut at a module that "
                     "runs once, or give each use a module of its own"
                 )
-            if k != len(done):
+            if name != order[len(done)]:
                 raise UsageError(
-                    f"cut {name!r} ran before cut {cuts[len(done)]!r}: name the cuts in the order in which they run"
+                    f"cut {name!r} ran before cut {order[len(done)]!r}: name the cuts in the order in which they run"
                 )
             done.append(name)
             return deliver(k, output)
 
         return deliver_output
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(k, name)) for k, name in enumerate(cuts)]
+    handles = [model.get_submodule(name).register_forward_hook(hook(k, name)) for name, k in here.items()]
     try:
         yield
-        if len(done) < len(cuts):
+        if len(done) < len(order):
             raise UsageError(
-                f"cut {cuts[len(done)]!r} did not run in this forward pass: cut at a module that the network calls "
+                f"cut {order[len(done)]!r} did not run in this forward pass: cut at a module that the network calls "
                 "(calling a module's .forward() directly, or only its weight, does not count)"
             )
     finally:

@@ -41,6 +41,8 @@ class Estimator(nn.Module):
     """How the estimate is measured, to be printed beside every result."""
     observe: Callable[[int, Tensor], None] | None = None
     """Called with each k and the error signal that block k differentiates itself with, where somebody wants to see it."""
+    ends_here = True
+    """Whether the network's last block is in this process (:class:`onward.Stage` divides blocks among processes)."""
 
     def __init__(
         self, model: nn.Module, cuts: Sequence[str] | None = None, *, loss: Loss = F.cross_entropy, seed: int = 0
@@ -74,6 +76,15 @@ class Estimator(nn.Module):
 
     def _estimate(self, x: Any, y: Any) -> Step:
         raise NotImplementedError
+
+    def learn_last(self, output: Tensor, y: Any) -> Tensor:
+        """Give the last block the exact gradient of the loss; returns the loss, 0 where that block is in another process."""
+        if not self.ends_here:
+            return output.new_zeros(())
+        check_last_block(self.cuts, output.requires_grad)
+        loss, e = output_error(self.loss, output, y)
+        torch.autograd.backward(output, e.to(output.dtype))
+        return loss
 
     def observed(self, k: int, delta: Tensor) -> Tensor:
         """The error signal of block k, shown to ``observe``."""

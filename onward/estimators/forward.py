@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from onward.cuts import BypassCheck, cut_graph, frozen_statistics, same_randomness
+from onward.cuts import BypassCheck, Elsewhere, cut_graph, frozen_statistics, same_randomness
 from onward.directions import draw, seed_of
 from onward.errors import UsageError
 from onward.estimators.base import (
@@ -19,7 +20,6 @@ from onward.estimators.base import (
     allocate_gradients,
     as_rows,
     call,
-    check_last_block,
     device_of,
     forget_unused,
     output_error,
@@ -68,7 +68,8 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
     """Measure along guesses at the blocks' outputs, then deliver to each block its own, weighted."""
     slopes: dict[Site, Tensor] = {}
     if fg.space != "random-sign-weight":  # which compares with nothing
-        sites = [Site(k, None, i) for k in range(len(fg.cuts)) for i in range(fg.directions)]
+        here = [k for k, name in enumerate(fg.cuts) if not isinstance(fg.model.get_submodule(name), Elsewhere)]
+        sites = [Site(k, None, i) for k in here for i in range(fg.directions)]
         slots = _slots(fg, sites)
 
         def inject(h: Tensor, wanted: Sequence[Site]) -> list[Tensor]:
@@ -109,12 +110,12 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
 
 def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, error: OutputError | None) -> Step:
     """Find each block's parameter gradients under the guess, then measure along them."""
-    members: list[list[nn.Parameter]] = []
+    members: dict[int, list[nn.Parameter]] = {}
     along: dict[Site, Tensor] = {}
     names = {p: name for name, p in fg.model.named_parameters()}
 
     def learn(k: int, h: Tensor, guess: Guess) -> None:
-        members.append(list(parameters_behind(h)))
+        members[k] = list(parameters_behind(h))
         if not members[k]:
             return
         for i in range(fg.directions):
@@ -125,7 +126,7 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, err
             for p, direction in zip(members[k], found, strict=True):
                 along[Site(k, names[p], i)] = direction
 
-    step = _block_by_block(fg, x, y, again, error, learn, skip=lambda k: members.append([]))
+    step = _block_by_block(fg, x, y, again, error, learn)
     _estimate_along(fg, x, y, again, members, along)
     return step
 
@@ -134,7 +135,7 @@ def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: same_randomness) -
     """Baydin et al.: one direction for all parameters of the network; nothing is differentiated in reverse."""
     named = {name: p for name, p in fg.model.named_parameters() if p.requires_grad}
     along = {Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()}
-    measured = _estimate_along(fg, x, y, again, [list(named.values())], along)
+    measured = _estimate_along(fg, x, y, again, {0: list(named.values())}, along)
     return Step(measured.loss, measured.logits)
 
 
@@ -143,7 +144,7 @@ def _estimate_along(
     x: Any,
     y: Any,
     again: same_randomness,
-    members: Sequence[Sequence[nn.Parameter]],
+    members: Mapping[int, Sequence[nn.Parameter]],
     along: dict[Site, Tensor],
 ) -> Measured:
     """Measure along directions of parameters, block by block, and add the estimates to ``.grad``."""
@@ -182,7 +183,6 @@ def _block_by_block(
     error: OutputError | None,
     learn: Callable[[int, Tensor, Guess], None],
     after: Callable[[], object] = lambda: None,
-    skip: Callable[[int], object] = lambda k: None,
 ) -> Step:
     """The pass that differentiates: one block's graph, its guesses, ``learn``; the last block gets the exact gradient."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -198,8 +198,6 @@ def _block_by_block(
         if h.requires_grad:
             known = [local] if fg.guess == "local" and local is not None else None
             learn(k, h, lambda: known or fg.guesses(k, h, y, error))
-        else:
-            skip(k)
         if fg.feedback is not None:
             assert error is not None
             with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
@@ -212,9 +210,7 @@ def _block_by_block(
     if check:
         check.visit(len(fg.cuts), logits)
     fg.check_bypass = False
-    check_last_block(fg.cuts, logits.requires_grad)
-    loss, e = output_error(fg.loss, logits, y)
-    torch.autograd.backward(logits, e.to(logits.dtype))
+    loss = fg.learn_last(logits, y)
     return Step(loss, logits.detach(), seen)
 
 
@@ -227,7 +223,7 @@ def _measure(
     *,
     at_output: Callable[[Tensor, Sequence[Site]], list[Tensor]] | None = None,
     on_parameters: Callable[[Site], Tensor] | None = None,
-    members: Sequence[Sequence[nn.Parameter]] = (),
+    members: Mapping[int, Sequence[nn.Parameter]] = MappingProxyType({}),
 ) -> Measured:
     """The derivative of the target along each site's tangent: one tangent for each slot, which may serve several sites.
 
@@ -258,7 +254,7 @@ def _measure(
 
         def enter(k: int, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> None:
             """Give the parameters of block k their tangents."""
-            if on_parameters is None or k >= len(members):
+            if on_parameters is None or k not in members:
                 return
             tangent_of = on_parameters
             for p in members[k]:
@@ -269,7 +265,7 @@ def _measure(
                     tangents.set(p, *(torch.zeros_like(p) if t is None else t for t in found))
 
         def deliver(k: int, h: Tensor, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> Tensor:
-            for p in members[k] if k < len(members) else ():
+            for p in members.get(k, ()):
                 tangents.clear(p)
             moved = [tangents.get(h, j) for j in range(len(chunk))]
             if fg.target == "above" and k > 0:
@@ -290,9 +286,9 @@ def _measure(
         # The only pass of a network without cuts is the one that moves its running statistics.
         frozen = nullcontext() if last == 0 and index == len(chunks) - 1 else frozen_statistics(fg)
         with again, torch.no_grad(), frozen, tangents, cut_graph(fg.model, fg.cuts, deliver):
-            enter(0)
+            enter(min(members, default=0))
             logits = call(fg.model, x)
-            loss = read(last, fg.loss, logits)
+            loss = read(last, fg.loss, logits) if fg.ends_here else logits.new_zeros(())
     for site in {site for slot in slots for site in slot if site.parameter is None} - slopes.keys():
         raise UsageError(
             f"no tangent reached the target's loss from cut {fg.cuts[site.block]!r}: something after it is invisible to "

@@ -10,16 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward.cuts import BypassCheck, cut_graph
-from onward.estimators.base import (
-    Estimator,
-    Loss,
-    Step,
-    allocate_gradients,
-    call,
-    check_last_block,
-    forget_unused,
-    output_error,
-)
+from onward.estimators.base import Estimator, Loss, Step, allocate_gradients, call, forget_unused
 from onward.heads import Heads
 
 
@@ -76,9 +67,7 @@ class LocalLoss(Estimator):
         if check:
             check.visit(len(self.cuts), logits)
         self._check_bypass = False
-        check_last_block(self.cuts, logits.requires_grad)
-        loss, e = output_error(self.loss, logits, y)
-        torch.autograd.backward(logits, e.to(logits.dtype))
+        loss = self.learn_last(logits, y)
         forget_unused(fresh)
         return Step(loss, logits.detach(), seen)
 

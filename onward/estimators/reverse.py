@@ -42,7 +42,7 @@ class Block(NamedTuple):
 
 def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
     """One step of ``fg``: target and guess share the forward pass."""
-    blocks: list[Block] = []
+    blocks: dict[int, Block] = {}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     drawn: dict[int, list[Tensor]] = {}
     swept = [kind for kind in dict.fromkeys((fg.target, fg.guess)) if kind in SWEPT]
@@ -57,7 +57,7 @@ def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
             seen[fg.cuts[k]] = (of_head[0], of_head[1])
         if fg.frozen_heads is not None:
             guesses = fg.guesses(k, h, y, None)
-        blocks.append(Block(h, entry, local, guesses, list(uses), h._version))
+        blocks[k] = Block(h, entry, local, guesses, list(uses), h._version)
         uses.clear()
         passed_on = _enter(h) if swept else h.detach()
         entry = get_gradient_edge(passed_on) if swept else None
@@ -72,12 +72,15 @@ def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
         tangents_out = tangents_of(tangents, fg.cuts, logits)
     if fg.check_bypass:
         check = BypassCheck(fg.model, fg.cuts)
-        for k, output in enumerate([*(block.h for block in blocks), logits]):
-            check.visit(k, output)
+        for k, block in blocks.items():
+            check.visit(k, block.h)
+        check.visit(len(fg.cuts), logits)
         fg.check_bypass = False
     parameters = list(parameters_behind(logits)) if logits.requires_grad else []
-    check_last_block(fg.cuts, bool(parameters))
-    loss, e = output_error(fg.loss, logits, y)
+    loss, e = logits.new_zeros(()), logits  # what the sweep starts with, but where the last block is in another process
+    if fg.ends_here:
+        check_last_block(fg.cuts, bool(parameters))
+        loss, e = output_error(fg.loss, logits, y)
     error = OutputError(e, tangents_out, lambda k, h: drawn[k])
     with torch.autocast(logits.device.type, enabled=False):
         _sweep(fg, blocks, logits, parameters, entry, swept, error, e.to(logits.dtype), y)
@@ -86,7 +89,7 @@ def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
 
 def _sweep(
     fg: ForwardGradient,
-    blocks: list[Block],
+    blocks: dict[int, Block],
     logits: Tensor,
     parameters: list[nn.Parameter],
     entry: GradientEdge | None,
@@ -102,8 +105,8 @@ def _sweep(
     gradients = through(logits, e, [*parameters, *([entry] if entry else [])])
     carried: dict[str, Tensor | None] = dict.fromkeys(swept, gradients.pop() if entry else None)
     accumulate(parameters, gradients)
-    for k in reversed(range(len(blocks))):
-        block = blocks.pop()
+    while blocks:
+        k, block = blocks.popitem()
         if block.h.requires_grad:
             carried = _learn(fg, k, block, carried, error, y)
         if fg.feedback is not None:
