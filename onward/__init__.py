@@ -2,6 +2,7 @@
 
 from onward import alignment, directions, forward_mode
 from onward.cuts import default_cuts, suggest_cuts
+from onward.distributed import ProcessLost, distribute
 from onward.errors import UsageError
 from onward.estimators import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, Step
 from onward.heads import make_heads
@@ -17,11 +18,13 @@ __all__ = [
     "ForwardGradient",
     "LocalLoss",
     "Problem",
+    "ProcessLost",
     "Step",
     "UsageError",
     "alignment",
     "default_cuts",
     "directions",
+    "distribute",
     "forward_mode",
     "make_heads",
     "suggest_cuts",

@@ -6,7 +6,7 @@ parameter, or of the batch's. In every space but ``span-*`` the estimate is the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +28,17 @@ SPACES = {
 OF_ACTIVATIONS = ("activation", "activation-2", "span-activation", "f-activation")
 OF_SAMPLES = ("weight", "span-weight", "sign-weight", "random-sign-weight", "f-weight")
 """Spaces of each sample's parameter gradients."""
+SCALE_FREE = ("sign-weight", "random-sign-weight", "f-weight", "f-activation")
+"""Spaces whose weights do not depend on how long the target is."""
 
 
-def weights(space: str, inner: Tensor, squares: Tensor | None, eps: float) -> Tensor:
+def weights(
+    space: str, inner: Tensor, squares: Tensor | None, eps: float, mean: Callable[[Tensor], Tensor] = torch.mean
+) -> Tensor:
     """The weight of each sample's guess U_n, from <G_n, U_n> and |U_n|^2 (None for unbiased scaling); all of shape (N,).
 
-    Projections: ``<G,U> / (|U|^2 + eps)``; unbiased: ``<G,U>``; ``sign-``: the sign; ``f-``: N / kept for the kept.
+    Projections: ``<G,U> / (|U|^2 + eps)``; unbiased: ``<G,U>``; ``sign-``: the sign; ``f-``: N / kept for the kept. ``mean`` is
+    the mean over the batch's samples.
 
     >>> inner, squares = torch.tensor([2.0, -1.0]), torch.tensor([4.0, 1.0])
     >>> weights("weight", inner, squares, 0.0), weights("sign-weight", inner, squares, 0.0)
@@ -43,7 +48,7 @@ def weights(space: str, inner: Tensor, squares: Tensor | None, eps: float) -> Te
     """
     if space.startswith("f-"):
         kept = (inner > 0).to(inner.dtype)
-        return kept * (len(kept) / kept.sum().clamp(min=1))
+        return torch.where(kept > 0, 1 / mean(kept), kept)
     if space == "sign-weight":
         return inner.sign()
     if squares is None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from onward.cuts import check_names, default_cuts
+from onward.distributed import Shard
 from onward.errors import UsageError, unknown
 
 Loss = Callable[[Tensor, Any], Tensor]
@@ -43,6 +44,8 @@ class Estimator(nn.Module):
     """Called with each k and the error signal that block k differentiates itself with, where somebody wants to see it."""
     ends_here = True
     """Whether the network's last block is in this process (:class:`onward.Stage` divides blocks among processes)."""
+    sums_samples = True
+    """Whether ``.grad`` is a mean of what this process's samples contribute, which other processes' samples change."""
 
     def __init__(
         self, model: nn.Module, cuts: Sequence[str] | None = None, *, loss: Loss = F.cross_entropy, seed: int = 0
@@ -53,6 +56,7 @@ class Estimator(nn.Module):
         self.loss = loss
         self.seed = seed
         self.step = 0
+        self.shard = Shard()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -63,7 +67,8 @@ class Estimator(nn.Module):
         Raises :class:`onward.UsageError` where the network, its cuts, or the batch make an estimate impossible.
         """
         try:
-            step = self._estimate(x, y)
+            with self.shard.averaging(x, self):
+                step = self._estimate(x, y)
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -72,7 +77,9 @@ class Estimator(nn.Module):
                 "least 2 samples (drop_last=True in the data loader), or in eval mode"
             ) from error
         self.step += 1
-        return step
+        loss, *of_heads = self.shard.mean([step.loss, *(value for value, _ in step.heads.values())])
+        heads = {cut: (value, z) for (cut, (_, z)), value in zip(step.heads.items(), of_heads, strict=True)}
+        return Step(loss, step.logits, heads)
 
     def _estimate(self, x: Any, y: Any) -> Step:
         raise NotImplementedError
@@ -121,7 +128,7 @@ class Estimator(nn.Module):
         self.step, self.seed = state["step"], state["seed"]
 
 
-def call(model: nn.Module, x: Any) -> Tensor:
+def call(model: Callable[..., Any], x: Any) -> Tensor:
     """The network's output for one input, a tuple of positional inputs, or a dict of keyword inputs."""
     match x:
         case dict():

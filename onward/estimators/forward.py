@@ -123,6 +123,7 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, err
                 found = [fg.drawn_weights(names[p], p, i) for p in members[k]]
             else:  # each of these parameters is behind h, so a gradient arrives at each
                 found = [u for u in through(h, fg.observed(k, guess()[i]), members[k]) if u is not None]
+                found = fg.shard.mean(found)
             for p, direction in zip(members[k], found, strict=True):
                 along[Site(k, names[p], i)] = direction
 
@@ -155,7 +156,8 @@ def _estimate_along(
 
     slots = _slots(fg, list(along))
     measured = _measure(fg, x, y, again, slots, on_parameters=tangent, members=members)
-    if along and not measured.slopes:
+    slopes_of = _mean_slopes(fg, measured.slopes)
+    if along and not slopes_of:
         raise UsageError(
             "no tangent reached the target's loss from any parameter: part of the network is invisible to forward mode "
             "(.detach(), NumPy, a custom operation), or nothing in it requires a gradient"
@@ -168,11 +170,18 @@ def _estimate_along(
         sites = [site._replace(direction=i) for i in range(fg.directions)]
         directions = [along.pop(s) for s in sites]
         zero = measured.logits.new_zeros(1)
-        slopes = [measured.slopes[s] * _sign(fg, s, ()) if s in measured.slopes else zero for s in sites]
+        slopes = [slopes_of[s] * _sign(fg, s, ()) if s in slopes_of else zero for s in sites]
         assert site.parameter is not None
         with torch.no_grad():
             accumulate([named[site.parameter]], [fg.along(slopes, directions)])
     return measured
+
+
+def _mean_slopes(fg: ForwardGradient, slopes: dict[Site, Tensor]) -> dict[Site, Tensor]:
+    """The derivatives of the whole batch's loss; those that sites share, by sharing a tangent, are exchanged once."""
+    measured = list({id(slope): slope for slope in slopes.values()}.values())
+    means = dict(zip(map(id, measured), fg.shard.mean(measured), strict=True))
+    return {site: means[id(slope)] for site, slope in slopes.items()}
 
 
 def _block_by_block(
@@ -363,6 +372,7 @@ def _sign(fg: ForwardGradient, site: Site, shape: Sequence[int]) -> Tensor:
         seed=seed_of(fg.seed, "sign", site.parameter or ""),
         step=fg.step,
         block=site.block if site.parameter is None else f"block {site.block}",
+        offset=fg.shard.first,
         noise="rademacher",
         dtype=like.dtype,
         device=like.device,

@@ -123,6 +123,8 @@ class ForwardGradient(Estimator):
         self._check_combination(engine, heads)
         self._estimate_by = ENGINES[engine]
         self.engine = engine
+        # The random directions of parameters are the same everywhere, and so is what is made of them.
+        self.sums_samples = not (engine == "forward" and space == "avg-weight" and guess == "random" and not self.cuts)
         if engine == "forward":
             self.engine += ", all blocks in one tangent" if passes == "one" else ", a tangent per block"
         frozen = guess in ("ntk", "fixed-ntk")
@@ -183,7 +185,7 @@ class ForwardGradient(Estimator):
         """The guess directions at the output h of block k, for guesses that are known there."""
         match self.guess:
             case "random":
-                return [self._draw(h.shape, k, i, h, self.seed) for i in range(self.directions)]
+                return [self._draw(h.shape, k, i, h, self.seed, self.shard.first) for i in range(self.directions)]
             case "feedback":
                 assert self.feedback is not None
                 assert error is not None
@@ -195,7 +197,7 @@ class ForwardGradient(Estimator):
 
     def feedback_direction(self, k: int, h: Tensor) -> list[Tensor]:
         """What is added at the output of block k for the feedback to learn from."""
-        return [self._draw(h.shape, k, 0, h, self.seed)]
+        return [self._draw(h.shape, k, 0, h, self.seed, self.shard.first)]
 
     def drawn_weights(self, name: str, p: Tensor, i: int) -> Tensor:
         """The i-th direction of a parameter, one for the whole batch."""
@@ -204,21 +206,22 @@ class ForwardGradient(Estimator):
     def drawn_rows(self, name: str, p: Tensor, k: int, i: int, part: slice) -> Tensor:
         """The i-th direction of a parameter for each of a range of samples."""
         shape = (part.stop - part.start, *p.shape)
-        return self._draw(shape, k, i, p, seed_of(self.seed, name), part.start)
+        return self._draw(shape, k, i, p, seed_of(self.seed, name), self.shard.first + part.start)
 
     def coin(self, name: str, k: int, samples: int, like: Tensor) -> Tensor:
-        """+1 or -1 for each sample."""
+        """+1 or -1 for each sample, in units of this shard's guesses."""
         drawn = random_directions.draw(
             (samples, 1),
             seed=seed_of(self.seed, name),
             step=self.step,
             block=k,
+            offset=self.shard.first,
             direction=-1,
             noise="rademacher",
             dtype=like.dtype,
             device=like.device,
         )
-        return drawn.squeeze(1)
+        return drawn.squeeze(1) * self._unit
 
     def _draw(self, shape: Sequence[int], block: int | str, i: int, like: Tensor, seed: int, offset: int = 0) -> Tensor:
         return random_directions.draw(
@@ -240,10 +243,24 @@ class ForwardGradient(Estimator):
             gram = torch.stack([torch.stack([products[min(i, j), max(i, j)] for j in m], -1) for i in m], -1)
             return spaces.average(inner, gram)
         scaled = [
-            spaces.weights(self.space, one, None if self.unbiased else products.get((i, i)), self.eps)
+            spaces.weights(self.space, one, None if self.unbiased else products.get((i, i)), self._eps, self._mean)
             for i, one in enumerate(inner)
         ]
-        return spaces.average(scaled, None)
+        return [one * self._unit for one in spaces.average(scaled, None)]
+
+    @property
+    def _eps(self) -> float:
+        """In units of this shard's guesses, which are gradients of the mean over fewer samples."""
+        return self.eps if self.guess == "random" or self.space == "avg-weight" else self.eps / self.shard.share**2
+
+    @property
+    def _unit(self) -> float:
+        """What makes a mean over shards a sum over samples, where neither guess nor weight is a share of the mean loss."""
+        return 1 / self.shard.share if self.guess == "random" and self.space in spaces.SCALE_FREE else 1.0
+
+    def _mean(self, of_samples: Tensor) -> Tensor:
+        """The mean over the batch's samples."""
+        return self.shard.mean([of_samples.mean()])[0]
 
     def pairs(self) -> list[tuple[int, int]]:
         """The (i, j) whose products <u_i, u_j> the weights need."""

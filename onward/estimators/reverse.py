@@ -171,7 +171,7 @@ def _learn(
         estimate_samples(fg, k, h, uses, [target, *guesses], [at_target, *at_guesses])
     else:
         if fg.space == "span-activation":
-            delta = torch.stack([spaces.span_rows(target, u) for u in guesses]).mean(0)
+            delta = torch.stack([spaces.span_rows(target, fg.shard.gather(u)) for u in guesses]).mean(0)
         else:
             delta = weighted_sum(guesses, fg.row_weights([dots(target, u) for u in guesses], guesses))
         torch.autograd.backward(h, fg.observed(k, delta), inputs=parameters)
@@ -213,6 +213,7 @@ def estimate_samples(
 def _estimate_one(fg: ForwardGradient, name: str, k: int, gradients: PerSample, p: Tensor) -> Tensor:
     m = range(fg.directions)
     if fg.space == "span-weight":
+        gradients = fg.shard.gather_rows(gradients, fg.directions)
         return torch.stack([spaces.span_total(gradients, 1 + i) for i in m]).mean(0)
     if fg.space == "random-sign-weight":
         return gradients.totals([fg.coin(name, k, gradients.samples, p) / fg.directions for _ in m])
@@ -234,12 +235,13 @@ def _estimate_parameters(
 ) -> None:
     """Add to ``.grad`` the estimates in the space of the batch's gradients; guesses None: random."""
     names = {p: name for name, p in fg.model.named_parameters()}
-    for index, (p, g) in enumerate(zip(parameters, target, strict=True)):
-        assert g is not None
+    reached = fg.shard.mean([g for g in target if g is not None])  # all of them, by the graph
+    known = [fg.shard.mean([u for u in at_guess if u is not None]) for at_guess in guesses or ()]
+    for index, (p, g) in enumerate(zip(parameters, reached, strict=True)):
         if guesses is None:
             along = [fg.drawn_weights(names[p], p, i) for i in range(fg.directions)]
         else:
-            along = [u for at_guess in guesses if (u := at_guess[index]) is not None]
+            along = [at_guess[index] for at_guess in known]
         slopes = [dots(g.unsqueeze(0), u.unsqueeze(0)) for u in along]
         accumulate([p], [fg.along(slopes, along)])
 

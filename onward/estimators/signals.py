@@ -72,6 +72,7 @@ class SignalEstimator(Estimator):
             seed=self.seed,
             step=self.step,
             block=k,
+            offset=self.shard.first,
             direction=index,
             noise=self.noise,
             dtype=h.dtype,

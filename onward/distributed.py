@@ -1,0 +1,260 @@
+"""Data parallelism: each process estimates from its shard of the batch; means over samples become means over all shards.
+
+Estimators say where such means are taken (``shard.mean``); on one process that is the identity, so there is one code path.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+from onward.errors import UsageError, unknown
+from onward.per_sample import PerSample, Rows
+
+if TYPE_CHECKING:
+    from onward.estimators.base import Estimator
+
+STATISTICS = {
+    "averaged": "each process normalises by its own shard; running statistics are averaged after every step",
+    "local": "each process normalises by its own shard and keeps its own running statistics",
+}
+_BUCKET = 25 << 20  # bytes in one message
+_NAMING = timedelta(seconds=10)  # for finding out who is gone
+
+
+class ProcessLost(RuntimeError):
+    """A process of the group has failed, or has stopped answering."""
+
+
+class Shard:
+    """The part of a batch that this process sees: the whole of it, unless :func:`distribute` has made it one of several."""
+
+    first = 0
+    """Index in the batch of this shard's first sample."""
+    share = 1.0
+    """Of the batch's samples."""
+
+    @contextmanager
+    def averaging(self, x: Any, estimator: Estimator) -> Iterator[None]:
+        """Around the estimate from one batch: what it adds to ``.grad`` is averaged over all shards."""
+        yield
+
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Means over this shard's samples, made means over all samples."""
+        return list(tensors)
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all shards, in the order of the batch's samples."""
+        return rows
+
+    def gather_rows(self, gradients: PerSample, guesses: int) -> PerSample:
+        """The samples of all shards: their targets' gradients and those of that many guesses."""
+        return gradients
+
+
+class ProcessShard(Shard):
+    """The shard of one process among several.
+
+    ``sent`` counts the bytes that this process has handed to collective operations.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, statistics: str) -> None:
+        self.group, self.device, self.statistics = group, device, statistics
+        self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
+        ranks = None if group is None else dist.get_process_group_ranks(group)
+        self._roll_call = dist.new_group(ranks, backend="gloo", timeout=_NAMING)
+        self.sizes = [1] * self.processes
+        self.sent = 0
+
+    @contextmanager
+    def averaging(self, x: Any, estimator: Estimator) -> Iterator[None]:
+        self._split(x)
+        parameters = [p for p in estimator.parameters() if p.requires_grad]
+        before = [p.grad for p in parameters]
+        for p in parameters:
+            p.grad = None
+        yield
+        if estimator.sums_samples:
+            self._average_gradients(parameters)
+        for p, gradient in zip(parameters, before, strict=True):
+            if gradient is not None:
+                p.grad = gradient if p.grad is None else gradient.add_(p.grad)
+        if self.statistics == "averaged":
+            self._average(running_statistics(estimator))
+
+    @torch.no_grad()
+    def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        means = list(tensors)
+        for indices in _buckets(means):
+            flat = torch.cat([means[i].detach().reshape(-1) for i in indices]).mul_(self.share)
+            self._sum(flat)
+            for i, part in zip(indices, flat.split([means[i].numel() for i in indices]), strict=True):
+                means[i] = part.view(means[i].shape)
+        return means
+
+    def gather(self, rows: Tensor) -> Tensor:
+        padded = rows.new_zeros(max(self.sizes), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everyone = [torch.empty_like(padded) for _ in self.sizes]
+        self.sent += padded.nbytes
+        with self._answering():
+            dist.all_gather(everyone, padded, group=self.group)
+        return torch.cat([theirs[:size] for theirs, size in zip(everyone, self.sizes, strict=True)])
+
+    def gather_rows(self, gradients: PerSample, guesses: int) -> PerSample:
+        target, *others = (gradients.rows(i, slice(0, gradients.samples)) for i in range(1 + guesses))
+        return Rows([self.gather(target * self.share), *map(self.gather, others)])
+
+    def __deepcopy__(self, memo: object) -> Shard:
+        return Shard()  # a copy of an estimator works by itself
+
+    def _split(self, x: Any) -> None:
+        """Find out how the batch is divided."""
+        sizes = torch.zeros(self.processes, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = next(leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
+        self._sum(sizes)
+        self.sizes = sizes.tolist()
+        for rank, size in enumerate(self.sizes):
+            if size == 0:
+                raise UsageError(
+                    f"process {rank} of {self.processes} has no sample of this batch: give every process at least one"
+                )
+        self.first, self.share = sum(self.sizes[: self.rank]), self.sizes[self.rank] / sum(self.sizes)
+
+    def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Average ``.grad``; a process that did not use a parameter contributes zeros if another did."""
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=self.device)
+        self._sum(used)
+        found = [p for p, processes in zip(parameters, used.tolist(), strict=True) if processes]
+        for p in found:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        self._average([p.grad for p in found if p.grad is not None])
+
+    def _average(self, tensors: Sequence[Tensor]) -> None:
+        """Put means in the place of the tensors."""
+        for indices in _buckets(tensors):
+            bucket = [tensors[i] for i in indices]
+            for tensor, mean in zip(bucket, self.mean(bucket), strict=True):
+                tensor.copy_(mean)
+
+    def _sum(self, tensor: Tensor) -> None:
+        self.sent += tensor.nbytes
+        with self._answering():
+            dist.all_reduce(tensor, group=self.group)
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Name the process that is gone when an exchange fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise ProcessLost(self._missing(error)) from error
+
+    def _missing(self, error: RuntimeError) -> str:
+        try:
+            dist.monitored_barrier(self._roll_call, timeout=_NAMING, wait_all_ranks=True)
+        except RuntimeError as roll_call:
+            return f"process {self.rank} of {self.processes} lost another: {_first_line(roll_call)}"
+        return f"process {self.rank} of {self.processes} could not exchange with the others: {_first_line(error)}"
+
+
+E_ = TypeVar("E_", bound="Estimator")
+
+
+def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statistics: str = "averaged") -> E_:
+    """Make an estimator work on its process's shard of every batch, together with those of a process group.
+
+    Afterwards ``estimate(x, y)``, called by every process with its own samples, leaves in every ``.grad`` of every process the
+    estimate for all their samples as one batch (sample order: by rank; shards may differ in size), and the mean loss over it;
+    ``logits`` are those of the own samples. Parameters, buffers, seed and step are taken from the group's first process.
+    Optimizers need nothing: equal gradients keep equal weights.
+
+    Gradients, heads' and feedback matrices' too, are averaged in buckets. Where an estimate needs means over the batch before
+    it can be made (``avg-weight``, ``f-*``, ``span-*``), these are exchanged instead. Forward gradients with random guesses in
+    ``space="avg-weight"`` without cuts exchange only the measured derivatives: every process draws the same directions.
+    What mixes samples works on the shard: batch norm's batch statistics, the similarities of a predsim head. ``statistics``
+    says what happens to running statistics (:data:`STATISTICS`).
+
+    Raises :class:`onward.UsageError` where processes do not have the same network, or there is no process group, and
+    :class:`ProcessLost` from ``estimate``, where one no longer answers within the group's timeout.
+
+    >>> import onward
+    >>> import tempfile
+    >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> estimator = distribute(onward.FDFA(model))
+    >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    >>> dist.destroy_process_group()
+    """
+    if statistics not in STATISTICS:
+        raise unknown("handling of running statistics", statistics, STATISTICS)
+    if not dist.is_initialized():
+        raise UsageError(
+            "there is no process group: start the script with torchrun and call torch.distributed.init_process_group() first"
+        )
+    device = next((p.device for p in estimator.parameters()), torch.device("cpu"))
+    shard = ProcessShard(group, device, statistics)
+    state = {name: t for name, t in [*estimator.named_parameters(), *estimator.named_buffers()] if not is_lazy(t)}
+    described = repr([(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in state.items()])
+    digest = int.from_bytes(hashlib.blake2b(described.encode(), digest_size=7).digest(), "little")
+    seen = torch.zeros(shard.processes, dtype=torch.int64, device=device)
+    seen[shard.rank] = digest
+    shard._sum(seen)
+    for rank, other in enumerate(seen.tolist()):
+        if other != int(seen[0]):
+            raise UsageError(
+                f"process {rank} has other parameters or buffers (names, shapes, types, which are trained) than process 0: "
+                "build the same network and estimator in every process"
+            )
+    numbers = torch.tensor([estimator.step, estimator.seed], dtype=torch.int64, device=device)
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    with torch.no_grad(), shard._answering():
+        for tensor in [*state.values(), numbers]:
+            held = tensor.detach().contiguous()
+            dist.broadcast(held, source, group=group)
+            if held.data_ptr() != tensor.data_ptr():
+                tensor.copy_(held)
+    step, seed = numbers.tolist()
+    estimator.set_extra_state({"step": step, "seed": seed})
+    estimator.shard = shard
+    return estimator
+
+
+def running_statistics(module: nn.Module) -> list[Tensor]:
+    """The running means and variances of a network's normalisation layers."""
+    return [
+        statistic
+        for layer in module.modules()
+        if isinstance(layer, nn.modules.batchnorm._NormBase)
+        for statistic in (layer.running_mean, layer.running_var)
+        if statistic is not None and not is_lazy(statistic)
+    ]
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
+    """Which tensors share a message: those of one type, up to a size."""
+    by_type: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_type.setdefault((tensor.dtype, tensor.device), []).append(i)
+    for indices in by_type.values():
+        bucket: list[int] = []
+        for i in indices:
+            if bucket and sum(tensors[j].nbytes for j in (*bucket, i)) > _BUCKET:
+                yield bucket
+                bucket = []
+            bucket.append(i)
+        yield bucket
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
