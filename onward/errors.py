@@ -21,9 +21,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> UsageError:
     >>> raise unknown("algorithm", "fdaf", ["bp", "dfa", "fdfa"])
     Traceback (most recent call last):
     onward.errors.UsageError: unknown algorithm 'fdaf': did you mean 'fdfa'? (known: bp, dfa, fdfa)
+    >>> raise unknown("algorithm", "genetic", ["bp", "dfa", "fdfa"])
+    Traceback (most recent call last):
+    onward.errors.UsageError: unknown algorithm 'genetic' (known: bp, dfa, fdfa)
     """
     names = [str(entry) for entry in known]
     near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f": did you mean {near[0]!r}?" if near else ""
     shown = names if len(names) <= 16 else [*names[:16], f"and {len(names) - 16} more"]
-    return UsageError(f"unknown {kind} {str(name)!r}: {hint}(known: {', '.join(shown)})")
+    return UsageError(f"unknown {kind} {str(name)!r}{hint} (known: {', '.join(shown)})")

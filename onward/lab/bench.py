@@ -380,8 +380,7 @@ def _failure_into(row: Row) -> Iterator[None]:
         row["error"] = "its process was killed: out of memory?"
     except Exception as error:
         said = str(error).partition("\n")[0]
-        out_of_memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if out_of_memory:
+        if memory.exhausted(error):
             row["error"] = f"out of memory: {said}"
         else:
             row["error"] = said if isinstance(error, UsageError) else f"{type(error).__name__}: {said}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,16 +25,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(work: Callable[[], object]) -> int:
-    """Do the work; what goes wrong is told in one sentence on standard error and by the exit code."""
+    """Do the work; what goes wrong is told in one sentence on standard error and by the exit code. A reader that has heard
+    enough, as in `onward list | head`, is told nothing: the exit code is that of a program which the signal for it ends."""
+    try:
+        try:
+            return _told(work)
+        finally:
+            sys.stdout.flush()
+    except (BrokenPipeError, SystemExit) as stopped:
+        if not isinstance(stopped, BrokenPipeError) and not isinstance(stopped.__context__, BrokenPipeError):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
+        return 128 + signal.SIGPIPE
+
+
+def _told(work: Callable[[], object]) -> int:
     try:
         with lab_extra():
+            from onward.lab import memory
             from onward.lab.train import TrainingFailed
         try:
             work()
         except TrainingFailed as error:
             return _complain(error, 1)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.exhausted(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            return _complain(f"out of memory ({reason}): use a smaller --batch-size, or a smaller network", 1)
     except UsageError as error:
         return _complain(error, 2)
+    except BrokenPipeError:
+        raise
     except OSError as error:  # a disk that is full, a folder that is gone
         return _complain(error, 1)
     except KeyboardInterrupt as interrupt:
@@ -41,7 +65,7 @@ def guarded(work: Callable[[], object]) -> int:
     return 0
 
 
-def _complain(error: Exception, code: int) -> int:
+def _complain(error: object, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -13,6 +14,8 @@ from onward.lab.extra import lab_extra
 with lab_extra():
     import tyro
 
+LARGEST = 2**31 - 1
+"""Of whole numbers: what every part of PyTorch takes."""
 Positional = tyro.conf.Positional
 
 T = TypeVar("T")
@@ -172,25 +175,48 @@ class Setup:
 
     def __post_init__(self) -> None:
         at_least(1, batch_size=self.batch_size)
-        for flag, rate in (("--lr", self.lr), ("--feedback.lr", self.feedback.lr)):
-            if not 0 <= rate < float("inf"):
-                raise UsageError(f"{flag} {rate}: a learning rate is a number from 0 on")
+        at_least(0, lr=self.lr)
+        positive("network.", width=self.network.width)
+        at_least(1, "network.", layers=self.network.layers)
+        at_least(0, "optimizer.", momentum=self.optimizer.momentum, weight_decay=self.optimizer.weight_decay)
+        at_least(0, "feedback.", lr=self.feedback.lr, decay=self.feedback.decay)
+        at_least(1, "feedback.", directions=self.feedback.directions)
+        at_least(1, "heads.", width=self.heads.width)
+        at_least(1, "forward-gradient.", directions=self.forward_gradient.directions)
+        at_least(0, "forward-gradient.", eps=self.forward_gradient.eps)
         if self.optimizer.momentum and self.optimizer.name != "sgd":
             raise UsageError(
                 f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd: give both or neither"
             )
 
 
-def at_least(least: int, **options: int) -> None:
-    """Raise a UsageError for an option that is smaller.
+def at_least(least: int, owner: str = "", **options: float | None) -> None:
+    """Raise a UsageError for an option that is smaller, or no number that can be computed with. None is not looked at.
 
     >>> at_least(1, batch_size=0)
     Traceback (most recent call last):
     onward.errors.UsageError: --batch-size 0: use at least 1
     """
     for name, value in options.items():
-        if value < least:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: use at least {least}")
+        if value is None:
+            continue
+        whole = isinstance(value, int)
+        if not least <= value <= (LARGEST if whole else sys.float_info.max):
+            remedy = f"use at least {least}" if value < least else f"use at most {LARGEST}" if whole else "use a finite number"
+            raise UsageError(f"--{owner}{name.replace('_', '-')} {value}: {remedy}")
+
+
+def positive(owner: str = "", **options: float | None) -> None:
+    """Raise a UsageError for an option that is 0 or less, or no number that can be computed with. None is not looked at.
+
+    >>> positive("network.", width=0.0)
+    Traceback (most recent call last):
+    onward.errors.UsageError: --network.width 0.0: use a positive number
+    """
+    for name, value in options.items():
+        if value is not None and value <= 0:
+            raise UsageError(f"--{owner}{name.replace('_', '-')} {value}: use a positive number")
+    at_least(0, owner, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +227,8 @@ class Recipe(Setup):
     """A data set that `onward list` names, or owner/name on the Hugging Face hub."""
     data_dir: str | None = None
     """A folder of parquet files, or of class folders of images, to read instead."""
+    data_timeout: float = 300.0
+    """Seconds that an image may take to be read, before a disk or a network is taken to have stalled and the run stops."""
     epochs: int = 20
     test_batch_size: int = 1000
     out: str | None = None
@@ -237,10 +265,11 @@ class Recipe(Setup):
             raise UsageError(
                 f"--checkpoint-every {self.checkpoint_every}: give a number of steps, such as 500, or of minutes, such as 10m"
             )
-        if self.schedule.step_size < 1:
-            raise UsageError(f"--schedule.step-size {self.schedule.step_size}: use at least 1")
-        if self.schedule.gamma is not None and not 0 < self.schedule.gamma < float("inf"):
-            raise UsageError(f"--schedule.gamma {self.schedule.gamma}: a factor of the learning rate is a positive number")
+        positive(data_timeout=self.data_timeout)
+        positive("schedule.", gamma=self.schedule.gamma)
+        at_least(1, "schedule.", step_size=self.schedule.step_size)
+        at_least(0, "schedule.", patience=self.schedule.patience, start=self.schedule.start, end=self.schedule.end)
+        at_least(1, "subset.", train=self.subset.train, test=self.subset.test)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +282,10 @@ class Train(Recipe):
     """Of the initial weights, the order of the data and every random direction."""
     resume: str | None = None
     """Go on with the run in this folder, all of whose settings are kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,10 +305,9 @@ class Compare(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, lr_epochs=1 if self.lr_epochs is None else self.lr_epochs)
+        at_least(1, lr_epochs=self.lr_epochs)
         for rate in self.lr_grid:
-            if not 0 < rate < float("inf"):
-                raise UsageError(f"--lr-grid {rate}: a learning rate to try is a positive number")
+            positive(lr_grid=rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +329,7 @@ class Align(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, align_every=self.align_every)
+        at_least(0, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,7 +365,7 @@ class Bench(Setup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(1, turns=self.turns, steps=1 if self.steps is None else self.steps, classes=self.classes)
+        at_least(1, turns=self.turns, steps=self.steps, classes=self.classes)
 
 
 def from_dict(kind: type[T], values: dict[str, Any]) -> T:
@@ -351,7 +384,8 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     import dacite
 
     try:
-        return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[]))  # type: ignore[type-var]
+        hooks = {int: _no_truth, float: _no_truth}
+        return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[], type_hooks=hooks))  # type: ignore[type-var]
     except UsageError:
         raise
     except (dacite.DaciteError, TypeError, ValueError) as error:
@@ -363,3 +397,8 @@ def _as_given(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _as_given(inner) for name, inner in value.items()}
     return tuple(value) if isinstance(value, list) else value
+
+
+def _no_truth(value: Any) -> Any:
+    """To Python, true is a number; in a file it is a mistake."""
+    return str(value) if isinstance(value, bool) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from onward.errors import UsageError, unknown
 from onward.lab import folder, hub, memory
-from onward.lab.encoded import Encoded, Sample, decode
+from onward.lab.encoded import PATIENCE, Encoded, Sample, decode
 from onward.lab.extra import lab_extra
 
 DATASETS = {
@@ -81,6 +82,7 @@ def load(
     *,
     train_samples: int | None = None,
     test_samples: int | None = None,
+    patience: float = PATIENCE,
 ) -> ImageData:
     """A data set by one of the `DATASETS` names, by its name on the Hugging Face hub, or from a folder of one's own.
 
@@ -90,10 +92,12 @@ def load(
     it. `train_samples`, `test_samples` keep a fixed random subset.
 
     Images are decoded once, into memory, if they are all of one size and take at most a quarter of the machine's memory. If
-    not, each is decoded when a batch needs it. Both ways give the same batches.
+    not, each is decoded when a batch needs it. Both ways give the same batches. An image that cannot be read within `patience`
+    seconds is given up.
 
     Raises:
         UsageError: an unknown name, a data set out of reach, data that cannot be used.
+        TimeoutError: an image does not come.
 
     >>> data = load("digits")
     >>> data.shape, data.classes, len(data.train), len(data.test)
@@ -102,14 +106,14 @@ def load(
     asked = {"train": train_samples, "test": test_samples}
     if data_dir is not None:
         path = Path(data_dir)
-        return _decoded(path.resolve().name, *folder.read(path), asked)
+        return _decoded(path.resolve().name, *folder.read(path), asked, patience)
     if name == "digits":
         return _digits(asked)
+    if name not in ON_HUB and os.path.isdir(name):  # noqa: PTH112 (a name that can be no path is no folder)
+        raise UsageError(f"data set {name} is a folder here: give it with --data-dir")
     if name not in ON_HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         raise unknown("data set", name, [*DATASETS, "owner/name on the Hugging Face hub"])
-    if name not in ON_HUB and Path(name).is_dir():
-        raise UsageError(f"data set {name} is a folder here: give it with --data-dir")
-    return _decoded(name, *hub.read(ON_HUB.get(name, name)), asked)
+    return _decoded(name, *hub.read(ON_HUB.get(name, name)), asked, patience)
 
 
 def held_out(data: ImageData) -> ImageData:
@@ -129,7 +133,7 @@ def held_out(data: ImageData) -> ImageData:
     splits = []
     for rows in parts:
         if isinstance(images, Encoded):
-            kept: Tensor | Encoded = Encoded([images.samples[row] for row in rows], images.mode, images.reason)
+            kept: Tensor | Encoded = replace(images, samples=[images.samples[row] for row in rows])
         else:
             kept = images[torch.tensor(rows)]
         splits.append(Split(kept, labels[torch.tensor(rows)]))
@@ -150,7 +154,11 @@ def _digits(asked: dict[str, int | None]) -> ImageData:
 
 
 def _decoded(
-    name: str, splits: dict[str, list[Sample]], class_names: tuple[str, ...], asked: dict[str, int | None]
+    name: str,
+    splits: dict[str, list[Sample]],
+    class_names: tuple[str, ...],
+    asked: dict[str, int | None],
+    patience: float,
 ) -> ImageData:
     """Check the labels of every sample, then decode those that are asked for."""
     for split, samples in splits.items():
@@ -179,11 +187,11 @@ def _decoded(
     kept = {
         split: [samples[row] for row in _keep(len(samples), asked[split], split, name)] for split, samples in splits.items()
     }
-    images = decode(kept["train"] + kept["test"], memory.physical() // folder.SHARE)
+    images = decode(kept["train"] + kept["test"], memory.physical() // folder.SHARE, patience)
     labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
     cut = len(kept["train"])
     if isinstance(images, Encoded):
-        parts = [Encoded(samples, images.mode, images.reason) for samples in kept.values()]
+        parts = [replace(images, samples=samples) for samples in kept.values()]
     else:
         parts = [images[:cut], images[cut:]]
     return ImageData(

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +23,10 @@ if TYPE_CHECKING:
     import pyarrow
     from PIL import Image
 
+PATIENCE = 300.0
+"""Seconds without an image, after which a network file system or a disk is taken to have stalled."""
+AHEAD = 1024
+"""Images that are read before the first of them is taken."""
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")  # CIFAR-100 has a coarse_label too
 
@@ -103,16 +111,18 @@ def _first(mask: Any) -> int:
     return int(mask.index(True).as_py())
 
 
+@dataclass(frozen=True)
 class Encoded:
     """Images that are decoded each time they are asked for, for the `reason` given.
 
-    `images[rows]` are uint8 tensors (C, H, W), each of its own size; C is 1 or 3, as `mode` ("L" or "RGB") says.
+    `images[rows]` are uint8 tensors (C, H, W), each of its own size; C is 1 or 3, as `mode` ("L" or "RGB") says. A
+    TimeoutError is raised if none comes for `patience` seconds.
     """
 
-    def __init__(self, samples: Sequence[Sample], mode: str, reason: str) -> None:
-        self.samples = samples
-        self.mode = mode
-        self.reason = reason
+    samples: Sequence[Sample]
+    mode: str
+    reason: str
+    patience: float = PATIENCE
 
     @property
     def channels(self) -> int:
@@ -122,12 +132,11 @@ class Encoded:
         return len(self.samples)
 
     def __getitem__(self, rows: Tensor) -> list[Tensor]:
-        with ThreadPoolExecutor() as pool:
-            pixels = pool.map(lambda row: _pixels(self.samples[row], self.mode), rows.tolist())
-            return [torch.from_numpy(image).permute(2, 0, 1) for image in pixels]
+        asked = [self.samples[row] for row in rows.tolist()]
+        return [torch.from_numpy(image).permute(2, 0, 1) for image in _read(asked, self.mode, self.patience)]
 
 
-def decode(samples: Sequence[Sample], most: int) -> Tensor | Encoded:
+def decode(samples: Sequence[Sample], most: int, patience: float = PATIENCE) -> Tensor | Encoded:
     """The images as one uint8 tensor (N, C, H, W), or still encoded if they differ in size or take more than `most` bytes.
 
     C is 1 or 3, as the first image has it. The others follow the first: colours turn to luminance, grey is repeated; palettes
@@ -135,26 +144,44 @@ def decode(samples: Sequence[Sample], most: int) -> Tensor | Encoded:
 
     Raises:
         UsageError: bytes that are no image, naming the row.
+        TimeoutError: no image has come for `patience` seconds.
     """
     import numpy as np
 
-    first = _pixels(samples[0], None)
+    (first,) = _read(samples[:1], None, patience)
     mode = "L" if first.shape[2] == 1 else "RGB"
     if (needed := len(samples) * first.size) > most:
-        return Encoded(samples, mode, f"the images would take {needed / 1e9:.3g} GB of memory")
+        return Encoded(samples, mode, f"the images would take {needed / 1e9:.3g} GB of memory", patience)
     pixels = np.empty((len(samples), *first.shape), np.uint8)
-    for index, sample in enumerate(samples):
-        image = _pixels(sample, mode)
+    for index, image in enumerate(_read(samples, mode, patience)):
         if image.shape != first.shape:
             (height, width, _), (other_height, other_width, _) = first.shape, image.shape
             return Encoded(
                 samples,
                 mode,
                 f"the images differ in size ({width}x{height} pixels in {samples[0].place}, {other_width}x{other_height} in "
-                f"{sample.place})",
+                f"{samples[index].place})",
+                patience,
             )
         pixels[index] = image
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def _read(samples: Sequence[Sample], mode: str | None, patience: float) -> Iterator[np.ndarray]:
+    """The images in their order, decoded by several threads: the one that reads is not the one that waits, and a read that
+    never returns holds up neither the sentence that says so nor, as these threads are daemons, the end of the process."""
+    with ThreadPool() as pool:
+        for start in range(0, len(samples), AHEAD):
+            part = samples[start : start + AHEAD]
+            images = pool.imap(partial(_pixels, mode=mode), part)
+            for sample in part:
+                try:
+                    yield images.next(min(patience, threading.TIMEOUT_MAX))
+                except multiprocessing.TimeoutError:
+                    raise TimeoutError(
+                        f"{sample.place} could not be read within {patience:g} s: check the disk or the network that it is on, "
+                        "or wait longer with --data-timeout"
+                    ) from None
 
 
 def _pixels(sample: Sample, mode: str | None) -> np.ndarray:

@@ -31,6 +31,11 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def exhausted(error: Exception) -> bool:
+    """Whether the error says that there is no memory left; the CPU's allocator has no type of its own for that."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
 def physical() -> int:
     """Bytes of memory that the machine has; 8 GB where it does not tell."""
     try:

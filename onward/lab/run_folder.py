@@ -37,6 +37,7 @@ CONTENTS = (
 BINS = 40
 """Of a histogram of cosines, all equal, from -1 to 1."""
 NOT_IN_RESULT = {
+    "data_timeout",
     "out",
     "overwrite",
     "wandb",
@@ -108,7 +109,7 @@ def settings(folder: Path) -> Train:
         raise UsageError(f"{folder} holds no run: give a folder that `onward train` has written")
     try:
         found = _with_defaults(read_config(folder)["config"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{folder / CONFIG} cannot be read ({type(error).__name__}: {reason}): train it again") from error
     try:

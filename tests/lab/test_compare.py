@@ -196,7 +196,7 @@ def test_refusals_leave_nothing_behind(config: Compare, tmp_path: Path, changes:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lr_grid": (0.1, 0.0)}, "--lr-grid 0.0: a learning rate to try is a positive number"),
+        ({"lr_grid": (0.1, 0.0)}, "--lr-grid 0.0: use a positive number"),
         ({"lr_epochs": 0}, "--lr-epochs 0: use at least 1"),
     ],
 )

@@ -280,13 +280,14 @@ def test_a_test_part_without_labels_is_passed_over(parquet):
 def test_an_unknown_name_is_answered_with_the_nearest():
     message = refusal("fashion_mnist")
     assert message.startswith("unknown data set 'fashion_mnist': did you mean 'fashion-mnist'?")
-    assert refusal("/no/such/folder").startswith("unknown data set '/no/such/folder': ")
+    assert refusal("/no/such/folder").startswith("unknown data set '/no/such/folder' (known: digits, ")
 
 
 def test_a_folder_given_as_a_name_is_sent_to_data_dir(tmp_path, monkeypatch):
     (tmp_path / "my" / "pictures").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert refusal("my/pictures") == "data set my/pictures is a folder here: give it with --data-dir"
+    for name in ("my", "my/pictures", str(tmp_path)):
+        assert refusal(name) == f"data set {name} is a folder here: give it with --data-dir"
 
 
 def test_folders_that_are_no_data_set(tmp_path):

@@ -75,8 +75,8 @@ def test_every_schedule_has_a_state_that_can_be_kept(tmp_path) -> None:
     ("schedule", "message"),
     [
         (Schedule("step", step_size=0), "--schedule.step-size 0: use at least 1"),
-        (Schedule(gamma=0.0), "--schedule.gamma 0.0: a factor of the learning rate is a positive number"),
-        (Schedule(gamma=float("nan")), "--schedule.gamma nan: a factor"),
+        (Schedule(gamma=0.0), "--schedule.gamma 0.0: use a positive number"),
+        (Schedule(gamma=float("nan")), "--schedule.gamma nan: use a finite number"),
     ],
 )
 def test_settings_out_of_range(schedule: Schedule, message: str) -> None:

@@ -219,7 +219,7 @@ def test_an_earlier_run_is_kept_unless_overwritten(config: Train, images: Make) 
         ({"algorithm": "local", "low_memory": True}, {}, "--low-memory: local has no such form, it never runs the network tw"),
         ({"algorithm": "fg", "low_memory": True}, {}, "--low-memory: fg has no such form, its forward engine always keeps one"),
         ({"algorithm": "local", "heads": Heads("cnn")}, {}, "a cnn head at cut 'block1': the output has shape"),
-        ({"algorithm": "local", "heads": Heads("mlp", 0)}, {}, "heads of width 0: use at least 1"),
+        ({"algorithm": "local", "heads": Heads("mlp", 0)}, {}, "--heads.width 0: use at least 1"),
         ({"transform": Transform(mean=(0.1, 0.2))}, {}, "for images of 1 channel"),
     ],
 )
