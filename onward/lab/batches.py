@@ -60,12 +60,15 @@ def batches(
     skip: int = 0,
     device: str | torch.device = "cpu",
     drop_last: bool = False,
+    rank: int = 0,
+    processes: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (x, y) of one epoch: x float32 (N, C, H, W), y int64 (N,).
 
     With `train`, samples come in an order that depends on (seed, epoch) only, augmented by draws that depend on
     (seed, epoch, number of the batch) only; the global generator is neither read nor moved. Without, in file order. The
-    first `skip` batches are left out, and the others as they would be.
+    first `skip` batches are left out, and the others as they would be. One of several processes gets its part of each batch,
+    augmented by draws of its own.
 
     Raises:
         UsageError: a batch size below 1, `drop_last` with no full batch, a mean or std for another number of channels.
@@ -100,11 +103,14 @@ def batches(
             order = torch.randperm(len(split), generator=torch.Generator().manual_seed(_key(seed, epoch)))
         for number in range(skip, -(-stop // batch_size)):
             rows = order[number * batch_size : min((number + 1) * batch_size, stop)]
+            rows = rows[len(rows) * rank // processes : len(rows) * (rank + 1) // processes]
+            if not len(rows):
+                continue
             images = split.images[rows if encoded else rows.to(split.images.device)]
             if encoded and len({image.shape for image in images}) == 1:
                 images = torch.stack(images)
             with torch.random.fork_rng(devices=[]):  # kornia draws on the CPU, wherever the images are
-                torch.default_generator.manual_seed(_key(seed, epoch, number))
+                torch.default_generator.manual_seed(_key(seed, epoch, number, *((rank,) if processes > 1 else ())))
                 if isinstance(images, Tensor):
                     x = crop(_unit(images.to(device)))
                 else:

@@ -74,6 +74,7 @@ def _run(argv: Sequence[str] | None) -> None:
     with lab_extra():
         import tyro
 
+        from onward.lab import processes
         from onward.lab.align import align
         from onward.lab.bench import bench
         from onward.lab.compare import compare
@@ -92,6 +93,8 @@ def _run(argv: Sequence[str] | None) -> None:
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if processes.asked_for() > 1 and not isinstance(asked, Train):
+        raise UsageError(f"onward {type(asked).__name__.lower()} is one process's work: start it without torchrun")
     match asked:
         case Train(resume=str(folder)):
             if replace(asked, resume=None) != Train():

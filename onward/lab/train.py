@@ -20,11 +20,13 @@ from torch.optim import Optimizer
 
 import onward
 from onward.alignment import Block, measure
+from onward.directions import seed_of
 from onward.errors import UsageError
-from onward.lab import algorithms, checkpoint, interrupt, log, memory, models, run_folder
+from onward.lab import algorithms, checkpoint, interrupt, log, memory, models, processes, run_folder
 from onward.lab.batches import Transform, batches
 from onward.lab.config import Train
 from onward.lab.data import ImageData, held_out, load
+from onward.lab.processes import ALONE, Processes
 from onward.lab.schedules import Rate
 
 Row = dict[str, Any]
@@ -50,9 +52,10 @@ class Run:
     """Of one epoch."""
     drop_last: bool
     """Leave out the last batch of an epoch, which is not full."""
+    processes: Processes = ALONE
 
     def training_batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The images of one epoch, in its own order, without its first `skip` batches."""
+        """This process's images of one epoch, in its own order, without its first `skip` batches."""
         return batches(
             self.data.train,
             self.config.batch_size,
@@ -63,6 +66,8 @@ class Run:
             skip=skip,
             device=self.device,
             drop_last=self.drop_last,
+            rank=self.processes.rank,
+            processes=self.processes.count,
         )
 
     def step(self, x: Tensor, y: Tensor, where: str) -> onward.Step:
@@ -91,7 +96,7 @@ class Run:
             "estimator": self.estimator.state_dict(),
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
             "schedule": self.rate.scheduler.state_dict(),
-            "generators": generators,
+            "generators": self.processes.everyones(generators),
         }
 
     def restore(self, state: dict[str, Any]) -> Standing:
@@ -105,9 +110,11 @@ class Run:
             for role, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(state["optimizers"][role])
             self.rate.scheduler.load_state_dict(state["schedule"])
-            torch.set_rng_state(state["generators"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in state["generators"]:
-                torch.cuda.set_rng_state(state["generators"]["cuda"], self.device)
+            if self.processes.rank < len(state["generators"]):  # it may have been saved by fewer processes
+                generators = state["generators"][self.processes.rank]
+                torch.set_rng_state(generators["cpu"])
+                if self.device.type == "cuda" and "cuda" in generators:
+                    torch.cuda.set_rng_state(generators["cuda"], self.device)
             return Standing(**state["progress"], rows=state["rows"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -149,56 +156,66 @@ class Standing:
 def train(config: Train, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
     """Train as `config` says, into a run folder; returns the rows of its metrics.jsonl, one per epoch.
 
-    `data` saves loading it again. `advance`, if given, is called after every step, instead of anything being printed.
+    `data` saves loading it again. `advance`, if given, is called after every step, instead of anything being printed. Under
+    `torchrun` every process trains on its part of each batch, and the first one writes.
 
     Raises:
         UsageError: something that was asked for cannot work; nothing has been written then.
         TrainingFailed: a loss or a gradient is not finite; the last checkpoint stays.
     """
-    algorithms.check(config.algorithm)
-    models.check(config.model)
-    log.check(config)
     folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
-    with run_folder.claimed(folder, overwrite=config.overwrite):
-        run = prepare(config, data or load_data(config))
-        aligned = align(run) if config.align_every else None  # says so now if there is nothing to align
-    device = describe(run.device)
-    run_folder.begin(
-        folder,
-        config,
-        engine=run.estimator.engine,
-        parameters=sum(parameter.numel() for parameter in run.estimator.model.parameters()),
-        device=device,
-        onward=onward.__version__,
-        torch=torch.__version__,
-        python=platform.python_version(),
-    )
-    return _go_on(run, folder, Standing(), advance, aligned)
+    with processes.joined(config.device) as group:
+        with group.agreeing():
+            algorithms.check(config.algorithm)
+            models.check(config.model)
+            log.check(config)
+            claim = run_folder.claimed(folder, overwrite=config.overwrite) if group.writes else contextlib.nullcontext()
+            with claim:
+                run = prepare(config, data or load_data(config), group)
+                aligned = align(run) if config.align_every else None  # says so now if there is nothing to align
+        if group.writes:
+            run_folder.begin(
+                folder,
+                config,
+                engine=run.estimator.engine,
+                parameters=sum(parameter.numel() for parameter in run.estimator.model.parameters()),
+                device=describe(run.device),
+                processes=group.count,
+                onward=onward.__version__,
+                torch=torch.__version__,
+                python=platform.python_version(),
+            )
+        return _go_on(run, folder, Standing(), advance, aligned)
 
 
 def resume(folder: Path, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
     """Go on with the run in `folder` from its last checkpoint, as if it had never stopped; what is complete is left alone.
+
+    Under `torchrun` with as many processes as there are now.
 
     Raises:
         UsageError: there is no run, or neither its configuration nor a checkpoint of it can be used.
         TrainingFailed: as `train`.
     """
     config = replace(run_folder.settings(folder), out=str(folder))
-    log.check(config)
-    state = checkpoint.load(folder / run_folder.CHECKPOINT)
-    rows: list[Row] = [] if state is None else state.get("rows", [])
-    if len(rows) == config.epochs:
-        run_folder.write_metrics(folder, rows)
-        run_folder.write_alignment(folder, state["progress"]["aligned"])
-        Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None).print(f"{folder} is complete")
-        return rows
-    run = prepare(config, data or load_data(config))
-    if state is None:
-        return _go_on(run, folder, Standing(), advance, align(run) if config.align_every else None)
-    at = run.restore(state)
-    run_folder.write_metrics(folder, at.rows)
-    run_folder.write_alignment(folder, at.aligned)
-    return _go_on(run, folder, at, advance)
+    with processes.joined(config.device) as group:
+        aligned = None
+        with group.agreeing():
+            log.check(config)
+            state = checkpoint.load(folder / run_folder.CHECKPOINT)
+            rows: list[Row] = [] if state is None else state.get("rows", [])
+            complete = len(rows) == config.epochs
+            if not complete:
+                run = prepare(config, data or load_data(config), group)
+                at = Standing() if state is None else run.restore(state)
+                aligned = align(run) if state is None and config.align_every else None
+        if group.writes and state is not None:
+            run_folder.write_metrics(folder, rows)
+            run_folder.write_alignment(folder, state["progress"]["aligned"])
+        if complete:
+            _console(group, advance).print(f"{folder} is complete")
+            return rows
+        return _go_on(run, folder, at, advance, aligned)
 
 
 def _go_on(
@@ -210,16 +227,21 @@ def _go_on(
 ) -> list[Row]:
     """Train from where the run stands to its end."""
     config = run.config
-    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None)
+    group = run.processes
+    console = _console(group, advance)
+    several = f", {group.count} processes" if group.count > 1 else ""
     where = f", on from epoch {at.epoch}, step {at.step}" if at.rows or at.step else ""
     console.print(
         f"{config.algorithm} ({run.estimator.engine}), {config.model}, {run.data.name}: {len(run.data.train)} training and "
-        f"{len(run.data.test)} test images of {run.data.classes} classes; {describe(run.device)}, seed {config.seed}{where}"
+        f"{len(run.data.test)} test images of {run.data.classes} classes; {describe(run.device)}{several}, seed {config.seed}"
+        f"{where}"
     )
     due = _due(config.checkpoint_every)
 
     def save() -> None:
-        checkpoint.save(folder / run_folder.CHECKPOINT, run.state(at))
+        state = run.state(at)
+        if group.writes:
+            checkpoint.save(folder / run_folder.CHECKPOINT, state)
 
     def keep_alignment(epoch: int, measured: dict[str, Block]) -> list[dict[str, Any]]:
         shown = {name: block.cosines.flatten() for name, block in measured.items() if block.cosines is not None}
@@ -229,7 +251,7 @@ def _go_on(
     done = (at.epoch - 1) * run.steps + at.step
     try:
         with (
-            log.open_log(folder, config, done) as write,
+            log.open_log(folder, config, done) if group.writes else contextlib.nullcontext(_nothing) as write,
             _advancing(advance, console, config.epochs * run.steps, done) as step_done,
             interrupt.requests() as asked_to_stop,
         ):
@@ -241,11 +263,13 @@ def _go_on(
                     step_done(f"epoch {at.epoch}/{config.epochs}, loss {loss:.3f}")
                     if at.step % config.log_interval == 0:
                         write({"step/train_loss": loss}, (at.epoch - 1) * run.steps + at.step)
-                    if stop := asked_to_stop():
+                    request = asked_to_stop()
+                    stop, save_now = group.any([request is not None, group.writes and due()])
+                    if stop or save_now:
                         save()
-                        _stop(folder, at, stop)
-                    if due():
-                        save()
+                    if stop:
+                        group.leave(130)
+                        _stop(folder, at, request or "a request to another process")
                 run.rate.after_epoch(at.loss / at.seen)
                 row = {**at.row(), **evaluate(run)}
                 row["peak_memory_bytes"] = peak = max(at.peak_memory_bytes, memory.peak(run.device))
@@ -254,18 +278,22 @@ def _go_on(
                 if config.align_every and (epoch % config.align_every == 0 or epoch == config.epochs):
                     entries = keep_alignment(epoch, align(run))
                     memory.reset_peak(run.device)  # what looking takes is not the training's
-                if config.save_weights and (epoch % config.save_weights == 0 or epoch == config.epochs):
+                if group.writes and config.save_weights and (epoch % config.save_weights == 0 or epoch == config.epochs):
                     run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())
                 at = Standing([*at.rows, row], entries, epoch + 1, peak_memory_bytes=peak)
                 save()
-                run_folder.write_metrics(folder, at.rows)
-                run_folder.write_alignment(folder, at.aligned)
+                if group.writes:
+                    run_folder.write_metrics(folder, at.rows)
+                    run_folder.write_alignment(folder, at.aligned)
                 write(row, epoch * run.steps)
                 console.print(
                     "epoch {epoch}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
                     "test accuracy {test_accuracy:.2f} %  {seconds:.1f} s".format(**row)
                 )
-    except TrainingFailed as error:
+    except onward.ProcessLost as error:
+        raise TrainingFailed(f"{error}; {_kept(folder)}: onward train --resume {folder} goes on") from None
+    except TrainingFailed as error:  # in every process at once
+        group.leave(1)
         with contextlib.suppress(OSError):  # a disk that is full too must not hide why
             run_folder.write_failure(folder, str(error))
         raise TrainingFailed(f"{error}; {_kept(folder)}") from None
@@ -277,7 +305,7 @@ def _go_on(
     return at.rows
 
 
-def prepare(config: Train, data: ImageData) -> Run:
+def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     """The network, its estimator and its optimizers, before the first step.
 
     Raises:
@@ -291,12 +319,16 @@ def prepare(config: Train, data: ImageData) -> Run:
     torch.manual_seed(config.seed)
     model = models.build(config.model, (channels, *size), data.classes, config.network).to(device)
     estimator = algorithms.build(model, config, torch.zeros(2, channels, *size, device=device))
+    drop_last = _leaves_too_few(len(data.train), config.batch_size, model, group.count)
+    if group.count > 1:
+        onward.distribute(estimator)
+        if group.rank:
+            torch.manual_seed(seed_of(config.seed, "process", group.rank))  # for masks of its own
     optimizers = make_optimizers(config, estimator)
-    drop_last = _leaves_one(len(data.train), config.batch_size, model)
     full, rest = divmod(len(data.train), config.batch_size)
     steps = full + (rest > 0 and not drop_last)
     rate = Rate(config.schedule, optimizers["network"], epochs=config.epochs, steps=steps)
-    return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last)
+    return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last, group)
 
 
 def train_epoch(run: Run, at: Standing) -> Iterator[float]:
@@ -306,10 +338,13 @@ def train_epoch(run: Run, at: Standing) -> Iterator[float]:
     for x, y in run.training_batches(at.epoch, at.step):
         done = run.step(x, y, f"epoch {at.epoch}, step {at.step + 1} of {run.steps}")
         loss = done.loss.item()
-        at.step, at.loss, at.seen = at.step + 1, at.loss + loss * len(y), at.seen + len(y)
-        for cut, (head_loss, logits) in done.heads.items():
-            sums = torch.stack([head_loss * len(y), (logits.argmax(1) == y).sum()])
-            at.heads[cut] = at.heads[cut] + sums if cut in at.heads else sums
+        samples = min(run.config.batch_size, len(run.data.train) - at.step * run.config.batch_size)
+        at.step, at.loss, at.seen = at.step + 1, at.loss + loss * samples, at.seen + samples
+        if done.heads:
+            hits = run.processes.total(torch.stack([(logits.argmax(1) == y).sum() for _, logits in done.heads.values()]))
+            for (cut, (head_loss, _)), hit in zip(done.heads.items(), hits, strict=True):
+                sums = torch.stack([head_loss * samples, hit])
+                at.heads[cut] = at.heads[cut] + sums if cut in at.heads else sums
         at.seconds += time.perf_counter() - start
         yield loss
         start = time.perf_counter()  # what is done with the loss is not the step's time
@@ -320,12 +355,23 @@ def evaluate(run: Run) -> Row:
     """Mean loss and accuracy (percent) on the test images, in eval mode."""
     run.estimator.eval()
     loss, correct = 0.0, 0
-    stream = batches(run.data.test, run.config.test_batch_size, transform=run.transform, train=False, device=run.device)
+    stream = batches(
+        run.data.test,
+        run.config.test_batch_size,
+        transform=run.transform,
+        train=False,
+        device=run.device,
+        rank=run.processes.rank,
+        processes=run.processes.count,
+    )
+    x = torch.empty(0)
     for x, y in stream:
         logits = run.estimator(x)
         loss += run.estimator.loss(logits, y).item() * len(y)
         correct += int((logits.argmax(1) == y).sum())
     n = len(run.data.test)
+    totals = torch.tensor([loss, correct], dtype=torch.float64, device=run.device)
+    loss, correct = run.processes.total(totals).tolist()
     if not math.isfinite(loss):
         raise TrainingFailed(f"the test loss is {loss} after an epoch ({_culprit(run.estimator, x)})")
     return {"test_loss": loss / n, "test_accuracy": 100 * correct / n}
@@ -371,6 +417,8 @@ def choose_device(name: str) -> torch.device:
     Raises:
         UsageError: no such device here.
     """
+    if name in ("auto", "cuda") and processes.asked_for() > 1 and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())  # each process has its own
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -389,18 +437,28 @@ def describe(device: torch.device) -> str:
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _leaves_one(images: int, batch_size: int, model: nn.Module) -> bool:
-    """Whether the last batch would be a single image, which batch norm can do nothing with.
+def _leaves_too_few(images: int, batch_size: int, model: nn.Module, count: int) -> bool:
+    """Whether the last batch would give a process no image, or a single one, which batch norm can do nothing with.
 
     Raises:
-        UsageError: every batch would be one.
+        UsageError: every batch would.
     """
-    if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        return False
+    norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    least = (2 if norm else 1) * count
+    why = "this network has batch norm, which needs at least 2 images in a batch" if norm else "each needs at least 1 image"
+    of = f", divided among {count} processes" if count > 1 else ""
     for what, number in (("--batch-size", batch_size), ("training images:", images)):
-        if number == 1:
-            raise UsageError(f"{what} 1: this network has batch norm, which needs at least 2 images in a batch")
-    return images % batch_size == 1
+        if number < least:
+            raise UsageError(f"{what} {number}{of}: {why}")
+    return 0 < images % batch_size < least
+
+
+def _nothing(*_: object) -> None:
+    """Where the log would be, in a process that does not write."""
+
+
+def _console(group: Processes, advance: Callable[[str], None] | None) -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None or not group.writes)
 
 
 def _check_finite(estimator: onward.Estimator, loss: Tensor, x: Tensor, where: str) -> None:

@@ -145,7 +145,7 @@ def test_what_a_run_folder_holds(config: Train, images: Make) -> None:
     folder = Path(config.out or "")
     kept = json.loads((folder / "config.json").read_text())
     assert from_dict(Train, kept["config"]) == config
-    assert kept["environment"].keys() == {"engine", "parameters", "device", "onward", "torch", "python"}
+    assert kept["environment"].keys() == {"engine", "parameters", "device", "processes", "onward", "torch", "python"}
     assert kept["environment"]["torch"] == torch.__version__
     assert kept["environment"]["parameters"] == 64 * 32 + 32 + 64 + 32 * 32 + 32 + 64 + 32 * 4 + 4
     rows = metrics(config)
