@@ -6,6 +6,7 @@ from onward.distributed import ProcessLost, distribute
 from onward.errors import UsageError
 from onward.estimators import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, Step
 from onward.heads import make_heads
+from onward.pipeline import Stage
 from onward.validate import Problem, validate
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "LocalLoss",
     "Problem",
     "ProcessLost",
+    "Stage",
     "Step",
     "UsageError",
     "alignment",

@@ -123,8 +123,8 @@ class ForwardFeedback(Feedback):
     directions = 1
 
     def differentiate(self, k: int, h: Tensor, error: OutputError, gradient: Tensor) -> None:
-        gradient.add_(self[k])
-        scale = -1.0 / (error.e.shape[0] * self.directions)
+        gradient.add_(self[k], alpha=error.share)
+        scale = -error.share / (error.e.shape[0] * self.directions)
         for tangent, u in zip(error.tangents, error.directions(k, h), strict=True):
             gradient.addmm_(tangent.to(gradient.dtype).T, u.flatten(1).to(gradient.dtype), alpha=scale)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from onward import directions
 from onward.cuts import BypassCheck, cut_graph, frozen_statistics, same_randomness
@@ -86,35 +88,49 @@ class SignalEstimator(Estimator):
         return self._block_by_block(x, y) if self.low_memory else self._all_at_once(x, y)
 
     def _all_at_once(self, x: Any, y: Any) -> Step:
+        passed = self.pass_forward(x)
+        loss, e = output_error(self.loss, passed.output, y)
+        self.learn(passed, OutputError(e, passed.tangents, passed.directions))
+        return Step(loss, passed.output.detach())
+
+    def pass_forward(self, x: Any, arrived: Sequence[Tensor] = (), weights: Mapping[str, Tensor] | None = None) -> Passed:
+        """The half of a step that needs no signal: run the blocks of this process, and keep their graphs.
+
+        ``arrived``: the tangents of x, where it is the output of a block elsewhere; ``weights``: what to run with in place of
+        the network's parameters.
+        """
         allocate_gradients(self._roles().get("feedback", []))
-        outputs: list[Tensor] = []
-        versions: list[int] = []
+        outputs: dict[int, Tensor] = {}
+        versions: dict[int, int] = {}
         drawn: dict[int, list[Tensor]] = {}
 
         def deliver(k: int, h: Tensor) -> Tensor:
-            outputs.append(h)
-            versions.append(h._version)
+            outputs[k], versions[k] = h, h._version
             passed_on = h.detach()
             if tangents is not None:
                 drawn[k] = perturb(tangents, self.cuts[k], k, h, passed_on, self._draw(k, passed_on))
             return passed_on
 
         tangents = Tangents(self.directions) if self.directions else None
+        model = self.model if weights is None else partial(functional_call, self.model, dict(weights))
         with tangents or nullcontext(), cut_graph(self.model, self.cuts, deliver):
-            logits = call(self.model, x)
-            tangents_out = tangents_of(tangents, self.cuts, logits)
-        self._check(outputs, logits)
+            if tangents is not None and arrived:
+                tangents.set(x, *arrived)
+            output = call(model, x)
+            tangents_out = tangents_of(tangents, self.cuts, output)
+        self._check(outputs, output)
         if self.reads_outputs:
             self._check_kept(outputs, versions)
-        loss, e = output_error(self.loss, logits, y)
-        error = OutputError(e, tangents_out, lambda k, h: drawn[k])
+        return Passed(outputs, drawn, output, tangents_out)
+
+    def learn(self, passed: Passed, error: OutputError) -> None:
+        """The other half: each block takes its signal from what is known at the output, and differentiates itself."""
         # Nothing has to wait for a later block, so the first blocks, with most to forget and the fewest parameters, go first.
-        outputs.reverse()
-        for k in range(len(outputs)):
-            self._differentiate(k, outputs.pop(), error)
-            drawn.pop(k, None)
-        torch.autograd.backward(logits, e.to(logits.dtype))
-        return Step(loss, logits.detach())
+        for k in list(passed.outputs):
+            self._differentiate(k, passed.outputs.pop(k), error)
+            passed.drawn.pop(k, None)
+        if self.ends_here:
+            torch.autograd.backward(passed.output, error.e.view(passed.output.shape).to(passed.output.dtype))
 
     def _differentiate(self, k: int, h: Tensor, error: OutputError) -> None:
         """Hand block k its error signal, and let it find the gradients of its own parameters."""
@@ -158,21 +174,23 @@ class SignalEstimator(Estimator):
         forget_unused(fresh)
         return Step(loss, logits)
 
-    def _check(self, outputs: list[Tensor], logits: Tensor) -> None:
+    def _check(self, outputs: dict[int, Tensor], output: Tensor) -> None:
         """On the first batch: does every cut separate, and does the last block have anything to train?"""
         if self._check_bypass:
             check = BypassCheck(self.model, self.cuts)
-            for k, output in enumerate([*outputs, logits]):
-                check.visit(k, output)
+            for k, h in outputs.items():
+                check.visit(k, h)
+            check.visit(len(self.cuts), output)
             self._check_bypass = False
-        check_last_block(self.cuts, logits.requires_grad)
+        if self.ends_here:
+            check_last_block(self.cuts, output.requires_grad)
 
-    def _check_kept(self, outputs: Sequence[Tensor], versions: Sequence[int]) -> None:
-        for name, h, version in zip(self.cuts, outputs, versions, strict=True):
-            if h._version != version:
+    def _check_kept(self, outputs: dict[int, Tensor], versions: dict[int, int]) -> None:
+        for k, h in outputs.items():
+            if h._version != versions[k]:
                 raise UsageError(
-                    f"what follows cut {name!r} overwrites that block's output in place, and {type(self).__name__} still needs "
-                    "it: use low_memory=True, or the form of that module that is not in place"
+                    f"what follows cut {self.cuts[k]!r} overwrites that block's output in place, and {type(self).__name__} "
+                    "still needs it: use low_memory=True, or the form of that module that is not in place"
                 )
 
 
@@ -201,14 +219,34 @@ def tangents_of(tangents: Tangents | None, cuts: Sequence[str], logits: Tensor) 
     return [t for t in found if t is not None]
 
 
+class Passed(NamedTuple):
+    """What the forward half of a step leaves for the half that learns.
+
+    By number of block, the outputs with their graphs and the directions added there; the network's output (in another
+    process's place, that of the last block here) and its tangents.
+    """
+
+    outputs: dict[int, Tensor]
+    drawn: dict[int, list[Tensor]]
+    output: Tensor
+    tangents: list[Tensor]
+
+    def directions(self, k: int, h: Tensor) -> list[Tensor]:
+        """The directions that were added at the output h of block k."""
+        return self.drawn[k]
+
+
 class OutputError:
     """What one pass learned at the network's output.
 
     ``e`` = dL/dz (N x C, already divided by N for a mean loss); ``tangents``, one N x C matrix per direction;
-    ``directions(k, h)``, the directions that were added at the output h of block k.
+    ``directions(k, h)``, the directions that were added at the output h of block k. These samples are ``share`` of the batch.
     """
 
-    def __init__(self, e: Tensor, tangents: Sequence[Tensor], directions: Callable[[int, Tensor], list[Tensor]]) -> None:
+    def __init__(
+        self, e: Tensor, tangents: Sequence[Tensor], directions: Callable[[int, Tensor], list[Tensor]], share: float = 1.0
+    ) -> None:
         self.e = as_rows(e)
         self.tangents = [t.reshape(self.e.shape) for t in tangents]
         self.directions = directions
+        self.share = share
