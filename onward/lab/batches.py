@@ -44,9 +44,9 @@ class Transform:
         if self.augment not in AUGMENTATIONS:
             raise unknown("augmentation", self.augment, AUGMENTATIONS)
         if self.size is not None and self.size < 1:
-            raise UsageError(f"image size {self.size}: use at least 1")
-        if not all(value > 0 for value in _tuple(self.std)):
-            raise UsageError(f"std {self.std} of the images: use positive numbers")
+            raise UsageError(f"--transform.size {self.size}: use at least 1")
+        if not all(0 < value < float("inf") for value in _tuple(self.std)):
+            raise UsageError(f"--transform.std {self.std}: use positive numbers")
 
 
 def batches(

@@ -106,7 +106,8 @@ def bench(config: Bench) -> list[Row]:
         draw_sweep(picture, report["slopes"], rows, config)
         console.print(f"picture: {picture}")
     if config.json:
-        disk.write_text(Path(config.json), json.dumps(report, indent=2) + "\n")
+        with disk.writing(Path(config.json)):
+            Path(config.json).write_text(json.dumps(report, indent=2) + "\n")
         console.print(f"figures: {config.json}")
     return rows
 

@@ -269,6 +269,7 @@ class Recipe(Setup):
         positive("schedule.", gamma=self.schedule.gamma)
         at_least(1, "schedule.", step_size=self.schedule.step_size)
         at_least(0, "schedule.", patience=self.schedule.patience, start=self.schedule.start, end=self.schedule.end)
+        at_least(1, "transform.", size=self.transform.size)
         at_least(1, "subset.", train=self.subset.train, test=self.subset.test)
 
 
@@ -384,7 +385,7 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     import dacite
 
     try:
-        hooks = {int: _no_truth, float: _no_truth}
+        hooks = dict.fromkeys((int, float, tuple[str, ...], tuple[float, ...]), _taken_literally)
         return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[], type_hooks=hooks))  # type: ignore[type-var]
     except UsageError:
         raise
@@ -399,6 +400,6 @@ def _as_given(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _no_truth(value: Any) -> Any:
-    """To Python, true is a number; in a file it is a mistake."""
-    return str(value) if isinstance(value, bool) else value
+def _taken_literally(value: Any) -> Any:
+    """To Python true is a number, and a mapping a sequence of its keys; in a file both are mistakes."""
+    return str(value) if isinstance(value, (bool, dict)) else value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 from torch.optim import Optimizer
@@ -62,4 +63,7 @@ class Rate:
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(train_loss)
         elif not self.each_step:
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                # A run that goes on behind the last step of an epoch ends the epoch before it makes a step.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()

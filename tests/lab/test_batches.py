@@ -209,8 +209,8 @@ def test_the_split_is_left_alone():
     ("options", "message"),
     [
         ({"augment": "crop-filp"}, "unknown augmentation 'crop-filp': did you mean 'crop-flip'?"),
-        ({"size": 0}, "image size 0: use at least 1"),
-        ({"std": (0.5, 0.0, 0.5)}, r"std \(0.5, 0.0, 0.5\) of the images: use positive numbers"),
+        ({"size": 0}, "--transform.size 0: use at least 1"),
+        ({"std": (0.5, 0.0, 0.5)}, r"--transform.std \(0.5, 0.0, 0.5\): use positive numbers"),
     ],
 )
 def test_a_transform_that_cannot_work_says_why(options, message):
