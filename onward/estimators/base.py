@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -66,16 +67,8 @@ class Estimator(nn.Module):
 
         Raises :class:`onward.UsageError` where the network, its cuts, or the batch make an estimate impossible.
         """
-        try:
-            with self.shard.averaging(x, self):
-                step = self._estimate(x, y)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UsageError(
-                "a batch of one sample has no batch statistics: this network has batch norm, so train it with batches of at "
-                "least 2 samples (drop_last=True in the data loader), or in eval mode"
-            ) from error
+        with batch_statistics(), self.shard.averaging(x, self):
+            step = self._estimate(x, y)
         self.step += 1
         loss, *of_heads = self.shard.mean([step.loss, *(value for value, _ in step.heads.values())])
         heads = {cut: (value, z) for (cut, (_, z)), value in zip(step.heads.items(), of_heads, strict=True)}
@@ -126,6 +119,20 @@ class Estimator(nn.Module):
 
     def set_extra_state(self, state: dict[str, int]) -> None:
         self.step, self.seed = state["step"], state["seed"]
+
+
+@contextmanager
+def batch_statistics() -> Iterator[None]:
+    """Within the block, batch norm's refusal of a batch of one sample comes with the remedy."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UsageError(
+            "a batch of one sample has no batch statistics: this network has batch norm, so train it with batches of at "
+            "least 2 samples (drop_last=True in the data loader), or in eval mode"
+        ) from error
 
 
 def call(model: Callable[..., Any], x: Any) -> Tensor:
