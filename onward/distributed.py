@@ -5,10 +5,13 @@ Estimators say where such means are taken (``shard.mean``); on one process that 
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import contextmanager, suppress
+from functools import cache
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,7 +31,7 @@ STATISTICS = {
     "local": "each process normalises by its own shard and keeps its own running statistics",
 }
 _BUCKET = 25 << 20  # bytes in one message
-_NAMING = timedelta(seconds=10)  # for finding out who is gone
+_NAMING = 4  # seconds for finding out who is gone
 
 
 class ProcessLost(RuntimeError):
@@ -69,9 +72,8 @@ class ProcessShard(Shard):
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, statistics: str) -> None:
         self.group, self.device, self.statistics = group, device, statistics
+        self._hearts = _hearts(group or dist.group.WORLD)
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
-        ranks = None if group is None else dist.get_process_group_ranks(group)
-        self._roll_call = dist.new_group(ranks, backend="gloo", timeout=_NAMING)
         self.sizes = [1] * self.processes
         self.sent = 0
 
@@ -161,11 +163,43 @@ class ProcessShard(Shard):
             raise ProcessLost(self._missing(error)) from error
 
     def _missing(self, error: RuntimeError) -> str:
+        """Whose heart has stopped, as the first process to find out has put it."""
+        alone = f"process {self.rank} of {self.processes} can no longer exchange with the others"
         try:
-            dist.monitored_barrier(self._roll_call, timeout=_NAMING, wait_all_ranks=True)
-        except RuntimeError as roll_call:
-            return f"process {self.rank} of {self.processes} lost another: {_first_line(roll_call)}"
-        return f"process {self.rank} of {self.processes} could not exchange with the others: {_first_line(error)}"
+            if not self._hearts.check(["verdict"]):
+                before = self._beats()
+                time.sleep(_NAMING)
+                missing = [f"process {rank}" for rank, beat in enumerate(self._beats()) if beat == before[rank]]
+                said = f"{' and '.join(missing)} of {self.processes} failed or no longer answers" if missing else ""
+                self._hearts.compare_set("verdict", "", said)
+            return self._hearts.get("verdict").decode() or f"{alone} ({str(error).splitlines()[0]})"
+        except RuntimeError:
+            return f"{alone}, nor reach where they met (process 0, or torchrun)"
+
+    def _beats(self) -> list[bytes]:
+        return self._hearts.multi_get([str(rank) for rank in range(self.processes)])
+
+
+@cache
+def _hearts(group: Any) -> Any:
+    """Where each process of a group counts seconds for as long as it runs, whatever its other threads wait for."""
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
+    store, rank, stopping = PrefixStore("onward hearts", group.get_group_store()), str(dist.get_rank(group)), Event()
+
+    def beat() -> None:
+        beats = 0
+        with suppress(RuntimeError):  # the store is gone, and so is the run
+            while not stopping.wait(1):
+                beats += 1
+                store.set(rank, str(beats))
+
+    store.set(rank, "0")
+    thread = Thread(target=beat, name="onward-heart", daemon=True)
+    thread.start()
+    atexit.register(thread.join, 2)  # not in the middle of a message while Python ends
+    atexit.register(stopping.set)  # which comes first
+    return store
 
 
 E_ = TypeVar("E_", bound="Estimator")
@@ -254,7 +288,3 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
                 bucket = []
             bucket.append(i)
         yield bucket
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import signal
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from together import together
+from together import in_group, start, together
 from torch import Tensor, nn
 
 import onward
@@ -19,6 +23,7 @@ from onward.spaces import SPACES
 FORWARD = {"local", "random", "ntk", "fixed-ntk", "feedback"}, ("activation", "activation-2", "avg-weight", "f-activation")
 SHARDS = {2: (5, 4), 4: (3, 1, 3, 2)}
 CLASSES = 3
+STEPS = 1000
 Options = dict[str, Any]
 
 
@@ -132,3 +137,164 @@ def test_the_family_gives_the_gradients_of_one_process() -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_whole_family_gives_the_gradients_of_one_process(target: str, processes: int) -> None:
     assert_the_same(list(family([target], list(GUESSES))), SHARDS[processes])
+
+
+def scalar_only_run(rank: int, processes: int, width: int, steps: int) -> tuple[int, dict[str, Tensor]]:
+    """Bytes that a process sent in each step, and the weights at the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, CLASSES)).double()
+    estimator = onward.ForwardGradient(model, space="avg-weight", seed=5)
+    if processes > 1:
+        onward.distribute(estimator)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(2)
+    sent = {0}
+    for _ in range(steps):
+        x = torch.randn(8, 6, generator=generator, dtype=torch.float64)
+        y = torch.randint(CLASSES, (8,), generator=generator)
+        before = getattr(estimator.shard, "sent", 0)
+        optimizer.zero_grad()
+        estimator.estimate(x[rank::processes], y[rank::processes])
+        optimizer.step()
+        sent.add(getattr(estimator.shard, "sent", 0) - before)
+    return max(sent), model.state_dict()
+
+
+def test_only_scalars_travel_and_weights_stay_bitwise_equal() -> None:
+    everyone = together(2, scalar_only_run, 2, 12, STEPS)
+    _, alone = scalar_only_run(0, 1, 12, STEPS)
+    for sent, weights in everyone:
+        assert 0 < sent <= 1024
+        for name, value in weights.items():
+            assert torch.equal(value, everyone[0][1][name])
+            torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-12)
+    assert {sent for sent, _ in together(2, scalar_only_run, 2, 1200, 2)} == {everyone[0][0]}
+
+
+def accumulated(rank: int) -> list[Tensor]:
+    """Gradients of two batches on top of one another, and of the first alone."""
+    x, y = data(8)
+    x, y = x.chunk(2)[rank], y.chunk(2)[rank]
+    estimator = onward.distribute(build("dkp"))
+    weight = estimator.get_parameter("model.0.0.weight")
+    estimator.estimate(x[:2], y[:2])
+    first = weight.grad.clone()
+    estimator.estimate(x[2:], y[2:])
+    return [first, weight.grad]
+
+
+def test_gradients_add_up_over_batches() -> None:
+    x, y = data(8)
+    estimator = build("dkp")
+    estimator.estimate(x[[0, 1, 4, 5]], y[[0, 1, 4, 5]])
+    first = estimator.get_parameter("model.0.0.weight").grad.clone()
+    estimator.estimate(x[[2, 3, 6, 7]], y[[2, 3, 6, 7]])
+    for found in together(2, accumulated):
+        torch.testing.assert_close(found, [first, estimator.get_parameter("model.0.0.weight").grad])
+
+
+class Gate(nn.Module):
+    """Uses its layer for some batches only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.never = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) if x.shape[0] > 2 else x
+
+
+def gated(rank: int) -> tuple[bool, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(Gate(), nn.Linear(6, CLASSES)).double()
+    samples = (3, 2)[rank]
+    onward.distribute(onward.Backprop(model)).estimate(torch.ones(samples, 6).double(), torch.zeros(samples).long())
+    return model[0].never.weight.grad is None, model[0].layer.weight.grad
+
+
+def test_a_parameter_that_one_process_uses_is_averaged_and_one_that_none_uses_keeps_no_gradient() -> None:
+    (unused, gradient), (also_unused, other) = together(2, gated)
+    assert unused
+    assert also_unused
+    assert gradient.abs().sum() > 0
+    assert torch.equal(gradient, other)
+
+
+def with_batch_norm(rank: int, statistics: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(rank)
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, CLASSES))
+    estimator = onward.distribute(onward.DFA(model), statistics=statistics)
+    estimator.estimate(torch.randn(5, 6), torch.zeros(5).long())
+    return model[1].running_mean, model[0].weight.detach()
+
+
+def test_running_statistics_are_averaged_or_left_alone() -> None:
+    (local, weight), (other, same) = together(2, with_batch_norm, "local")
+    assert not torch.equal(local, other)
+    assert torch.equal(weight, same)  # those of the first process
+    for mean, _ in together(2, with_batch_norm, "averaged"):
+        torch.testing.assert_close(mean, (local + other) / 2)
+
+
+def refused(rank: int, what: str) -> str:
+    torch.manual_seed(0)
+    width = 4 + rank if what == "other network" else 4
+    model = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def attempt() -> None:
+        estimator = onward.distribute(onward.DFA(model), statistics="sum" if what == "statistics" else "local")
+        estimator.estimate(torch.randn(1 - rank, 6), torch.zeros(1 - rank).long())
+
+    with pytest.raises(onward.UsageError) as error:
+        attempt()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("other network", "process 1 has other parameters or buffers .* than process 0: build the same network"),
+        ("statistics", "unknown handling of running statistics 'sum'"),
+        ("empty", "process 1 of 2 has no sample of this batch: give every process at least one"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_every_process(what: str, message: str) -> None:
+    for said in together(2, refused, what):
+        assert re.search(message, said)
+
+
+def test_without_a_group_the_remedy_is_named() -> None:
+    with pytest.raises(onward.UsageError, match="no process group: start the script with torchrun"):
+        onward.distribute(build("dfa"))
+
+
+def loses_one(rank: int, lost: int, how: signal.Signals) -> tuple[str, float]:
+    x, y = data(8)
+    estimator = onward.distribute(build("fdfa"))
+
+    def go_on() -> None:
+        while True:
+            estimator.estimate(x, y)
+
+    estimator.estimate(x, y)
+    if rank == lost:
+        os.kill(os.getpid(), how)
+    start = time.monotonic()
+    with pytest.raises(onward.ProcessLost) as error:
+        go_on()
+    return str(error.value), time.monotonic() - start
+
+
+LATER = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("lost", "how"),
+    [(2, signal.SIGKILL), pytest.param(0, signal.SIGKILL, marks=LATER), pytest.param(1, signal.SIGSTOP, marks=LATER)],
+)
+def test_a_process_that_is_gone_is_named_within_a_minute(lost: int, how: signal.Signals) -> None:
+    ended = start(4, partial(in_group, 20, loses_one), lost, how)
+    for rank in set(range(4)) - {lost}:
+        said, seconds = ended[rank].result
+        assert seconds < 60
+        assert said == f"process {lost} of 4 failed or no longer answers"

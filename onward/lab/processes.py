@@ -15,7 +15,7 @@ from torch import Tensor
 
 from onward.errors import UsageError
 
-PATIENCE = timedelta(seconds=45)
+PATIENCE = timedelta(seconds=40)
 """How long a process waits for the others before the run ends."""
 
 
