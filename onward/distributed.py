@@ -72,7 +72,7 @@ class ProcessShard(Shard):
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device, statistics: str) -> None:
         self.group, self.device, self.statistics = group, device, statistics
-        self._hearts = _hearts(group or dist.group.WORLD)
+        _hearts(group or dist.group.WORLD)
         self.rank, self.processes = dist.get_rank(group), dist.get_world_size(group)
         self.sizes = [1] * self.processes
         self.sent = 0
@@ -108,7 +108,7 @@ class ProcessShard(Shard):
         padded[: len(rows)] = rows
         everyone = [torch.empty_like(padded) for _ in self.sizes]
         self.sent += padded.nbytes
-        with self._answering():
+        with answering(self.group):
             dist.all_gather(everyone, padded, group=self.group)
         return torch.cat([theirs[:size] for theirs, size in zip(everyone, self.sizes, strict=True)])
 
@@ -151,38 +151,45 @@ class ProcessShard(Shard):
 
     def _sum(self, tensor: Tensor) -> None:
         self.sent += tensor.nbytes
-        with self._answering():
+        with answering(self.group):
             dist.all_reduce(tensor, group=self.group)
 
-    @contextmanager
-    def _answering(self) -> Iterator[None]:
-        """Name the process that is gone when an exchange fails."""
-        try:
-            yield
-        except RuntimeError as error:
-            raise ProcessLost(self._missing(error)) from error
 
-    def _missing(self, error: RuntimeError) -> str:
-        """Whose heart has stopped, as the first process to find out has put it."""
-        alone = f"process {self.rank} of {self.processes} can no longer exchange with the others"
-        try:
-            if not self._hearts.check(["verdict"]):
-                before = self._beats()
-                time.sleep(_NAMING)
-                missing = [f"process {rank}" for rank, beat in enumerate(self._beats()) if beat == before[rank]]
-                said = f"{' and '.join(missing)} of {self.processes} failed or no longer answers" if missing else ""
-                self._hearts.compare_set("verdict", "", said)
-            return self._hearts.get("verdict").decode() or f"{alone} ({str(error).splitlines()[0]})"
-        except RuntimeError:
-            return f"{alone}, nor reach where they met (process 0, or torchrun)"
+@contextmanager
+def answering(group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Around an exchange: if it fails, a :class:`ProcessLost` names the process that has failed, or that has stopped.
 
-    def _beats(self) -> list[bytes]:
-        return self._hearts.multi_get([str(rank) for rank in range(self.processes)])
+    Every process has a heart, a thread that counts seconds where all have met, whatever its other threads wait for; the first
+    to find out whose has stopped puts it down there for all.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost(_missing(group, error)) from error
+
+
+def _missing(group: dist.ProcessGroup | None, error: RuntimeError) -> str:
+    hearts, count = _hearts(group or dist.group.WORLD), dist.get_world_size(group)
+    alone = f"process {dist.get_rank(group)} of {count} can no longer exchange with the others"
+
+    def beats() -> list[bytes]:
+        return hearts.multi_get([str(rank) for rank in range(count)])
+
+    try:
+        if not hearts.check(["verdict"]):
+            before = beats()
+            time.sleep(_NAMING)
+            missing = [f"process {rank}" for rank, beat in enumerate(beats()) if beat == before[rank]]
+            said = f"{' and '.join(missing)} of {count} failed or no longer answers" if missing else ""
+            hearts.compare_set("verdict", "", said)
+        return hearts.get("verdict").decode() or f"{alone} ({str(error).splitlines()[0]})"
+    except RuntimeError:
+        return f"{alone}, nor reach where they met (process 0, or torchrun)"
 
 
 @cache
 def _hearts(group: Any) -> Any:
-    """Where each process of a group counts seconds for as long as it runs, whatever its other threads wait for."""
+    """Where the processes of a group count seconds; this one begins to."""
     from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
     store, rank, stopping = PrefixStore("onward hearts", group.get_group_store()), str(dist.get_rank(group)), Event()
@@ -252,7 +259,7 @@ def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statist
             )
     numbers = torch.tensor([estimator.step, estimator.seed], dtype=torch.int64, device=device)
     source = 0 if group is None else dist.get_global_rank(group, 0)
-    with torch.no_grad(), shard._answering():
+    with torch.no_grad(), answering(group):
         for tensor in [*state.values(), numbers]:
             held = tensor.detach().contiguous()
             dist.broadcast(held, source, group=group)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onward.distributed import answering
 from onward.errors import UsageError
 
 PATIENCE = timedelta(seconds=40)
@@ -34,7 +35,8 @@ class Processes:
     def total(self, numbers: Tensor) -> Tensor:
         """Sums over all processes."""
         if self.count > 1:
-            dist.all_reduce(numbers)
+            with answering():
+                dist.all_reduce(numbers)
         return numbers
 
     def everyones(self, thing: Any) -> list[Any]:
@@ -42,7 +44,8 @@ class Processes:
         if self.count == 1:
             return [thing]
         things = [None] * self.count
-        dist.all_gather_object(things, thing)
+        with answering():
+            dist.all_gather_object(things, thing)
         return things
 
     def any(self, flags: Sequence[bool]) -> list[bool]:

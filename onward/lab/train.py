@@ -250,6 +250,8 @@ def _go_on(
 
     done = (at.epoch - 1) * run.steps + at.step
     try:
+        if group.count > 1:
+            onward.distribute(run.estimator)
         with (
             log.open_log(folder, config, done) if group.writes else contextlib.nullcontext(_nothing) as write,
             _advancing(advance, console, config.epochs * run.steps, done) as step_done,
@@ -320,10 +322,8 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     model = models.build(config.model, (channels, *size), data.classes, config.network).to(device)
     estimator = algorithms.build(model, config, torch.zeros(2, channels, *size, device=device))
     drop_last = _leaves_too_few(len(data.train), config.batch_size, model, group.count)
-    if group.count > 1:
-        onward.distribute(estimator)
-        if group.rank:
-            torch.manual_seed(seed_of(config.seed, "process", group.rank))  # for masks of its own
+    if group.rank:
+        torch.manual_seed(seed_of(config.seed, "process", group.rank))  # for masks of its own
     optimizers = make_optimizers(config, estimator)
     full, rest = divmod(len(data.train), config.batch_size)
     steps = full + (rest > 0 and not drop_last)
