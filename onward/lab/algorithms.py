@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from torch import Tensor, nn
 
 import onward
+from onward.cuts import check_names
 from onward.errors import UsageError, unknown
 from onward.estimators.base import Loss
 from onward.estimators.forward_gradient import OF_HEADS
@@ -180,7 +181,7 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
         UsageError: a kind that does not fit a block's output.
     """
     shared = models.HEADS_BEHIND.get(config.model, {})
-    cuts = config.cuts or onward.default_cuts(model)
+    cuts = check_names(model, config.cuts or onward.default_cuts(model))
     ends = [shared.get(cut, cut) for cut in cuts]
     flat = any(isinstance(layer, nn.Flatten) for end in ends for layer in model.get_submodule(end).modules())
     kind = config.heads.kind or ("mlp" if flat else "cnn")

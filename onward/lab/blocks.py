@@ -19,8 +19,8 @@ def scaled(channels: int, width: float) -> int:
     >>> scaled(64, 0.25), scaled(3, 0.1)
     (16, 1)
     """
-    if not width > 0:
-        raise UsageError(f"--network.width {width}: use a positive number")
+    if not 0 < width <= 1e4:
+        raise UsageError(f"--network.width {width}: use a positive number, at most 10000")
     return max(1, round(channels * width))
 
 

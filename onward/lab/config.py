@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
+
+import torch
 
 from onward.errors import UsageError
 from onward.lab.batches import Transform
@@ -174,6 +175,8 @@ class Setup:
     backprop: Backprop = field(default_factory=Backprop)
 
     def __post_init__(self) -> None:
+        if self.cuts == ():
+            raise UsageError("--cuts: name at least one module, or leave it out")
         at_least(1, batch_size=self.batch_size)
         at_least(0, lr=self.lr)
         positive("network.", width=self.network.width)
@@ -201,8 +204,10 @@ def at_least(least: int, owner: str = "", **options: float | None) -> None:
         if value is None:
             continue
         whole = isinstance(value, int)
-        if not least <= value <= (LARGEST if whole else sys.float_info.max):
-            remedy = f"use at least {least}" if value < least else f"use at most {LARGEST}" if whole else "use a finite number"
+        if not least <= value <= (LARGEST if whole else torch.finfo(torch.float32).max):
+            remedy = "use a finite number, of 32 bits"
+            if value < least or whole:
+                remedy = f"use at least {least}" if value < least else f"use at most {LARGEST}"
             raise UsageError(f"--{owner}{name.replace('_', '-')} {value}: {remedy}")
 
 

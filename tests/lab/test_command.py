@@ -82,6 +82,20 @@ def test_interrupted_it_keeps_the_last_epoch(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["progress"]["epoch"] >= 1
 
 
+@pytest.mark.parametrize("arguments", [["list"], ["train", "--help"], ["train", "--out", "run", *SMALL]])
+def test_a_reader_that_has_gone_is_told_nothing(arguments: list[str], tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(onward.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*ONWARD, *arguments], cwd=tmp_path, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["list"]) == 0
     words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
@@ -158,6 +172,15 @@ def test_what_cannot_be_parsed_exits_with_2(arguments: list[str], said: str, cap
         command.main(arguments)
     assert exit.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_too_little_memory_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["train", "--out", str(tmp_path / "run"), *SMALL, "--network.width", "1e4"]
+    assert command.main(asked) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory (")
+    assert said.endswith("): use a smaller --batch-size, or a smaller network\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_the_lab_it_says_what_to_install(tmp_path: Path) -> None:
