@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from onward.errors import UsageError, unknown
 from onward.per_sample import PerSample, Rows
+from onward.spaces import OF_SAMPLES
+from onward.synchronised import synchronise
 
 if TYPE_CHECKING:
     from onward.estimators.base import Estimator
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 STATISTICS = {
     "averaged": "each process normalises by its own shard; running statistics are averaged after every step",
     "local": "each process normalises by its own shard and keeps its own running statistics",
+    "synchronised": "batch norm normalises by the statistics of all shards",
 }
 _BUCKET = 25 << 20  # bytes in one message
 _NAMING = 4  # seconds for finding out who is gone
@@ -98,7 +101,7 @@ class ProcessShard(Shard):
         means = list(tensors)
         for indices in _buckets(means):
             flat = torch.cat([means[i].detach().reshape(-1) for i in indices]).mul_(self.share)
-            self._sum(flat)
+            self.sum(flat)
             for i, part in zip(indices, flat.split([means[i].numel() for i in indices]), strict=True):
                 means[i] = part.view(means[i].shape)
         return means
@@ -121,10 +124,8 @@ class ProcessShard(Shard):
 
     def _split(self, x: Any) -> None:
         """Find out how the batch is divided."""
-        sizes = torch.zeros(self.processes, dtype=torch.int64, device=self.device)
-        sizes[self.rank] = next(leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
-        self._sum(sizes)
-        self.sizes = sizes.tolist()
+        own = next(leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
+        self.sizes = self._everyones(own)
         for rank, size in enumerate(self.sizes):
             if size == 0:
                 raise UsageError(
@@ -132,10 +133,19 @@ class ProcessShard(Shard):
                 )
         self.first, self.share = sum(self.sizes[: self.rank]), self.sizes[self.rank] / sum(self.sizes)
 
+    def _everyones(self, number: int) -> list[int]:
+        """That number in each process."""
+        mine = torch.tensor([number], dtype=torch.int64, device=self.device)
+        theirs = [torch.empty_like(mine) for _ in range(self.processes)]
+        self.sent += mine.nbytes
+        with answering(self.group):
+            dist.all_gather(theirs, mine, group=self.group)
+        return [int(one) for one in theirs]
+
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average ``.grad``; a process that did not use a parameter contributes zeros if another did."""
         used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=self.device)
-        self._sum(used)
+        self.sum(used)
         found = [p for p, processes in zip(parameters, used.tolist(), strict=True) if processes]
         for p in found:
             if p.grad is None:
@@ -149,10 +159,12 @@ class ProcessShard(Shard):
             for tensor, mean in zip(bucket, self.mean(bucket), strict=True):
                 tensor.copy_(mean)
 
-    def _sum(self, tensor: Tensor) -> None:
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Put the sum over all processes in the place of a tensor, and return it."""
         self.sent += tensor.nbytes
         with answering(self.group):
             dist.all_reduce(tensor, group=self.group)
+        return tensor
 
 
 @contextmanager
@@ -223,8 +235,8 @@ def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statist
     Gradients, heads' and feedback matrices' too, are averaged in buckets. Where an estimate needs means over the batch before
     it can be made (``avg-weight``, ``f-*``, ``span-*``), these are exchanged instead. Forward gradients with random guesses in
     ``space="avg-weight"`` without cuts exchange only the measured derivatives: every process draws the same directions.
-    What mixes samples works on the shard: batch norm's batch statistics, the similarities of a predsim head. ``statistics``
-    says what happens to running statistics (:data:`STATISTICS`).
+    What mixes samples works on the shard: the similarities of a predsim head, and batch norm, unless ``statistics`` says
+    otherwise (:data:`STATISTICS`).
 
     Raises :class:`onward.UsageError` where processes do not have the same network, or there is no process group, and
     :class:`ProcessLost` from ``estimate``, where one no longer answers within the group's timeout.
@@ -238,7 +250,12 @@ def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statist
     >>> dist.destroy_process_group()
     """
     if statistics not in STATISTICS:
-        raise unknown("handling of running statistics", statistics, STATISTICS)
+        raise unknown("handling of batch norm's statistics", statistics, STATISTICS)
+    if statistics == "synchronised" and getattr(estimator, "space", None) in (*OF_SAMPLES, "activation-2"):
+        raise UsageError(
+            f"statistics='synchronised' with space={estimator.space!r}, which takes each sample's gradient by itself: use "
+            "statistics='averaged', or space='activation' or 'avg-weight'"
+        )
     if not dist.is_initialized():
         raise UsageError(
             "there is no process group: start the script with torchrun and call torch.distributed.init_process_group() first"
@@ -248,11 +265,9 @@ def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statist
     state = {name: t for name, t in [*estimator.named_parameters(), *estimator.named_buffers()] if not is_lazy(t)}
     described = repr([(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in state.items()])
     digest = int.from_bytes(hashlib.blake2b(described.encode(), digest_size=7).digest(), "little")
-    seen = torch.zeros(shard.processes, dtype=torch.int64, device=device)
-    seen[shard.rank] = digest
-    shard._sum(seen)
-    for rank, other in enumerate(seen.tolist()):
-        if other != int(seen[0]):
+    digests = shard._everyones(digest)
+    for rank, other in enumerate(digests):
+        if other != digests[0]:
             raise UsageError(
                 f"process {rank} has other parameters or buffers (names, shapes, types, which are trained) than process 0: "
                 "build the same network and estimator in every process"
@@ -268,6 +283,8 @@ def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statist
     step, seed = numbers.tolist()
     estimator.set_extra_state({"step": step, "seed": seed})
     estimator.shard = shard
+    if statistics == "synchronised":
+        synchronise(estimator, shard)
     return estimator
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -164,7 +165,7 @@ def test_only_scalars_travel_and_weights_stay_bitwise_equal() -> None:
     everyone = together(2, scalar_only_run, 2, 12, STEPS)
     _, alone = scalar_only_run(0, 1, 12, STEPS)
     for sent, weights in everyone:
-        assert 0 < sent <= 1024
+        assert sent == 24  # the number of samples, the derivative and the loss, 8 bytes each
         for name, value in weights.items():
             assert torch.equal(value, everyone[0][1][name])
             torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-12)
@@ -236,13 +237,58 @@ def test_running_statistics_are_averaged_or_left_alone() -> None:
         torch.testing.assert_close(mean, (local + other) / 2)
 
 
+def normed() -> nn.Sequential:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+    second = nn.Sequential(nn.Flatten(), nn.Linear(144, 5), nn.BatchNorm1d(5, momentum=None, affine=False), nn.Tanh())
+    return nn.Sequential(first, second, nn.Linear(5, CLASSES)).double()
+
+
+NORMED: list[tuple[Callable[..., onward.Estimator], Options]] = [
+    (onward.Backprop, {}),
+    (onward.Backprop, {"checkpoint": True}),
+    (onward.DFA, {}),
+    (onward.DKP, {"low_memory": True}),
+    (onward.FDFA, {"directions": 2}),
+    (onward.ForwardGradient, {}),
+    (onward.ForwardGradient, {"engine": "reverse", "guess": "feedback"}),
+    (onward.ForwardGradient, {"space": "avg-weight"}),
+]
+
+
+def synchronised(rank: int) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    x, y = (t.split(SHARDS[2])[rank] for t in data(sum(SHARDS[2])))
+    found = []
+    for kind, options in NORMED:
+        estimator = onward.distribute(kind(normed(), seed=5, **options), statistics="synchronised")
+        gradients = two_steps(estimator, x, y)
+        alone = copy.deepcopy(estimator)
+        with torch.no_grad():
+            alone(x)  # a copy speaks with nobody
+        found.append((gradients, dict(estimator.named_buffers())))
+    return found
+
+
+def test_synchronised_batch_norm_gives_the_gradients_and_statistics_of_one_process() -> None:
+    for everyone in together(2, synchronised):
+        for (kind, options), (gradients, buffers) in zip(NORMED, everyone, strict=True):
+            estimator = kind(normed(), seed=5, **options)
+            wanted = two_steps(estimator, *data(sum(SHARDS[2])))
+            torch.testing.assert_close(
+                gradients, wanted, rtol=1e-9, atol=1e-11, msg=lambda m, k=kind, o=options: f"{k} {o}: {m}"
+            )
+            torch.testing.assert_close(buffers, dict(estimator.named_buffers()))
+
+
 def refused(rank: int, what: str) -> str:
     torch.manual_seed(0)
     width = 4 + rank if what == "other network" else 4
     model = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 2))
 
     def attempt() -> None:
-        estimator = onward.distribute(onward.DFA(model), statistics="sum" if what == "statistics" else "local")
+        made = onward.ForwardGradient(model, space="weight", engine="reverse") if what == "spaces" else onward.DFA(model)
+        statistics = {"statistics": "sum", "spaces": "synchronised"}.get(what, "local")
+        estimator = onward.distribute(made, statistics=statistics)
         estimator.estimate(torch.randn(1 - rank, 6), torch.zeros(1 - rank).long())
 
     with pytest.raises(onward.UsageError) as error:
@@ -254,7 +300,8 @@ def refused(rank: int, what: str) -> str:
     ("what", "message"),
     [
         ("other network", "process 1 has other parameters or buffers .* than process 0: build the same network"),
-        ("statistics", "unknown handling of running statistics 'sum'"),
+        ("statistics", "unknown handling of batch norm's statistics 'sum'"),
+        ("spaces", "statistics='synchronised' with space='weight', which takes each sample's gradient by itself"),
         ("empty", "process 1 of 2 has no sample of this batch: give every process at least one"),
     ],
 )

@@ -286,6 +286,8 @@ class Train(Recipe):
     """An algorithm that `onward list` names."""
     seed: int = 0
     """Of the initial weights, the order of the data and every random direction."""
+    statistics: str = "averaged"
+    """What batch norm does on several processes (torchrun): averaged, local or synchronised, as onward.distribute has them."""
     resume: str | None = None
     """Go on with the run in this folder, all of whose settings are kept."""
 

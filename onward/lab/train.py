@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 import onward
 from onward.alignment import Block, measure
 from onward.directions import seed_of
-from onward.errors import UsageError
+from onward.distributed import STATISTICS
+from onward.errors import UsageError, unknown
 from onward.lab import algorithms, checkpoint, interrupt, log, memory, models, processes, run_folder
 from onward.lab.batches import Transform, batches
 from onward.lab.config import Train
@@ -251,7 +252,7 @@ def _go_on(
     done = (at.epoch - 1) * run.steps + at.step
     try:
         if group.count > 1:
-            onward.distribute(run.estimator)
+            onward.distribute(run.estimator, statistics=config.statistics)
         with (
             log.open_log(folder, config, done) if group.writes else contextlib.nullcontext(_nothing) as write,
             _advancing(advance, console, config.epochs * run.steps, done) as step_done,
@@ -313,6 +314,8 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     Raises:
         UsageError: the configuration and the data do not fit together.
     """
+    if config.statistics not in STATISTICS:
+        raise unknown("handling of batch norm's statistics", config.statistics, STATISTICS)
     device = choose_device(config.device)
     transform = replace(config.transform, size=config.transform.size or models.IMAGE_SIZE.get(config.model))
     batches(data.train, config.batch_size, transform=transform, train=True)  # says so now if they cannot be made as asked
