@@ -1,13 +1,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint survival
 # One thread: on a network this small, several mostly wait for each other.
 demo: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/onward compare --algorithms bp fdfa --data digits --model mlp --epochs 5 --lr 1e-3 --seeds 3 --out runs/demo --overwrite
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -q -n 2
+
+# What a run survives, in the long form; an hour of it is the soak, which ONWARD_SOAK_MINUTES shortens.
+survival: .venv/installed
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/lab/test_resume.py tests/lab/test_faults.py tests/lab/test_fuzz.py tests/lab/test_soak.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
