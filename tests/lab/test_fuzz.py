@@ -96,15 +96,8 @@ def any_command_line(draw: Draw) -> None:
         arguments += [str(value) for value in given_values]
     handed: list[Any] = []
     with contextlib.ExitStack() as stack:
-        for part, what in {
-            "train.train": Train,
-            "train.resume": Path,
-            "compare.compare": Compare,
-            "align.align": Align,
-        }.items():
-            stack.enter_context(mock.patch(f"onward.lab.{part}", lambda asked, what=what: handed.append((asked, what))))
-        for part, what in {"bench.bench": Bench, "report.report": Report}.items():
-            stack.enter_context(mock.patch(f"onward.lab.{part}", lambda asked, what=what: handed.append((asked, what))))
+        for (module, part), what in PARTS.items():
+            stack.enter_context(mock.patch.object(module, part, lambda asked, what=what: handed.append((asked, what))))
         said = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         try:
