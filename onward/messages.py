@@ -98,6 +98,5 @@ class Messages:
             yield
         except RuntimeError as error:
             raise ProcessLost(
-                f"process {self.rank} of {self.processes} lost process {other}, which has failed or does not answer: "
-                f"{str(error).partition(chr(10))[0]}"
+                f"process {other} of {self.processes} failed or no longer answers, process {self.rank} noticed"
             ) from error

@@ -20,7 +20,7 @@ from onward.cuts import Elsewhere
 from onward.directions import seed_of
 from onward.distributed import Shard
 from onward.errors import UsageError
-from onward.estimators.base import Estimator, Step, device_of, output_error
+from onward.estimators.base import Estimator, Step, batch_statistics, device_of, output_error
 from onward.estimators.feedback import DirectFeedback
 from onward.estimators.forward_gradient import ForwardGradient
 from onward.estimators.local import LocalLoss
@@ -99,7 +99,7 @@ class Stage:
         The step's loss and logits are the network's in the last process. In the others: with local losses, those of the last
         head there; with direct feedback, the network's loss on the batch that was learned from, and no logits (0 x C).
         """
-        with self._own_randomness():
+        with self._own_randomness(), batch_statistics():
             step = self._direct(x, y) if isinstance(self.estimator, DirectFeedback) else self._local(x, y)
         self._messages.end_of_batch()
         return step
