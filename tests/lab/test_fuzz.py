@@ -112,7 +112,7 @@ def any_command_line(draw: Draw) -> None:
         assert not handed
 
 
-test_any_command_line, test_any_of_many_command_lines = runs(any_command_line, 8, 400)
+test_any_command_line, test_any_of_many_command_lines = runs(any_command_line, 5, 400)
 
 
 # ---- the configuration
@@ -145,7 +145,7 @@ def any_settings(draw: Draw) -> None:
             assert from_dict(Train, json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
-test_any_settings, test_any_of_many_settings = runs(any_settings, 100, 2000)
+test_any_settings, test_any_of_many_settings = runs(any_settings, 60, 2000)
 
 
 def any_bytes(draw: Draw) -> None:
@@ -207,7 +207,7 @@ def any_run(draw: Draw) -> None:
         assert len(train(config, a_few_images(), lambda _: None)) == 1
 
 
-test_any_run, test_any_of_many_runs = runs(any_run, 15, 1000)
+test_any_run, test_any_of_many_runs = runs(any_run, 10, 1000)
 
 
 def test_transforms_take_the_fields_that_are_drawn() -> None:
@@ -234,4 +234,4 @@ def any_dialect(draw: Draw) -> None:
             assert exit.code == 0 or (exit.code == 2 and "error: " in said.getvalue())  # noqa: PT017
 
 
-test_any_dialect, test_any_of_many_dialects = runs(any_dialect, 80, 4000)
+test_any_dialect, test_any_of_many_dialects = runs(any_dialect, 50, 4000)
