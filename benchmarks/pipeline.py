@@ -107,8 +107,8 @@ def _throughput(rank: int, options: argparse.Namespace) -> None:
     if rank == 0:
         print(
             f"torch {torch.__version__}, {options.blocks} blocks {options.width} wide on {options.size}x{options.size}, batch "
-            f"{options.batch_size}, {options.turns} turns of {options.steps} steps\nratios to one process with one thread, and "
-            "(least, greatest); limit: two independent trainings at once"
+            f"{options.batch_size}, {options.turns} turns of {options.steps} steps\nthroughput, as a ratio to one process with "
+            "one thread: of the fastest turns; median (least, greatest) turn by turn; limit: two independent trainings at once"
         )
     for algorithm in options.algorithms:
         alone = build(algorithm)
@@ -126,18 +126,16 @@ def _throughput(rank: int, options: argparse.Namespace) -> None:
             for name, value in turn.items():
                 times.setdefault(name, []).append(value)
         if rank == 0:
-            one = times["one"]
-            limit, *spread = ratio([2 * t for t in one], times["both"])
-            per_step = 1e3 * statistics.median(one) / options.steps
-            print(
-                f"{algorithm:6}{per_step:8.1f} ms a step in one process; limit {limit:.2f} ({spread[0]:.2f}, {spread[1]:.2f})"
-            )
+            print(f"{algorithm:6}{1e3 * min(times['one']) / options.steps:8.1f} ms a step in one process", flush=True)
+            limit = 2 * min(times["one"]) / min(times["both"])
             for name in stages:
-                faster, least, greatest = ratio(one, times[name])
-                print(
-                    f"      {name:16} {faster:5.2f} ({least:.2f}, {greatest:.2f})   {faster / limit:4.0%} of the limit",
-                    flush=True,
-                )
+                report(name, times["one"], times[name], f"{min(times['one']) / min(times[name]) / limit:6.0%} of the limit")
+            report("limit", [2 * seconds for seconds in times["one"]], times["both"], "")
+
+
+def report(name: str, base: list[float], times: list[float], remark: str) -> None:
+    middle, least, greatest = ratio(base, times)
+    print(f"      {name:16} {min(base) / min(times):5.2f}   {middle:5.2f} ({least:.2f}, {greatest:.2f}) {remark}", flush=True)
 
 
 def simulate(

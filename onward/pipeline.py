@@ -231,8 +231,8 @@ class Stage:
             )
         if labels and mark.labels and mark.labels != labels:
             raise UsageError(
-                f"processes {self.rank - 1} and {self.rank} have different labels in step {mark.step}: every process has to go "
-                "through the same batches in the same order (give the data loader a generator with the same seed everywhere)"
+                f"process {self.rank} has other labels in step {mark.step} than the processes before it: every process has to "
+                "go through the same batches in the same order (give the data loader a generator of the same seed everywhere)"
             )
 
     @contextmanager
