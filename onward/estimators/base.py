@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from onward.cuts import check_names, default_cuts
+from onward.directions import seed_of
 from onward.distributed import Shard
 from onward.errors import UsageError, unknown
 
@@ -91,6 +92,11 @@ class Estimator(nn.Module):
         if self.observe is not None:
             self.observe(k, delta)
         return delta
+
+    @property
+    def mask_seed(self) -> int:
+        """Of the dropout masks in heads, which differ between the shards of a batch."""
+        return seed_of(self.seed, "shard", self.shard.first) if self.shard.first else self.seed
 
     def parameter_groups(self, **options: dict[str, Any]) -> list[dict[str, Any]]:
         """The parameters by role, as groups for an optimizer, with the options of each role.

@@ -202,7 +202,7 @@ def _block_by_block(
             check.visit(k, h)
         local = None
         if fg.heads is not None:
-            local, value, z = fg.heads.differentiate(k, h, y, fg.loss, fg.seed, fg.step, learn=True)
+            local, value, z = fg.heads.differentiate(k, h, y, fg.loss, fg.mask_seed, fg.step, learn=True)
             seen[fg.cuts[k]] = value, z
         if h.requires_grad:
             known = [local] if fg.guess == "local" and local is not None else None
@@ -325,7 +325,7 @@ def _at_head(
     assert fg.heads is not None
     probe = h.detach()
     _give(tangents, probe, moved)
-    with fg.heads.randomness(k, fg.seed, fg.step):
+    with fg.heads.randomness(k, fg.mask_seed, fg.step):
         read(k, fg.loss, fg.heads[k](probe))
 
 

@@ -193,7 +193,7 @@ class ForwardGradient(Estimator):
                     return [self.feedback.signal(k, h.detach(), error).to(h.dtype)]
         heads = self.heads if self.guess == "local" else self.frozen_heads
         assert heads is not None
-        return [heads.differentiate(k, h, y, self.loss, self.seed, self.step, learn=False)[0]]
+        return [heads.differentiate(k, h, y, self.loss, self.mask_seed, self.step, learn=False)[0]]
 
     def feedback_direction(self, k: int, h: Tensor) -> list[Tensor]:
         """What is added at the output of block k for the feedback to learn from."""

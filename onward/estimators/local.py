@@ -56,7 +56,7 @@ class LocalLoss(Estimator):
         def deliver(k: int, h: Tensor) -> Tensor:
             if check:
                 check.visit(k, h)
-            signal, value, z = self.heads.differentiate(k, h, y, self.loss, self.seed, self.step, learn=True)
+            signal, value, z = self.heads.differentiate(k, h, y, self.loss, self.mask_seed, self.step, learn=True)
             seen[self.cuts[k]] = value, z
             if h.requires_grad:
                 torch.autograd.backward(h, self.observed(k, signal))

@@ -53,7 +53,7 @@ def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
         nonlocal entry
         local, guesses = None, None
         if fg.heads is not None:
-            local, *of_head = fg.heads.differentiate(k, h, y, fg.loss, fg.seed, fg.step, learn=True)
+            local, *of_head = fg.heads.differentiate(k, h, y, fg.loss, fg.mask_seed, fg.step, learn=True)
             seen[fg.cuts[k]] = (of_head[0], of_head[1])
         if fg.frozen_heads is not None:
             guesses = fg.guesses(k, h, y, None)
