@@ -87,7 +87,12 @@ class ProcessShard(Shard):
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        yield
+        try:
+            yield
+        except BaseException:  # what was there before is not lost with the step
+            for p, gradient in zip(parameters, before, strict=True):
+                p.grad = gradient
+            raise
         if estimator.sums_samples:
             self._average_gradients(parameters)
         for p, gradient in zip(parameters, before, strict=True):
@@ -306,9 +311,11 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterable[list[int]]:
         by_type.setdefault((tensor.dtype, tensor.device), []).append(i)
     for indices in by_type.values():
         bucket: list[int] = []
+        size = 0
         for i in indices:
-            if bucket and sum(tensors[j].nbytes for j in (*bucket, i)) > _BUCKET:
+            if bucket and size + tensors[i].nbytes > _BUCKET:
                 yield bucket
-                bucket = []
+                bucket, size = [], 0
             bucket.append(i)
+            size += tensors[i].nbytes
         yield bucket

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from onward.forward_rules import RULES
 
@@ -52,7 +52,7 @@ def _normalise(layer: nn.modules.batchnorm._BatchNorm, shard: ProcessShard, x: T
     return out.to(x.dtype)
 
 
-@torch.library.custom_op("onward::sum_over_shards", mutates_args=())
+@library.custom_op("onward::sum_over_shards", mutates_args=())
 def sum_over_shards(x: Tensor, shard: int) -> Tensor:
     """The sum of what every process has here."""
     return _shards[shard].sum(x.clone())

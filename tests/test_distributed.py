@@ -194,6 +194,22 @@ def test_gradients_add_up_over_batches() -> None:
         torch.testing.assert_close(found, [first, estimator.get_parameter("model.0.0.weight").grad])
 
 
+def fails_after(rank: int) -> bool:
+    """Whether a step that cannot be made leaves the gradient of the step before."""
+    x, y = data(8)
+    estimator = onward.distribute(build("dfa"))
+    estimator.estimate(x, y)
+    weight = estimator.get_parameter("model.0.0.weight")
+    before = weight.grad.clone()
+    with pytest.raises(onward.UsageError, match="labels run from 0 to 2"):
+        estimator.estimate(x, y + CLASSES)
+    return torch.equal(weight.grad, before)
+
+
+def test_a_step_that_fails_loses_no_gradient() -> None:
+    assert together(2, fails_after) == [True, True]
+
+
 class Gate(nn.Module):
     """Uses its layer for some batches only."""
 
