@@ -21,8 +21,9 @@ from onward.forward_rules import RULES, Rule, by_forward_ad
 
 _KEY = "_onward_tangents"  # the attribute under which a tensor carries (mode, tangents)
 
-# In-place operations that overwrite with values that do not depend on any tangent.
-_OVERWRITES = {"zero_", "fill_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_"}
+# In-place operations that overwrite: with values that depend on no tangent, and with their argument.
+_OVERWRITES = {"zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+_COPIES = {"copy_", "fill_"}
 
 
 class Tangents(TorchDispatchMode):
@@ -94,12 +95,14 @@ class Tangents(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         held = [self._held_by(argument) for argument in args]
-        for name, value in kwargs.items():
-            if name != "out" and self._held_by(value) is not None:
-                raise UsageError(
-                    f"forward mode does not follow {func} with respect to its argument {name}: where that is a mask that "
-                    "learns, run the step within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-                )
+        named = [name for name, value in kwargs.items() if self._held_by(value) is not None]
+        if (named or any(held)) and _has_out(func):
+            return self._into_out(func, types, args, kwargs)
+        if named:
+            raise UsageError(
+                f"forward mode does not follow {func} with respect to its argument {named[0]}: where that is a mask that "
+                "learns, run the step within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
+            )
         if not any(held):
             return func(*args, **kwargs)
         rule = RULES.get(func.overloadpacket)
@@ -112,7 +115,7 @@ class Tangents(TorchDispatchMode):
         tangents = self._apply(rule, func, args, kwargs, out, held, generator_state)
         if isinstance(out, Tensor):
             self._give(out, tangents, func, held)
-        else:
+        elif isinstance(out, (tuple, list)):  # and not a Python number, which depends on no tangent
             for index, part in enumerate(out):
                 if isinstance(part, Tensor):
                     self._give(part, [None if t is None else t[index] for t in tangents], func, held)
@@ -147,7 +150,7 @@ class Tangents(TorchDispatchMode):
         return results
 
     def _give(self, out: Tensor, tangents: Sequence[Tensor | None], func: Any, held: list[Any]) -> None:
-        if not (out.is_floating_point() or out.is_complex()) or all(t is None for t in tangents):
+        if not _is_continuous(out) or all(t is None for t in tangents):
             return
         fitted = []
         for direction, tangent in enumerate(tangents):
@@ -161,6 +164,16 @@ class Tangents(TorchDispatchMode):
             fitted.append(tangent)
         self._attach(out, fitted)
 
+    def _into_out(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
+        """Compute without ``out=``, then write value and tangent into it."""
+        out = kwargs.get("out")
+        value = self.__torch_dispatch__(_out_of_place(func), types, args, {n: a for n, a in kwargs.items() if n != "out"})
+        if not isinstance(out, Tensor) or not isinstance(value, Tensor) or out.shape != value.shape:
+            raise _writes(func)
+        out.copy_(value)
+        self._write(out, self._held(value) or [None] * self.directions)
+        return out
+
     def _in_place(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], held: list[Any]) -> Any:
         """Compute out of place, then write value and tangent into the tensor."""
         name = func.overloadpacket.__name__
@@ -169,7 +182,7 @@ class Tangents(TorchDispatchMode):
             func(*args, **kwargs)
             self._write(target, [None] * self.directions)
             return target
-        if name == "copy_":
+        if name in _COPIES:
             func(*args, **kwargs)
             self._write(target, [_pick(held[1], direction) for direction in range(self.directions)])
             return target
@@ -177,10 +190,8 @@ class Tangents(TorchDispatchMode):
             func(*args, **kwargs)
             self._attach(target, [None if t is None else func(t.detach(), *args[1:], **kwargs) for t in held[0]])
             return target
-        if not name.endswith("_"):
-            raise UsageError(
-                f"forward mode cannot follow {func}, which writes to an argument: use the form that returns its result"
-            )
+        if not name.endswith("_") or not isinstance(target, Tensor):
+            raise _writes(func)
         functional = _out_of_place(func)
         value = functional(*args, **kwargs)
         rule = RULES.get(functional.overloadpacket)
@@ -190,6 +201,8 @@ class Tangents(TorchDispatchMode):
         return target
 
     def _write(self, target: Tensor, tangents: Sequence[Tensor | None]) -> None:
+        if not _is_continuous(target):
+            return
         if self._held(target) is None:
             owner = target._base if target._base is not None else target
             self._attach(owner, [torch.zeros_like(owner) for _ in range(self.directions)])
@@ -237,6 +250,10 @@ def _pick(held: Any, direction: int) -> Any:
     return None if held is None else held[direction]
 
 
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def _contains(tangents: Any, tangent: Tensor) -> bool:
     return tangents is tangent or (isinstance(tangents, list) and any(t is tangent for t in tangents))
 
@@ -257,19 +274,29 @@ def _unpack(saved: tuple[Tensor, int]) -> Tensor:
 
 
 def _like(tensor: Tensor, tangent: Tensor) -> Tensor:
-    """The tangent in the tensor's own layout and dtype."""
-    if tangent.stride() == tensor.stride() and tangent.dtype == tensor.dtype:
+    """The tangent in the tensor's own shape (a rule may leave it to be broadcast), layout and dtype."""
+    if tangent.shape == tensor.shape and tangent.stride() == tensor.stride() and tangent.dtype == tensor.dtype:
         return tangent
     return torch.empty_like(tensor).copy_(tangent)
 
 
 @lru_cache
 def _out_of_place(func: Any) -> Any:
-    """The operation that returns what ``func`` writes into its first argument."""
-    packet = getattr(torch.ops.aten, func.overloadpacket.__name__[:-1])
-    wanted = [str(argument.type) for argument in func._schema.arguments]
+    """The operation that returns what ``func`` writes into its first argument, or into ``out``."""
+    packet = func.overloadpacket if _has_out(func) else getattr(torch.ops.aten, func.overloadpacket.__name__[:-1])
+    wanted = [str(argument.type) for argument in func._schema.arguments if not argument.is_out]
     overloads = [getattr(packet, name) for name in packet.overloads()]
-    return next(o for o in overloads if [str(a.type) for a in o._schema.arguments] == wanted and not o._schema.is_mutable)
+    types = {o: [str(argument.type) for argument in o._schema.arguments] for o in overloads}
+    return next(o for o in overloads if types[o] == wanted and o._schema.arguments[0].alias_info is None)
+
+
+@lru_cache
+def _has_out(func: Any) -> bool:
+    return any(argument.is_out for argument in func._schema.arguments)
+
+
+def _writes(func: Any) -> UsageError:
+    return UsageError(f"forward mode cannot follow {func}, which writes to an argument: use the form that returns its result")
 
 
 def _same_view(view: Tensor, base: Tensor, tangent: Tensor) -> Tensor:

@@ -123,7 +123,7 @@ def _batch_norm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
         tangent.sub_(_per_channel(mean, x) * scale)
     if t[2] is not None:
         tangent = _plus(tangent, _per_channel(t[2].to(x.dtype), x).expand(x.shape))
-    return tangent, None, None
+    return (tangent, *[None] * (len(out) - 1))
 
 
 def _layer_norm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
@@ -163,7 +163,7 @@ def _gathered(dims: int) -> Rule:
 
 
 def _softmax(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
-    return aten._softmax_backward_data(t[0], out, args[1], args[0].dtype)
+    return aten._softmax_backward_data(t[0].to(out.dtype), out, args[1], out.dtype)
 
 
 def _log_softmax(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
@@ -172,40 +172,49 @@ def _log_softmax(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: An
 
 def _native_dropout(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
     probability, training = args[1], args[2] is not False
-    return (t[0] * out[1] / (1 - probability) if training else t[0]), None
+    return (t[0] * out[1] / ((1 - probability) or 1) if training else t[0]), None
+
+
+def _by_name(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name: dispatch leaves out the last ones where they equal their defaults."""
+    parameters = func._schema.arguments
+    defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
+    return defaults | {p.name: a for p, a in zip(parameters, args, strict=False)} | kwargs
 
 
 def _attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
     """Fused attention, softmax(scale q k^T + mask) v, whose kernels have no forward derivative, written out for the tangent."""
-    q, k, v = args[:3]
-    dropout = next((a for a in args[3:] if isinstance(a, float)), kwargs.get("dropout_p", 0.0))
-    causal = next((a for a in reversed(args[3:]) if isinstance(a, bool)), kwargs.get("is_causal", False))
-    if dropout:
+    given, moving = _by_name(func, args, kwargs), _by_name(func, t, {})
+    if given["dropout_p"]:
         raise UsageError(
             f"forward mode cannot differentiate {func} with dropout: run the step within "
             "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
-    mask = kwargs.get("attn_mask")
-    if mask is None and len(args) > 3 and isinstance(args[3], Tensor):
-        mask = args[3]
-    scale = kwargs.get("scale") or q.shape[-1] ** -0.5
+    q, tq = args[0], t[0]
+    # Heads of keys and of values may each serve several heads of queries.
+    k, tk, v, tv = (
+        a if a is None or a.shape[-3] == q.shape[-3] else a.repeat_interleave(q.shape[-3] // a.shape[-3], -3)
+        for a in (args[1], t[1], args[2], t[2])
+    )
+    scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
+    mask, moving_mask = (names.get("attn_mask", names.get("attn_bias")) for names in (given, moving))
     scores = (q @ k.transpose(-2, -1)) * scale
     if mask is not None:
         scores = scores + mask
-    if causal:
+    if given["is_causal"]:
         scores = scores.masked_fill(scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-    weights = scores.softmax(-1)
-    moved = None if t[0] is None else t[0] @ k.transpose(-2, -1)
-    if t[1] is not None:
-        moved = _plus(moved, q @ t[1].transpose(-2, -1))
+    weights = aten._safe_softmax(scores, -1)  # zero, as in the kernels, where the mask lets nothing through
+    moved = None if tq is None else tq @ k.transpose(-2, -1)
+    if tk is not None:
+        moved = _plus(moved, q @ tk.transpose(-2, -1))
     moved = None if moved is None else moved * scale
-    if len(t) > 3 and t[3] is not None:
-        moved = t[3].expand(scores.shape) if moved is None else moved + t[3]
+    if moving_mask is not None:
+        moved = moving_mask.expand(scores.shape) if moved is None else moved + moving_mask
     tangent = None
     if moved is not None:
         tangent = aten._softmax_backward_data(moved.contiguous(), weights, -1, weights.dtype) @ v
-    if t[2] is not None:
-        tangent = _plus(tangent, weights @ t[2])
+    if tv is not None:
+        tangent = _plus(tangent, weights @ tv)
     return (tangent, *[None] * (len(out) - 1))
 
 
@@ -238,6 +247,7 @@ def _option(args: Sequence[Any], index: int, default: Any) -> Any:
     return args[index] if len(args) > index else default
 
 
+# For complex numbers the kernels multiply by the conjugate of the derivative; the conjugate of a real tensor is itself.
 _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     aten.relu: lambda t, a, k, out: aten.threshold_backward(t, out, 0),
     aten.threshold: lambda t, a, k, out: aten.threshold_backward(t, a[0], a[1]),
@@ -248,8 +258,8 @@ _ELEMENTWISE: dict[Any, Callable[..., Tensor]] = {
     aten.mish: lambda t, a, k, out: aten.mish_backward(t, a[0]),
     aten.hardswish: lambda t, a, k, out: aten.hardswish_backward(t, a[0]),
     aten.hardsigmoid: lambda t, a, k, out: aten.hardsigmoid_backward(t, a[0]),
-    aten.tanh: lambda t, a, k, out: aten.tanh_backward(t, out),
-    aten.sigmoid: lambda t, a, k, out: aten.sigmoid_backward(t, out),
+    aten.tanh: lambda t, a, k, out: aten.tanh_backward(t.conj_physical(), out).conj_physical(),
+    aten.sigmoid: lambda t, a, k, out: aten.sigmoid_backward(t.conj_physical(), out).conj_physical(),
     aten.softplus: lambda t, a, k, out: aten.softplus_backward(t, a[0], _option(a, 1, 1), _option(a, 2, 20)),
     aten.elu: lambda t, a, k, out: aten.elu_backward(t, _option(a, 1, 1), _option(a, 2, 1), _option(a, 3, 1), False, a[0]),
     aten.rrelu_with_noise: lambda t, a, k, out: _leaky(t, a),
@@ -323,6 +333,10 @@ _CONSTANT = [
     "new_ones",
     "new_full",
     "bernoulli",
+    "normal",
+    "poisson",
+    "binomial",
+    "multinomial",
     "sign",
     "signbit",
     "floor",
@@ -407,10 +421,17 @@ def _recurrent_layer(
     return (y.flip(0) if reverse else y), h.squeeze(0), c.squeeze(0), None
 
 
+def _scatter_reduce(*args: Any, **kwargs: Any) -> Tensor:
+    if args[4] == "prod":
+        raise NotImplementedError("PyTorch's forward mode takes a product for a constant.")
+    return aten.scatter_reduce.two(*args, **kwargs)
+
+
 # Fused kernels without a forward derivative, and the same function out of operations that have one.
 _UNFUSED: dict[Any, Callable[..., Any]] = {
     aten._weight_norm_interface: _weight_norm,
     aten.mkldnn_rnn_layer: _recurrent_layer,
+    aten.scatter_reduce: _scatter_reduce,
 }
 
 

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onward.errors import UsageError
 from onward.forward_mode import Tangents
@@ -466,11 +467,26 @@ def masks_and_indices(x: Tensor) -> Tensor:
     return y
 
 
-def out_argument(x: Tensor) -> Tensor:
-    result = torch.empty_like(x)
+def fill_with_tensors(x: Tensor) -> Tensor:
+    y, z = x * 2, torch.zeros(4, 6, dtype=x.dtype)
+    y[:2].fill_(x.sum())
+    y[2] = x[0, 1]
+    y.index_fill_(1, torch.tensor([0, 3]), x[0, 0])
+    y.masked_fill_(x > 1, x.prod())
+    z[:, 1:3] = x.mean()
+    z.scatter_(1, torch.tensor([[0], [3], [3], [1]]), x[:, :1].exp())
+    z.masked_scatter_(x < -1, x.sin())
+    z.put_(torch.tensor([0, 23]), x[2, :2])
+    return y * z + y
+
+
+def python_numbers(x: Tensor) -> Tensor:
+    """Operations that return no tensor have no tangent."""
     with torch.no_grad():
-        torch.mul(x, x, out=result)
-    return result
+        norm = float(x.norm()) + x.sum().item()
+        if torch.equal(x, x * 2) or torch.allclose(x, x + 1) or bool(x[0, 0] * 0):
+            return x
+    return x * int(norm)
 
 
 def changing_a_view_then_reading_the_base(x: Tensor) -> list[Tensor]:
@@ -556,6 +572,10 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
         x.abs().log1p(),
         x.clamp(-1, 0.5),
     ],
+    "functions of complex numbers": lambda x: [
+        torch.view_as_real(function(torch.complex(x, x.cos())))
+        for function in (torch.exp, torch.log, torch.sqrt, torch.rsqrt, torch.tanh, torch.sigmoid)
+    ],
     "powers": lambda x: [
         x**3,
         2**x,
@@ -607,12 +627,26 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "attention": lambda x: F.scaled_dot_product_attention(
         x.view(1, 2, 2, 6), x.view(1, 2, 2, 6) * 2, x.view(1, 2, 2, 6), is_causal=True
     ),
+    "attention of grouped heads": lambda x: F.scaled_dot_product_attention(
+        x.view(1, 4, 2, 3), x[:2].sin().view(1, 2, 2, 3), x[2:].view(1, 2, 2, 3), enable_gqa=True
+    ),
+    "attention with a row masked out": lambda x: F.scaled_dot_product_attention(
+        x.view(1, 2, 2, 6), x.view(1, 2, 2, 6), x.view(1, 2, 2, 6), torch.tensor([[True, False], [False, False]])
+    ),
+    "attention to all alike": lambda x: F.scaled_dot_product_attention(
+        x.view(1, 2, 2, 6), x.view(1, 2, 2, 6), x.view(1, 2, 2, 6), scale=0.0
+    ),
     "attention mask": lambda x: F.scaled_dot_product_attention(
         x.view(2, 2, 6), x.view(2, 2, 6), x.view(2, 2, 6), torch.eye(2) > 0
     ),
     "interpolate": lambda x: F.interpolate(x.view(1, 2, 2, 6), size=(3, 4), mode="bilinear", antialias=True),
     "pad": lambda x: [F.pad(x, (1, -2), value=3.0), F.pad(x[None], (1, 1), mode="reflect")],
-    "dropout": lambda x: [F.dropout(x, 0.5), F.feature_dropout(x.view(2, 2, 6), 0.5) if hasattr(F, "feature_dropout") else x],
+    "dropout": lambda x: [
+        F.dropout(x, 0.5),
+        torch.native_dropout(x, 0.5, True)[0],
+        torch.native_dropout(x, 1.0, True)[0],
+        F.feature_dropout(x.view(2, 2, 6), 0.5) if hasattr(F, "feature_dropout") else x,
+    ],
     "gumbel": lambda x: F.gumbel_softmax(x, tau=0.7),
     "noise of its own": lambda x: x * torch.rand_like(x) + torch.randn(6, dtype=x.dtype),
     "one hot and cross entropy": lambda x: F.cross_entropy(x, torch.tensor([1, 0, 5, 2]), reduction="none"),
@@ -626,6 +660,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
     "in-place arithmetic": in_place_arithmetic,
     "unbind and stack": unbind_and_stack,
     "masked and indexed writes": masks_and_indices,
+    "filling with tensors": fill_with_tensors,
+    "Python numbers": python_numbers,
     "both halves": changing_a_view_then_reading_the_base,
     "swap": swap,
     "in-place views": in_place_views,
@@ -639,6 +675,8 @@ OPERATIONS: dict[str, Callable[[Tensor], Any]] = {
         torch.ones(2, 4, 6, dtype=x.dtype) * x,
         torch.where(x > 0, x[:1], x[:, :1]),
         torch.where(x > 0, 0.0, x[0]),
+        torch.where(torch.arange(4)[None, :, None] > 1, x[:1, None, :3], torch.ones(2, 4, 3, dtype=x.dtype)),
+        torch.where(torch.arange(4)[None, :, None] > 1, x[:1, :1, None], torch.ones(2, 4, 1, dtype=x.dtype)),
     ],
     "masked fill": lambda x: [
         x.masked_fill(x > 0, x[0, 0]),
@@ -691,15 +729,57 @@ def test_operation(name: str) -> None:
     check(kind(OPERATIONS[name]), [normal(4, 6)])
 
 
-def test_out_argument() -> None:
-    x, t = normal(3), normal(3)
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda x, g: torch.normal(x, 1.0, generator=g),
+        lambda x, g: torch.normal(x, x.abs(), generator=g),
+        lambda x, g: torch.poisson(x.abs(), generator=g),
+        lambda x, g: (x * 1).cauchy_(generator=g),
+        lambda x, g: (x * 1).geometric_(0.5, generator=g),
+    ],
+)
+def test_draws_leave_a_generator_as_without_tangents(draw: Callable[..., Tensor]) -> None:
+    x = normal(5)
+    one, other = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    with Tangents() as mode:
+        mode.set(x, normal(5))
+        drawn = draw(x, one)
+        assert not zero_if_none(mode.get(drawn), drawn).any()
+    assert torch.equal(drawn, draw(x, other))
+    assert torch.equal(one.get_state(), other.get_state())
+
+
+def test_writing_into_integers() -> None:
+    """Rounding has the tangent 0, in a buffer too (where PyTorch's forward mode fails)."""
+
+    def write(x: Tensor) -> Tensor:
+        index, flag = torch.zeros(4, 6, dtype=torch.long), torch.zeros(4, dtype=torch.bool)
+        with torch.no_grad():
+            index.copy_(x * 3)
+            flag.fill_(x[0, 0])
+        return index * x + index.to(x.dtype) * flag[:, None]
+
+    torch.manual_seed(0)
+    check(Function(write), [normal(4, 6)], exact=False)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [torch.sin, torch.exp, torch.square, torch.neg, lambda x, out: torch.mul(x, x, out=out), partial(torch.cumsum, dim=0)],
+)
+def test_out_argument(write: Callable[..., Tensor]) -> None:
+    x, t, result = normal(3), normal(3), torch.zeros(3, dtype=torch.float64)
+    expected, tangent = torch.func.jvp(lambda a: write(a, out=None), (x,), (t,))
     with Tangents() as mode:
         mode.set(x, t)
-        try:
-            found = mode.get(out_argument(x))
-        except (UsageError, NotImplementedError, RuntimeError):
-            return
-    torch.testing.assert_close(found, 2 * x * t)
+        write(x, out=result)
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(mode.get(result), tangent)
+        write(torch.ones(3, dtype=torch.float64), out=result)
+        assert not mode.get(result).any()
+        with pytest.raises(UsageError, match="writes to an argument"):
+            write(x, out=torch.empty(0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -858,6 +938,12 @@ UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] 
     ),
     "multilabel margin": (lambda: nn.MultiLabelMarginLoss(), lambda: [normal(2, 3), torch.tensor([[1, -1, 0], [0, 2, -1]])]),
     "multi margin": (lambda: nn.MultiMarginLoss(), lambda: [normal(4, 3), torch.tensor([0, 2, 1, 1])]),
+    "rrelu in place": (lambda: Function(lambda x: F.rrelu_(x * 1, training=True)), lambda: [normal(4, 3)]),
+    "product by index": (
+        lambda: Function(lambda x: x.scatter_reduce(0, torch.zeros(1, 3, dtype=torch.long), x[1:2], "prod")),
+        lambda: [normal(4, 3)],
+    ),
+    "many in place": (lambda: Function(lambda x: [y := x * 1, torch._foreach_mul_([y], 2.0)][0]), lambda: [normal(4, 3)]),
     "rrelu": (nn.RReLU, lambda: [normal(4, 3)]),
     "rrelu in eval mode": (lambda: nn.RReLU().eval(), lambda: [normal(4, 3)]),
     "complex": (lambda: Function(lambda x: torch.view_as_real(torch.complex(x, x.sin()) * 1j)), lambda: [normal(4, 3)]),
@@ -986,3 +1072,110 @@ def test_learned_attention_mask() -> None:
             out = tangents.get(F.scaled_dot_product_attention(q, k, v, mask))
     expected = torch.func.jvp(lambda m: (q @ k.transpose(-2, -1) / 6**0.5 + m).softmax(-1) @ v, (mask,), (t,))[1]
     torch.testing.assert_close(out, expected)
+
+
+class Kernels(TorchDispatchMode):
+    """Kernels of other devices, by what they compute: what is dispatched to them, and how, is the same on any device."""
+
+    def __init__(self, kernels: dict[Any, Callable[..., Any]]) -> None:
+        super().__init__()
+        self.kernels = kernels
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernel = self.kernels.get(func.overloadpacket, func)
+        return kernel(*args, **(kwargs or {}))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    """Attention, one head of one sample at a time."""
+    samples = []
+    for n in range(len(q)):
+        heads = []
+        for head in range(q.shape[1]):
+            key, value = (a[n, head * a.shape[1] // q.shape[1]] for a in (k, v))
+            scores = q[n, head] @ key.T * (scale or q.shape[-1] ** -0.5) + (0.0 if mask is None else mask[n, head])
+            if causal:
+                scores = torch.where(torch.arange(len(q[n, head]))[:, None] >= torch.arange(len(key)), scores, -torch.inf)
+            heads.append(scores.softmax(-1) @ value)
+        samples.append(torch.stack(heads))
+    return torch.stack(samples)
+
+
+ATTENTION: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "_scaled_dot_product_flash_attention_for_cpu": lambda op, q, k, v, mask, causal, **scale: op(
+        q, k, v, 0.0, causal, attn_mask=mask, **scale
+    ),
+    "_scaled_dot_product_flash_attention": lambda op, q, k, v, mask, causal, **scale: op(q, k, v, 0.0, causal, False, **scale),
+    "_scaled_dot_product_flash_attention debug": lambda op, q, k, v, mask, causal, **scale: op(
+        q, k, v, 0.0, causal, True, **scale
+    ),
+    "_scaled_dot_product_efficient_attention": lambda op, q, k, v, mask, causal, **scale: op(
+        q, k, v, mask, False, 0.0, causal, **scale
+    ),
+    "_scaled_dot_product_efficient_attention training": lambda op, q, k, v, mask, causal, **scale: op(
+        q, k, v, mask, True, 0.0, causal, **scale
+    ),
+    "_scaled_dot_product_cudnn_attention": lambda op, q, k, v, mask, causal, **scale: op(
+        q, k, v, mask, False, 0.0, causal, False, **scale
+    ),
+    "_scaled_dot_product_cudnn_attention training": lambda op, q, k, v, mask, causal, **scale: op(
+        q, k, v, mask, True, 0.0, causal, True, **scale
+    ),
+}
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_of_every_backend(name: str, masked: bool, causal: bool, scale: float | None, heads: int) -> None:
+    """Each in its own order of arguments, of which dispatch leaves out those that equal their defaults."""
+    if masked and "flash_attention" in name and "cpu" not in name:
+        return
+    torch.manual_seed(0)
+    inputs = [normal(2, 4, 3, 6), normal(2, heads, 5, 6), normal(2, heads, 5, 6)]
+    tangents = [torch.randn_like(a) for a in inputs]
+    mask = normal(2, 4, 3, 5) if masked else None
+    expected = torch.func.jvp(lambda *qkv: attend(*qkv, mask, causal, scale), tuple(inputs), tuple(tangents))[1]
+
+    operation = getattr(torch.ops.aten, name.split()[0])
+    returns = operation.default._schema.returns
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return (torch.zeros_like(args[0]), *(torch.zeros(0) if str(r.type) == "Tensor" else 0 for r in returns[1:]))
+
+    with torch.no_grad(), Kernels({operation: kernel}), Tangents() as mode:
+        for a, t in zip(inputs, tangents, strict=True):
+            mode.set(a, t)
+        out = ATTENTION[name](operation, *inputs, mask, causal, scale=scale)[0]
+    torch.testing.assert_close(mode.get(out), expected)
+
+
+def test_cuda_batch_norm() -> None:
+    """cuDNN's returns a fourth tensor."""
+    torch.manual_seed(0)
+    norm, x, t = warm(nn.BatchNorm2d(3).double()), normal(4, 3, 2, 5), normal(4, 3, 2, 5)
+
+    def kernel(*args: Any) -> Any:
+        return (*torch.native_batch_norm(*args), torch.zeros(0, dtype=torch.uint8))
+
+    (expected,) = forward_ad(norm, [x], {0: t})
+    arguments = (x, norm.weight, norm.bias, norm.running_mean, norm.running_var, True, 0.1, norm.eps)
+    with torch.no_grad(), Kernels({torch.ops.aten.cudnn_batch_norm: kernel}), Tangents() as mode:
+        mode.set(x, t)
+        out = torch.ops.aten.cudnn_batch_norm(*arguments)[0]
+    torch.testing.assert_close(mode.get(out), expected)
+
+
+@pytest.mark.parametrize("function", [torch.softmax, torch.log_softmax])
+def test_cuda_softmax_to_single_precision(function: Callable[..., Tensor]) -> None:
+    """Of a tensor in half precision, as autocast calls it: its own operation on CUDA, a cast and a softmax elsewhere."""
+    torch.manual_seed(0)
+    x, t = torch.randn(2, 4, 6).half()
+    operation = getattr(torch.ops.aten, f"_{function.__name__}")
+    expected = torch.func.jvp(partial(function, dim=1), (x.float(),), (t.float(),))[1]
+    with Kernels({operation: lambda a, dim, _: function(a.float(), dim)}), Tangents() as mode:
+        mode.set(x, t)
+        out = operation(x, 1, True)
+    torch.testing.assert_close(mode.get(out), expected)
