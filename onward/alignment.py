@@ -63,6 +63,8 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
 
     Everything is done on copies: the estimator, its gradients, its running statistics and the generators stay as they are.
 
+    Raises :class:`onward.UsageError` for fewer than 1 estimate, and where ``estimate`` or the cuts would.
+
     >>> import onward
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> found = measure(onward.Backprop(model), torch.randn(3, 4), torch.tensor([0, 1, 1]))
@@ -131,11 +133,6 @@ def cosines(estimator: Estimator, x: Any, y: Any) -> dict[str, Tensor]:
             f"{len(blocks)} cuts: there is nothing to compare with the true gradient"
         )
     return found
-
-
-def true_signals(estimator: Estimator, x: Any, y: Any) -> list[Tensor]:
-    """dL/dh_k at each cut, by backpropagation through a copy of the network."""
-    return _true_gradients(estimator.model, estimator.cuts, estimator.loss, x, y).signals
 
 
 class _Comparison:
@@ -274,4 +271,4 @@ def _row(gradients: dict[str, Tensor], names: Sequence[str]) -> Tensor:
 
 
 def _or_zero(gradient: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros_like(like) if gradient is None else gradient.detach()
+    return torch.zeros_like(like) if gradient is None else gradient.detach().to_dense()

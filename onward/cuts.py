@@ -31,7 +31,7 @@ def default_cuts(model: nn.Module) -> tuple[str, ...]:
     Of an :class:`torch.nn.Sequential` of blocks: after every child with parameters but the last; of a flat one: after every
     non-linearity but those of the output block (the layers from the last one with parameters on).
 
-    Raises :class:`onward.UsageError` for any other module, with a proposal.
+    Raises :class:`onward.UsageError` for any other module, with a proposal if there is one.
 
     >>> from torch import nn
     >>> default_cuts(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
@@ -40,14 +40,19 @@ def default_cuts(model: nn.Module) -> tuple[str, ...]:
     cuts = _sequential_cuts(model) if isinstance(model, nn.Sequential) else ()
     if cuts:
         return cuts
+    proposed = list(suggest_cuts(model))
+    if not proposed:
+        raise UsageError(
+            f"{type(model).__name__} has no module with parameters but its last, so there is nothing to cut: use plain Backprop"
+        )
     raise UsageError(
         f"{type(model).__name__} has no default cuts: name the modules whose outputs end a block, "
-        f"for example cuts={list(suggest_cuts(model))} (onward.suggest_cuts)"
+        f"for example cuts={proposed} (onward.suggest_cuts)"
     )
 
 
 def suggest_cuts(model: nn.Module) -> tuple[str, ...]:
-    """Propose cuts for a network: its blocks, or else its non-linearities, up to the last module with parameters.
+    """Propose cuts for a network: its blocks, or else its non-linearities, or else its layers, but the last with parameters.
 
     A proposal only: whether each cut really is the only way forward is checked when the network first runs.
 
@@ -67,7 +72,7 @@ def suggest_cuts(model: nn.Module) -> tuple[str, ...]:
         last = list(model.children())[-1]
         return tuple(blocks if any(True for _ in last.parameters()) and not _is_block(last) else blocks[:-1])
     named = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    return _after_non_linearities(named)
+    return _after_non_linearities(named) or tuple(name for name, module in named if name and _has_parameters(module))[:-1]
 
 
 def _sequential_cuts(model: nn.Sequential) -> tuple[str, ...]:
@@ -186,9 +191,9 @@ class BypassCheck:
     them. (A tied weight is reached from several blocks by right.)
     """
 
-    def __init__(self, model: nn.Module, cuts: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, cuts: Sequence[str], remedy: str = "") -> None:
+        self._model, self._cuts, self._remedy = model, cuts, remedy
         self._names = {id(p): name for name, p in model.named_parameters()}
-        self._cuts = cuts
         self._owner: dict[Any, int] = {}
 
     def visit(self, k: int, output: Tensor) -> None:
@@ -209,12 +214,14 @@ class BypassCheck:
             reached = self._modules_behind(node)
             if not reached:  # computed from no parameter: nothing to leak
                 continue
+            compiled = any(isinstance(m, torch._dynamo.eval_frame.OptimizedModule) for m in self._model.modules())
             after = f"cut {self._cuts[k]!r}" if k < len(self._cuts) else "the output"
             raise UsageError(
                 f"cut {self._cuts[earlier]!r} is bypassed: {', '.join(reached)} "
                 f"{'is' if len(reached) == 1 else 'are'} also reached from {after} by another path (a skip connection?), so "
                 "gradients would be backpropagated around the cut. Cut where everything passes, such as at the end of the "
-                "residual block, or allow it with allow_bypass=True"
+                f"residual block{self._remedy}"
+                + (". What is compiled as a whole has one graph: compile its blocks instead" if compiled else "")
             )
 
     def _modules_behind(self, node: Any) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from onward.cuts import check_names, cut_graph, default_cuts, frozen_statistics, same_randomness
 from onward.directions import seed_of
 from onward.errors import UsageError, unknown
-from onward.estimators.base import Loss, accumulate, as_rows, call, compute_loss, device_of
+from onward.estimators.base import Loss, accumulate, as_rows, batch_statistics, call, check_samples, compute_loss, device_of
 
 
 def make_heads(
@@ -27,7 +27,8 @@ def make_heads(
     number of hidden channels or features (default: 32 for ``cnn``, 1024 for ``mlp``, half of it beyond 8 cuts). Initial
     weights come from PyTorch's global generator.
 
-    Raises :class:`onward.UsageError` for an unknown kind, or one that does not fit a block's output.
+    Raises :class:`onward.UsageError` for an unknown kind, or one that does not fit a block's output, and where the network
+    cannot run on that batch.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
@@ -48,16 +49,20 @@ def make_heads(
 
     device = device_of(model)
     again = same_randomness(device)
-    with again, torch.no_grad(), frozen_statistics(model), cut_graph(model, cuts, note):
-        classes = as_rows(call(model, x)).shape[1]
+    with again, torch.no_grad(), batch_statistics(), frozen_statistics(model), cut_graph(model, cuts, note):
+        samples, classes = as_rows(call(model, x)).shape
     with again:
         pass  # the pass has drawn nothing
+    own = next((p for p in model.parameters() if p.is_floating_point()), None)
     made = {}
     for name, h in zip(cuts, outputs, strict=True):
         if not h.is_floating_point():
             raise UsageError(f"the output of cut {name!r} is {h.dtype}: a head needs floating-point numbers")
+        check_samples(name, h.shape, samples, "a head")
+        # Under autocast a block's output has less precision than what is to be trained.
+        dtype = own.dtype if own is not None and torch.is_autocast_enabled(device.type) else h.dtype
         try:
-            made[name] = HEADS[kind](h, classes, width or default_width(kind, len(cuts)) or 1).to(device, h.dtype)
+            made[name] = HEADS[kind](h, classes, width or default_width(kind, len(cuts)) or 1).to(device, dtype)
         except UsageError as error:
             raise UsageError(f"a {kind} head at cut {name!r}: {error}") from None
     return made
@@ -160,7 +165,6 @@ class Heads(nn.Module):
         self.by_cut = nn.ModuleList(copy.deepcopy(heads[name]) if frozen else heads[name] for name in cuts)
         if frozen:
             self.requires_grad_(False)
-        self._draws_masks = [any(isinstance(m, nn.modules.dropout._DropoutNd) for m in head.modules()) for head in self.by_cut]
 
     def __getitem__(self, k: int) -> nn.Module:
         return self.by_cut[k]
@@ -183,17 +187,12 @@ class Heads(nn.Module):
     @contextmanager
     def randomness(self, k: int, seed: int, step: int) -> Iterator[None]:
         """Within the block head k draws its own masks, the same each time, and leaves the network's generator alone."""
-        if not self._draws_masks[k]:
-            yield
-            return
-        with torch.random.fork_rng():
-            torch.manual_seed(seed_of(seed, step, "masks of the head", k))
+        with _seeded(device_of(self.by_cut[k]), seed_of(seed, step, "masks of the head", k)):
             yield
 
     def redraw(self, k: int, seed: int, step: int) -> None:
         """Fresh initial weights for head k, a function of (seed, step, k)."""
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed_of(seed, step, "weights of the head", k))
+        with torch.no_grad(), _seeded(device_of(self.by_cut[k]), seed_of(seed, step, "weights of the head", k)):
             for module in self.by_cut[k].modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
@@ -202,6 +201,25 @@ class Heads(nn.Module):
                         f"guess='ntk' draws the head's weights afresh for every batch, and {type(module).__name__} has no "
                         "reset_parameters method to do it: give it one, or use guess='fixed-ntk'"
                     )
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Within the block, what is drawn on the CPU and on a device is a function of the seed; nothing is drawn for the outside.
+
+    So much cheaper than :func:`torch.random.fork_rng` that nobody has to know which heads draw.
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index])
+    states = [generator.get_state() for generator in generators]
+    try:
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
 
 
 def _pool(h: Tensor) -> tuple[list[nn.Module], int]:

@@ -8,16 +8,22 @@ or a convolution it is a sum of outer products over positions, ``G_n = sum_p b_{
 or G_n and U_n are formed for a few samples at a time (direct form: cheap in early layers), and ``sum_n w_n G_n`` is the layer's
 ordinary weight gradient for errors rescaled by w_n. One rule for each type of layer, in ``RULES``. Parameters of anything else
 are differentiated sample by sample (:func:`by_rows`).
+
+A layer's rows need not be the samples, even where there are as many: the input of a positional embedding may be
+``arange(T)`` with T = N. So a layer is seen to keep samples apart before its rule is used (:func:`_rows_are_samples`). A block
+with batch statistics keeps nothing apart, and there a layer with N rows is taken to have one for each sample.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from onward.directions import draw
 from onward.errors import UsageError
 
 Pair = tuple[int, int]
@@ -388,9 +395,10 @@ RULES: dict[type[nn.Module], Callable[[Any, Tensor, Sequence[Tensor]], dict[str,
 
 @dataclass(frozen=True)
 class Use:
-    """One run of a layer: its input, and where in the graph the gradient of its output arrives."""
+    """One run of a layer, the count-th in a pass: its input, and where in the graph the gradient of its output arrives."""
 
     layer: nn.Module
+    count: int
     x: Tensor
     version: int
     output: GradientEdge
@@ -401,11 +409,13 @@ class Use:
 def record_uses(model: nn.Module) -> Iterator[list[Use]]:
     """Within the block, every run of a layer that has a rule is added to the list (which its owner may empty)."""
     uses: list[Use] = []
+    counts: Counter[nn.Module] = Counter()
 
     def note(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         if len(args) == 1 and output.requires_grad and any(True for _ in layer.parameters(recurse=False)):
             x = args[0].detach()
-            uses.append(Use(layer, x, x._version, get_gradient_edge(output), output.shape[0]))
+            counts[layer] += 1
+            uses.append(Use(layer, counts[layer], x, x._version, get_gradient_edge(output), output.shape[0]))
 
     handles = [layer.register_forward_hook(note) for layer in model.modules() if type(layer) in RULES]
     try:
@@ -417,19 +427,19 @@ def record_uses(model: nn.Module) -> Iterator[list[Use]]:
 
 def parameters_behind(output: Tensor) -> dict[nn.Parameter, int]:
     """The parameters in the graph of a block's output, and in how many places each is used."""
-    found: dict[nn.Parameter, int] = {}
+    following = (node for behind in _graph(output) for node, _ in behind.next_functions)
+    return Counter(p for node in following if isinstance(p := getattr(node, "variable", None), nn.Parameter))
+
+
+def _graph(output: Tensor) -> Iterator[Any]:
+    """The nodes of the graph behind a tensor."""
     pending, seen = [output.grad_fn], set()
     while pending:
         node: Any = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for following, _ in node.next_functions:
-            if isinstance(p := getattr(following, "variable", None), nn.Parameter):
-                found[p] = found.get(p, 0) + 1
-            else:
-                pending.append(following)
-    return found
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
 
 
 def per_sample_gradients(
@@ -443,8 +453,8 @@ def per_sample_gradients(
     """
     places = parameters_behind(h)
     by_layer: dict[nn.Module, list[int]] = {}
-    for j, use in enumerate(uses):
-        if use.samples == len(h) == len(use.x):
+    for j, (use, by_sample) in enumerate(zip(uses, _rows_are_samples(h, uses, arrived[0]), strict=True)):
+        if by_sample:
             by_layer.setdefault(use.layer, []).append(j)
     covered: set[nn.Parameter] = set()
     for layer, indices in by_layer.items():
@@ -475,6 +485,31 @@ def per_sample_gradients(
         rest.append(p)
     if rest:
         yield from by_rows(h, rest, signals)
+
+
+_seen: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
+"""Of each layer and count of its runs, whether its rows are samples, from the first batch that showed it."""
+
+
+def _rows_are_samples(h: Tensor, uses: Sequence[Use], arrived: Sequence[Tensor | None]) -> list[bool]:
+    """Whether the rows of each run of a layer are the samples: a signal for one sample arrives in its row and in no other."""
+    answers = [b is not None and use.samples == len(h) == len(use.x) for use, b in zip(uses, arrived, strict=True)]
+    asked = [use for use, agrees in zip(uses, answers, strict=True) if agrees and use.count not in _seen.get(use.layer, {})]
+    if asked and len(h) > 1 and not any(map(_of_batch, _graph(h))):
+        n = len(h) // 2  # what is special in a sequence is its first position or its last
+        signal = torch.zeros_like(h)
+        signal[n] = draw(h.shape[1:], seed=0, step=0, block="one sample", dtype=h.dtype, device=h.device)
+        of_one = torch.autograd.grad(h, [use.output for use in asked], signal, retain_graph=True)
+        for use, b in zip(asked, of_one, strict=True):
+            reached = (b.abs() > 0).flatten(1).any(1).nonzero().flatten().tolist()
+            if reached:  # where nothing arrives (dead units), another batch will tell
+                _seen.setdefault(use.layer, {})[use.count] = reached == [n]
+    return [agrees and _seen.get(use.layer, {}).get(use.count, True) for use, agrees in zip(uses, answers, strict=True)]
+
+
+def _of_batch(node: Any) -> bool:
+    """Whether a node of the graph is a batch norm with batch statistics."""
+    return "BatchNorm" in node.name() and getattr(node, "_saved_training", True)
 
 
 def by_rows(h: Tensor, parameters: Sequence[nn.Parameter], signals: Sequence[Tensor]) -> Iterator[tuple[nn.Parameter, Rows]]:

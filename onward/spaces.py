@@ -25,7 +25,6 @@ SPACES = {
     "f-weight": "per parameter: the guess's gradients of those samples whose inner product is positive",
     "f-activation": "the guesses of those samples whose inner product at the block's output is positive",
 }
-OF_ACTIVATIONS = ("activation", "activation-2", "span-activation", "f-activation")
 OF_SAMPLES = ("weight", "span-weight", "sign-weight", "random-sign-weight", "f-weight")
 """Spaces of each sample's parameter gradients."""
 SCALE_FREE = ("sign-weight", "random-sign-weight", "f-weight", "f-activation")

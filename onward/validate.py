@@ -25,7 +25,8 @@ _MIXES_SAMPLES = (
 )
 _UNCOMPILED = (
     "is compiled, and runs uncompiled while a forward pass carries tangents",
-    "expect no gain from compiling it, except in evaluation and with estimators that carry none (Backprop, DFA, DKP)",
+    "expect no gain from compiling it, except in evaluation and with estimators that carry none (Backprop, DFA, DKP): for "
+    "those, compile the blocks and not the whole network, which would be one graph with nothing to cut",
 )
 _NO_RULE = "has no forward derivative in PyTorch"
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import onward
-from onward.alignment import cosines, measure, true_signals
+from onward.alignment import cosines, measure
 from onward.errors import UsageError
 
 D, CLASSES, SAMPLES = 8, 3, 64
@@ -242,7 +242,19 @@ def test_frozen_blocks_have_nothing_to_compare() -> None:
     assert found["0"].parameters is None
     assert found["0"].signal is None
     assert found["1"].parameters is not None
-    assert len(true_signals(onward.DFA(model), x, y)) == 2
+
+
+@pytest.mark.parametrize("make", [onward.Backprop, onward.DFA, onward.ForwardGradient])
+def test_sparse_gradients(make: Any) -> None:
+    """As those of a dense embedding, and those that are missing are zero."""
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        first = nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Tanh())
+        model = nn.Sequential(first, nn.Linear(12, D), nn.Tanh(), nn.Linear(D, CLASSES)).double()
+        block = measure(make(model, ["0", "2"]), torch.randint(7, (5, 3)), torch.randint(CLASSES, (5,)), estimates=2)["0"]
+        found.append(block.parameters)
+    assert found[1] == pytest.approx(found[0])
 
 
 def test_estimators_without_error_signals() -> None:

@@ -91,5 +91,20 @@ def test_checkpoint_without_cuts_asks_for_them() -> None:
     class Net(nn.Linear):
         pass
 
-    with pytest.raises(UsageError, match="cuts"):
+    with pytest.raises(UsageError, match="nothing to cut"):
         Backprop(Net(3, 2), checkpoint=True)
+
+
+def test_checkpointing_keeps_a_forward_of_ones_own() -> None:
+    """Of a class, and of an object, before a step as after it."""
+
+    class Scaled(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(10 * x)
+
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    for model in (Scaled(nn.Linear(3, 3), nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))):
+        model[0].forward = lambda x, layer=model[0]: type(layer).forward(layer, 3 * x)  # type: ignore[method-assign]
+        plain = Backprop(model).estimate(x, y).logits
+        for _ in range(2):
+            torch.testing.assert_close(Backprop(model, ["0"], checkpoint=True).estimate(x, y).logits, plain)

@@ -84,6 +84,31 @@ def test_suggestion_for_a_residual_network_works() -> None:
     DFA(built.model, suggestion).estimate(built.x, built.y)
 
 
+class Functional(nn.Module):
+    """The network of PyTorch's tutorials: non-linearities are functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.output = Linear(3, 3), Linear(3, 3), Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.second(self.first(x).relu()).relu())
+
+
+def test_suggestion_for_a_network_of_functions() -> None:
+    assert onward.suggest_cuts(Functional()) == ("first", "second")
+    assert DFA(Functional(), onward.suggest_cuts(Functional())).estimate(X, Y).loss > 0
+    assert onward.suggest_cuts(Linear(3, 3)) == ()
+
+
+@pytest.mark.parametrize("estimator", [DFA, FDFA, partial(LocalLoss, heads={}), ForwardGradient])
+def test_without_a_cut_it_would_be_backpropagation(estimator: Callable[..., Estimator]) -> None:
+    with pytest.raises(UsageError, match=r"cuts=\[\]: without a cut, \w+ would be backpropagation"):
+        estimator(Functional(), [])
+    with pytest.raises(UsageError, match="Sequential has no module with parameters but its last, so there is nothing to cut"):
+        estimator(Sequential(Linear(3, 3)))
+
+
 @pytest.mark.parametrize("estimator", [Backprop, DFA, DKP, FDFA, ForwardGradient])
 def test_unknown_name(estimator: type) -> None:
     with pytest.raises(UsageError, match=r"stagge\.0.*did you mean 'stage\.0'"):
@@ -193,6 +218,12 @@ class Skip(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.stem(x)
         return self.head(self.body(h) + self.skip(h))
+
+
+def test_the_advice_on_a_bypass_can_be_followed() -> None:
+    assert "allow_bypass=True" in refused(DFA, Skip(), ["body"], "bypass")
+    for estimator in (partial(DFA, low_memory=True), headed(LocalLoss), ForwardGradient):
+        assert "allow_bypass" not in refused(estimator, Skip(), ["body"], "bypass")
 
 
 @EACH_SIGNAL

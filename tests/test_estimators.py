@@ -487,3 +487,49 @@ def test_outputs_of_another_number_of_dimensions(kind: str, shape: tuple[int, ..
         pair.append(estimator)
     for p, q in zip(*(estimator.parameters() for estimator in pair), strict=True):
         close(p.grad, q.grad)
+
+
+class Learned(nn.Module):
+    """A loss with something to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(z * self.temperature, y)
+
+
+def test_a_loss_that_would_not_be_trained_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    loss = Learned()
+    with pytest.raises(UsageError, match=r"the loss Learned has parameters to train \(temperature\)"):
+        DFA(model, loss=loss)
+    DFA(model, loss=loss.requires_grad_(False)).estimate(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+class Shared(nn.Module):
+    """The gradients of p and q are equal, and so are all elements of that of r."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+        self.p, self.q, self.r = (nn.Parameter(torch.ones(2)) for _ in range(3))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h) * self.r.sum() + (self.p + self.q)
+
+
+def test_every_gradient_has_memory_of_its_own() -> None:
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), Shared())
+    estimator = ForwardGradient(model, ["1"], engine="reverse", seed=1)
+    once = Backprop(model)
+    once.estimate(x, y)
+    wanted = {name: 2 * p.grad for name, p in model[2].named_parameters() if p.grad is not None}
+    model.zero_grad()
+    estimator.estimate(x, y)
+    estimator.estimate(x, y)
+    for name, p in model[2].named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name])
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)

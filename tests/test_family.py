@@ -16,7 +16,7 @@ from family_reference import GUESSES, SPACES, TARGETS, WEIGHT_SPACES, Family, he
 from test_feedback import close
 from torch import Tensor, nn
 
-from onward import ForwardGradient, UsageError, make_heads, per_sample
+from onward import ForwardGradient, LocalLoss, UsageError, make_heads, per_sample
 from onward.lab.config import Network
 from onward.lab.models import build as build_network
 
@@ -722,6 +722,53 @@ def test_heads_that_draw_masks(guess: str) -> None:
     assert not any(torch.equal(p, q) for p, q in zip(reverse[:4], step(1, 2, engine="reverse"), strict=False))
 
 
+class Attends(nn.Module):
+    """Attention whose dropout is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        tokens = h.unsqueeze(2).expand(-1, -1, 4) * torch.arange(1.0, 5, dtype=h.dtype)
+        return self.attention(tokens, tokens, tokens)[0].flatten(1)
+
+
+class Drops(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return F.dropout(h, 0.5)
+
+
+DRAWING = {
+    "functional": lambda: nn.Sequential(Drops(), nn.Linear(4, 3)),
+    "attention": lambda: nn.Sequential(Attends(), nn.Linear(16, 3)),
+    "rrelu": lambda: nn.Sequential(nn.RReLU(), nn.Linear(4, 3)),
+}
+
+
+@pytest.mark.parametrize("drawing", DRAWING)
+def test_heads_that_draw_without_a_dropout_module(drawing: str) -> None:
+    """The guess that is measured is the one that is delivered: along itself, a local target is found exactly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3)).double()
+    head, x, y = DRAWING[drawing]().double(), torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
+    found = []
+    for make in (
+        lambda model, heads: ForwardGradient(model, ["1"], target="local", guess="local", heads=heads, seed=SEED),
+        lambda model, heads: LocalLoss(model, ["1"], heads=heads, seed=SEED),
+    ):
+        learner, given = copy.deepcopy(model), copy.deepcopy(head)
+        torch.manual_seed(reference.MASKS)
+        logits = make(learner, {"1": given}).estimate(x, y).logits
+        after = torch.get_rng_state()
+        torch.manual_seed(reference.MASKS)
+        torch.testing.assert_close(logits, model(x))
+        assert torch.equal(after, torch.get_rng_state()), "the global generator"
+        found.append([p.grad for p in (*learner.parameters(), *given.parameters())])
+    for p, q in zip(*found, strict=True):
+        close(p, q)
+
+
 def test_ntk_heads_are_drawn_afresh() -> None:
     """For every step and cut, as their modules initialise themselves; from the seed, not from the global generator."""
     case = by_name("mlp")
@@ -957,6 +1004,47 @@ def test_a_head_with_too_few_outputs(engine: str) -> None:
     y[0] = 2
     with pytest.raises(UsageError, match=r"2.*labels run from 0 to 1"):
         ForwardGradient(model, cuts, guess="local", engine=engine, heads=heads).estimate(x, y)
+
+
+class TimeFirst(nn.Module):
+    """(N, T, d) of numbers, to outputs of (T, N, d) inside."""
+
+    def __init__(self, flatten: bool) -> None:
+        super().__init__()
+        self.hidden, self.last, self.flatten = nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2), flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.flatten:
+            return self.last(self.hidden(x)).flatten(0, 1)
+        return self.last(self.hidden(x.transpose(0, 1)).mean(0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"passes": "block"},
+        {"space": "activation-2"},
+        {"space": "f-activation"},
+        {"guess": "feedback", "feedback": "dfa"},
+        {"directions": 2, "orthogonal": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("flatten", [False, True])
+def test_samples_are_the_first_dimension(flatten: bool, options: dict[str, Any]) -> None:
+    """Forward, a derivative is each sample's; what needs no samples goes on."""
+    torch.manual_seed(0)
+    model, x = TimeFirst(flatten), torch.randn(5, 6, 3)
+    y = torch.randint(2, (30 if flatten else 5,))
+    shape, rows = (r"\(5, 6, 4\)", 30) if flatten else (r"\(6, 5, 4\)", 5)
+    with pytest.raises(
+        UsageError, match=rf"cut 'hidden' has shape {shape}.* {rows} (rows|samples).*the sample dimension first"
+    ):
+        ForwardGradient(model, ["hidden"], **options).estimate(x, y)
+    model.zero_grad()
+    ForwardGradient(model, ["hidden"], space="avg-weight").estimate(x, y)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_ntk_needs_modules_that_can_reset_themselves() -> None:

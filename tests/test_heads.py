@@ -166,6 +166,37 @@ def test_weights_come_from_the_global_generator_and_from_nothing_else() -> None:
     assert not torch.equal(first[0], other[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_under_autocast_heads_have_the_networks_precision(dtype: torch.dtype) -> None:
+    """Of its parameters, whatever autocast makes of what they compute."""
+    model = flat()[0].to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        head = only(make_heads(model, torch.randn(4, 3, dtype=dtype), "linear"))
+    assert {p.dtype for p in head.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_samples_are_the_first_dimension(kind: str) -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.hidden(x.transpose(0, 1)).mean(0))
+
+    with pytest.raises(UsageError, match=r"cut 'hidden' has shape \(6, 5, 4\) for 5 samples.*the sample dimension first"):
+        make_heads(TimeFirst(), torch.randn(5, 6, 3), kind, cuts=["hidden"])
+
+
+def test_one_sample_has_no_batch_statistics() -> None:
+    model = nn.Sequential(nn.Linear(3, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 5))
+    x = torch.randn(4, 3)
+    with pytest.raises(UsageError, match="a batch of one sample has no batch statistics"):
+        make_heads(model, x[:1], "linear")
+    assert only(make_heads(model.eval(), x[:1], "linear")).training
+
+
 def test_each_cut_has_weights_of_its_own() -> None:
     model, x = images(3, 4, 2)
     first, second = make_heads(model, x, "cnn").values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from family_reference import Family, heads_for
 from test_feedback import close
 from torch import Tensor, nn
 
-from onward import LocalLoss, UsageError, make_heads
+from onward import ForwardGradient, LocalLoss, UsageError, make_heads
 
 
 @pytest.mark.parametrize("batch_norm", [False, True], ids=["", "heads-with-batch-norm"])
@@ -158,3 +159,29 @@ def test_the_default_cuts() -> None:
     estimator = LocalLoss(model, heads=make_heads(model, x, "linear"))
     assert estimator.cuts == cuts
     estimator.estimate(x, y)
+
+
+class Looked(nn.Module):
+    """A head whose embedding has sparse gradients."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(4, 3, sparse=sparse), nn.Linear(3, 3)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.linear(h) + self.embedding(torch.arange(len(h)) % 4)
+
+
+def test_heads_with_sparse_gradients() -> None:
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    model, found = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)), []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        head = Looked(sparse)
+        for estimator in (LocalLoss, partial(ForwardGradient, guess="local", engine="reverse")):
+            head.zero_grad()
+            estimator(model, heads={"1": head}).estimate(x, y)
+            assert head.embedding.weight.grad is not None
+            found.append(head.embedding.weight.grad.to_dense())
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from onward import ForwardGradient, UsageError, per_sample
+from onward import ForwardGradient, UsageError, directions, per_sample
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 FORMS = (None, True, False)  # of the inner products: the cheaper one, Gram, direct
@@ -186,23 +186,24 @@ class Shared(nn.Module):
         return self.merged(h.reshape(-1, 2)).view(len(x), 4).tanh() * self.scale
 
 
-def test_a_block_of_layers_used_in_other_ways() -> None:
+@pytest.mark.parametrize("samples", [3, 5])  # 5: as many as the rows of a table
+def test_a_block_of_layers_used_in_other_ways(samples: int) -> None:
     """Nothing mixes samples here: a sample's gradient is that of its own row of the signal."""
     torch.manual_seed(0)
-    model, x = Shared().double(), torch.randn(3, 4, dtype=torch.float64)
-    signals = [torch.randn(3, 4, dtype=torch.float64) for _ in range(2)]
+    model, x = Shared().double(), torch.randn(samples, 4, dtype=torch.float64)
+    signals = [torch.randn(samples, 4, dtype=torch.float64) for _ in range(2)]
     found = block_gradients(model, x, signals)
     assert set(found) == {name for name, _ in model.named_parameters() if not name.startswith("nowhere")}
-    weights = torch.randn(3, dtype=torch.float64)
+    weights = torch.randn(samples, dtype=torch.float64)
     for name, gradients in found.items():
         wanted = []
         for signal in signals:
-            rows = [signal * (torch.arange(3) == n).unsqueeze(1) for n in range(3)]
+            rows = [signal * (torch.arange(samples) == n).unsqueeze(1) for n in range(samples)]
             wanted.append(torch.stack([torch.autograd.grad(model(x), model.get_parameter(name), row)[0] for row in rows]))
         torch.testing.assert_close(gradients.rows(0, slice(None)), wanted[0])
         (product,) = gradients.inner([(0, 1)])
-        torch.testing.assert_close(product, (wanted[0] * wanted[1]).reshape(3, -1).sum(1))
-        torch.testing.assert_close(gradients.gram(0, 1), wanted[0].reshape(3, -1) @ wanted[1].reshape(3, -1).T)
+        torch.testing.assert_close(product, (wanted[0] * wanted[1]).reshape(samples, -1).sum(1))
+        torch.testing.assert_close(gradients.gram(0, 1), wanted[0].reshape(samples, -1) @ wanted[1].reshape(samples, -1).T)
         torch.testing.assert_close(gradients.total(1, weights), torch.tensordot(weights, wanted[1], 1))
 
 
@@ -267,6 +268,82 @@ def test_one_layer_at_a_time() -> None:
     parameter, _ = next(iter(found))
     assert parameter is model[0].weight
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Positions(nn.Module):
+    """Words and their positions: one row of positions for all samples, or one for each sample."""
+
+    def __init__(self, expand: bool, norm: bool = False) -> None:
+        super().__init__()
+        self.words, self.positions, self.mix, self.expand = nn.Embedding(7, 4), nn.Embedding(6, 4), nn.Linear(4, 4), expand
+        self.norm = nn.BatchNorm1d(4) if norm else nn.Identity()
+
+    def forward(self, words: Tensor) -> Tensor:
+        places = torch.arange(words.shape[1])
+        h = self.words(words) + self.positions(places.expand_as(words) if self.expand else places)
+        return self.norm(self.mix(h).tanh().transpose(1, 2)).flatten(1)
+
+
+@pytest.mark.parametrize("length", [5, 4])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"space": space} for space in ("weight", "sign-weight", "f-weight", "span-weight", "activation-2")),
+        {"space": "weight", "guess": "random"},
+        {"space": "activation-2", "engine": "forward"},
+        {"space": "random-sign-weight", "engine": "forward"},
+    ],
+    ids=str,
+)
+def test_as_many_positions_as_samples(options: dict[str, Any], length: int) -> None:
+    """A row of a layer is a sample only where a sample's signal arrives in it; on later batches too, and of other sizes."""
+    words = torch.randint(7, (5, length), generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2, 1, 0])
+    gradients = []
+    for expand in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(Positions(expand), nn.Linear(4 * length, 3)).double()
+        heads = {"0": nn.Linear(4 * length, 3).double()}
+        options = {"guess": "local", "engine": "reverse", "heads": heads, **options}
+        estimator = ForwardGradient(model, ["0"], **options)
+        state = torch.get_rng_state()
+        for samples in (5, 5, 4):
+            estimator.estimate(words[:samples], y[:samples])
+        assert torch.equal(torch.get_rng_state(), state)
+        gradients.append([p.grad for p in model.parameters()])
+    for p, q in zip(*gradients, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_layers_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one more backward pass on a layer's first batch; not if that is one sample, nor if nothing arrives at the layer."""
+    model, asked = Positions(True).double(), []
+    monkeypatch.setattr(per_sample, "draw", lambda *args, **kwargs: asked.append(1) or directions.draw(*args, **kwargs))
+    words = torch.randint(7, (4, 6))
+    for samples, alive, total in ((1, True, 0), (4, False, 1), (4, True, 2), (3, True, 2)):
+        with torch.no_grad():
+            model.mix.weight.fill_(1.0 if alive else 0.0)
+        block_gradients(model, words[:samples], [torch.randn(samples, 24, dtype=torch.float64)])
+        assert len(asked) == total
+    asked.clear()
+    shared = Shared().double()  # with a layer that nothing ever arrives at
+    for _ in range(2):
+        block_gradients(shared, torch.randn(3, 4, dtype=torch.float64), [torch.randn(3, 4, dtype=torch.float64)])
+    assert len(asked) == 1
+
+
+def test_behind_batch_statistics_rows_are_taken_for_samples() -> None:
+    """There every sample's signal arrives everywhere, and a sample's gradient is defined by the layer's own rows."""
+    torch.manual_seed(0)
+    model, words = Positions(True, norm=True).double(), torch.randint(7, (4, 6))
+    signal = torch.randn(4, 24, dtype=torch.float64)
+    with per_sample.record_uses(model) as uses:
+        h = model(words)
+    arrived = torch.autograd.grad(h, [use.output for use in uses], signal, retain_graph=True)
+    found = dict(per_sample.per_sample_gradients(h, uses, [signal], [arrived]))
+    (at_mix,) = (b for use, b in zip(uses, arrived, strict=True) if use.layer is model.mix)
+    torch.testing.assert_close(found[model.mix.bias].rows(0, slice(0, 4)), at_mix.sum(1))
+    assert isinstance(found[model.mix.weight], per_sample.Outer)
 
 
 @pytest.mark.parametrize("engine", ["reverse", "forward"])

@@ -41,7 +41,7 @@ class Backprop(Estimator):
         checkpoint: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, () if cuts is None and not checkpoint else cuts, loss=loss, seed=seed)
+        super().__init__(model, () if cuts is None and not checkpoint else cuts, loss=loss, seed=seed, uncut=True)
         self.checkpoint = checkpoint
         self.engine = "reverse, checkpointed" if checkpoint else "reverse"
 
@@ -58,7 +58,7 @@ def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
     """Within the block, the network's forward keeps only the outputs of its blocks."""
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(model)))
     children = dict(model.named_children())
-    if isinstance(model, nn.Sequential) and set(cuts) <= set(children):
+    if _is_chain(model) and set(cuts) <= set(children):
 
         def forward(h: Tensor) -> Tensor:
             """The chain, one segment after the other."""
@@ -80,6 +80,8 @@ def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
     else:
         modules = [model.get_submodule(name) for name in cuts]
         forwards = {module: partial(again, module.forward) for module in modules}
+    # A module may have a forward of its own instead of its class's: a compiled one does.
+    own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     for module, again_forward in forwards.items():
         module.forward = again_forward
     try:
@@ -87,3 +89,10 @@ def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
     finally:
         for module in forwards:
             del module.forward
+            if module in own:
+                module.forward = own[module]
+
+
+def _is_chain(model: nn.Module) -> bool:
+    """Whether the network is its children, one after the other."""
+    return type(model).forward is nn.Sequential.forward and "forward" not in model.__dict__

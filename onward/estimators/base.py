@@ -50,10 +50,26 @@ class Estimator(nn.Module):
     """Whether ``.grad`` is a mean of what this process's samples contribute, which other processes' samples change."""
 
     def __init__(
-        self, model: nn.Module, cuts: Sequence[str] | None = None, *, loss: Loss = F.cross_entropy, seed: int = 0
+        self,
+        model: nn.Module,
+        cuts: Sequence[str] | None = None,
+        *,
+        loss: Loss = F.cross_entropy,
+        seed: int = 0,
+        uncut: bool = False,
     ) -> None:
         super().__init__()
         self.cuts = default_cuts(model) if cuts is None else check_names(model, cuts)
+        if not self.cuts and not uncut:
+            raise UsageError(
+                f"cuts={cuts!r}: without a cut, {type(self).__name__} would be backpropagation. Name the modules whose outputs "
+                "end a block (onward.suggest_cuts proposes some)"
+            )
+        if isinstance(loss, nn.Module) and (trained := [name for name, p in loss.named_parameters() if p.requires_grad]):
+            raise UsageError(
+                f"the loss {type(loss).__name__} has parameters to train ({', '.join(trained)}), which no estimator does: make "
+                "them part of the network's last block, or freeze them"
+            )
         self.model = model
         self.loss = loss
         self.seed = seed
@@ -182,6 +198,15 @@ def check_last_block(cuts: Sequence[str], trains: bool) -> None:
         )
 
 
+def check_samples(cut: str, shape: Sequence[int], samples: int, what: str) -> None:
+    """Raise a :class:`onward.UsageError` if the rows of a cut's output are not the samples, which ``what`` needs."""
+    if shape[0] != samples:
+        raise UsageError(
+            f"the output of cut {cut!r} has shape {tuple(shape)} for {samples} samples: {what} needs the sample dimension "
+            "first at every cut and at the output (batch_first=True in recurrent and attention layers; outputs as (N, C, T))"
+        )
+
+
 def output_error(loss: Loss, output: Tensor, y: Any) -> tuple[Tensor, Tensor]:
     """``loss(output, y)`` and its gradient with respect to the output; in float32 at least, whatever autocast says."""
     z = output.detach()
@@ -207,9 +232,21 @@ def as_rows(output: Tensor) -> Tensor:
 @torch.no_grad()
 def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
     """Add each gradient to its parameter's ``.grad``, as a backward pass would; the gradients become ours."""
+    taken: set[int] = set()
     for p, gradient in zip(parameters, gradients, strict=True):
-        if gradient is not None:
-            p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.add_(gradient)
+        if gradient is None:
+            continue
+        if p.grad is not None:
+            p.grad.add_(gradient)
+            continue
+        p.grad = gradient.to(p.dtype)
+        if gradient.layout is not torch.strided:
+            continue
+        # autograd.grad gives several parameters the same memory where their gradients are equal, or repeats one element.
+        memory = p.grad.untyped_storage().data_ptr()
+        if memory in taken or 0 in p.grad.stride():
+            p.grad = torch.empty_like(p).copy_(gradient)
+        taken.add(memory)
 
 
 def allocate_gradients(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from onward.cuts import cut_graph, frozen_statistics, same_randomness
 from onward.directions import NOISES, seed_of
 from onward.errors import UsageError, unknown
-from onward.estimators.base import Loss, as_rows, call, device_of
+from onward.estimators.base import Loss, as_rows, call, check_samples, device_of
 from onward.estimators.signals import OutputError, SignalEstimator
 
 
@@ -22,7 +22,8 @@ class Feedback(nn.ParameterList):
     """One matrix B_k (C x d_k: outputs by features of the block's output) for each cut; ``signal`` is ``e B_k``.
 
     The matrices are parameters with a ``.grad`` of their own. Their sizes are those of the first batch; until then they are
-    :class:`torch.nn.UninitializedParameter`, which optimizers accept. A child class says how they start and what they learn.
+    :class:`torch.nn.UninitializedParameter`, which most optimizers accept. A child class says how they start and what they
+    learn.
     """
 
     learns = True
@@ -61,11 +62,7 @@ class Feedback(nn.ParameterList):
 
     def sized(self, k: int, h: Tensor, e: Tensor) -> nn.Parameter:
         """B_k, made on first use; raises :class:`onward.UsageError` where it does not fit this batch."""
-        if h.shape[0] != e.shape[0]:
-            raise UsageError(
-                f"the output of cut {self.cuts[k]!r} has shape {tuple(h.shape)} for {e.shape[0]} samples: feedback needs the "
-                "sample dimension first at every cut and at the output (batch_first=True in recurrent and attention layers)"
-            )
+        check_samples(self.cuts[k], h.shape, e.shape[0], "feedback")
         shape = (e.shape[1], h[0].numel())
         matrix = self[k]
         if is_lazy(matrix):
@@ -137,7 +134,11 @@ FEEDBACK: dict[str, Callable[[nn.Module, Sequence[str], int], Feedback]] = {
 
 
 class DirectFeedback(SignalEstimator):
-    """delta_k = e B_k, by one of the rules in ``FEEDBACK``; the matrices are ``feedback``, in the order of ``cuts``."""
+    """delta_k = e B_k, by one of the rules in ``FEEDBACK``; the matrices are ``feedback``, in the order of ``cuts``.
+
+    They have no size before the first ``estimate``. What needs one earlier (counting parameters, an optimizer such as Adagrad
+    that allocates at once) comes after :meth:`initialize`.
+    """
 
     engine = "feedback"
     rule: str

@@ -20,6 +20,7 @@ from onward.estimators.base import (
     allocate_gradients,
     as_rows,
     call,
+    check_samples,
     device_of,
     forget_unused,
     output_error,
@@ -239,6 +240,7 @@ def _measure(
     A target is read where its losses are: at the heads, from the tangents of a block's output, and at the network's output.
     """
     slopes: dict[Site, Tensor] = {}
+    shapes: dict[int, torch.Size] = {}
     last = len(fg.cuts)
     names = {p: name for name, p in fg.model.named_parameters()}
     at_once = len(slots) if fg.passes == "one" else _AT_ONCE
@@ -258,6 +260,8 @@ def _measure(
                     slope = slope if slot[0].parameter is None else slope.sum().view(1)
                     for site in slot:
                         if _reads(fg.target, site.block, point, last):
+                            if site.parameter is None and site.block in shapes:  # a cut that did not run is told of later
+                                check_samples(fg.cuts[site.block], shapes[site.block], len(slope), "a forward gradient")
                             slopes[site] = slopes[site] + slope if site in slopes else slope
             return value
 
@@ -276,6 +280,7 @@ def _measure(
         def deliver(k: int, h: Tensor, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> Tensor:
             for p in members.get(k, ()):
                 tangents.clear(p)
+            shapes[k] = h.shape
             moved = [tangents.get(h, j) for j in range(len(chunk))]
             if fg.target == "above" and k > 0:
                 _at_head(fg, k, h, moved, tangents, read)

@@ -56,7 +56,8 @@ class ForwardGradient(Estimator):
     grow with depth. ``passes="block"`` carries a tangent for each block, exact; ``passes="one"`` all at once, each sample and
     block with a random sign: unbiased, with cross-talk between blocks as noise. With batch statistics it measures each sample's
     own derivative, without what a sample does to the losses of others. ``engine="reverse"`` sweeps back over the cut graph:
-    exact and fast, it keeps every block's graph; for studying estimators, and for those no forward pass can measure.
+    exact and fast, it keeps every block's graph; for studying estimators, and for those no forward pass can measure. Samples
+    are the first dimension at every cut and at the output.
 
     Random guesses: ``noise`` of ``directions`` m directions, whose estimates are averaged, or with ``orthogonal`` t projected
     on their span. They are unbiased with ``scaling="unbiased"``; their variance grows with the number of dimensions d:
@@ -115,9 +116,10 @@ class ForwardGradient(Estimator):
         ):
             if name not in known:
                 raise unknown(kind, name, known)
-        if space == "avg-weight" and guess == "random" and target == "global" and not cuts:
+        uncut = space == "avg-weight" and guess == "random" and target == "global"
+        if uncut and not cuts:
             cuts = ()
-        super().__init__(model, cuts, loss=loss, seed=seed)
+        super().__init__(model, cuts, loss=loss, seed=seed, uncut=uncut)
         self.target, self.guess, self.space, self.passes = target, guess, space, passes
         self.noise, self.scaling, self.directions, self.orthogonal, self.eps = noise, scaling, directions, orthogonal, eps
         self._check_combination(engine, heads)

@@ -177,7 +177,7 @@ class SignalEstimator(Estimator):
     def _check(self, outputs: dict[int, Tensor], output: Tensor) -> None:
         """On the first batch: does every cut separate, and does the last block have anything to train?"""
         if self._check_bypass:
-            check = BypassCheck(self.model, self.cuts)
+            check = BypassCheck(self.model, self.cuts, ", or allow it with allow_bypass=True")
             for k, h in outputs.items():
                 check.visit(k, h)
             check.visit(len(self.cuts), output)
