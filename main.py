@@ -9,10 +9,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from onward.lab.command import guarded
-from onward.lab.config import Train
-from onward.lab.dialects import fdfa, flg
-from onward.lab.train import train
+try:
+    from onward.lab.command import guarded
+    from onward.lab.config import Train
+    from onward.lab.dialects import fdfa, flg
+    from onward.lab.train import train
+except KeyboardInterrupt:  # they take seconds
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 
 def translate(arguments: Sequence[str] | None = None) -> Train:

@@ -385,9 +385,9 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     >>> import dataclasses, json
     >>> from_dict(Train, json.loads(json.dumps(dataclasses.asdict(Train(lr=0.1))))) == Train(lr=0.1)
     True
-    >>> from_dict(Train, {"network": {"width": "wide"}})  # doctest: +ELLIPSIS
+    >>> from_dict(Train, {"network": {"width": "wide\\n"}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    onward.errors.UsageError: configuration: wrong value type for field "network.width" - should be "float" instead of ...
+    onward.errors.UsageError: configuration: wrong value type for field "network.width" - ... of value "wide\\n" of type "str"
     """
     import dacite
 
@@ -397,7 +397,8 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     except UsageError:
         raise
     except (dacite.DaciteError, TypeError, ValueError) as error:
-        raise UsageError(f"configuration: {error}") from None
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # dacite shows values as they are
+        raise UsageError(f"configuration: {shown}") from None
 
 
 def _as_given(value: Any) -> Any:

@@ -222,5 +222,5 @@ def _keep(available: int, asked: int | None, split: str, name: str) -> list[int]
     if asked is None:
         return list(range(available))
     if not 1 <= asked <= available:
-        raise UsageError(f"{split}_samples {asked}: data set {name} has {available} {split} images, ask for 1 to {available}")
+        raise UsageError(f"--subset.{split} {asked}: data set {name} has {available} {split} images, ask for 1 to {available}")
     return sorted(torch.randperm(available, generator=torch.Generator().manual_seed(0))[:asked].tolist())

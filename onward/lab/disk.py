@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import BinaryIO
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
+TAKEN = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 
 @contextmanager
@@ -34,29 +36,40 @@ def writing(path: Path) -> Iterator[None]:
             remedy = "make space on its disk"
         elif cause.errno in FORBIDDEN:
             remedy = "allow writing there, or choose another folder"
+        elif cause.errno in TAKEN:
+            remedy = "choose another name"
         raise OSError(f"{path} cannot be written ({cause.strerror or cause}): {remedy}") from error
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
     """Write a file that is never seen half-written, even if the machine stops in between; `keep` takes the old one.
 
+    A symbolic link is followed. A pipe or a device is not replaced by a file: what reads it would get nothing.
+
     Raises:
         OSError: it could not be written, for want of space perhaps; what was there is still there.
     """
-    partial = path.with_name(path.name + ".partial")
     with writing(path):
+        if path.exists() and not path.is_file():
+            held = io.BytesIO()  # a picture is written back and forth
+            write(held)
+            with path.open("wb") as pipe:
+                pipe.write(held.getbuffer())
+            return
+        target = path.resolve() if keep is None else path
+        partial = target.with_name(target.name + ".partial")
         try:
             with partial.open("w+b") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            if keep is not None and path.exists():
-                path.replace(keep)
-            partial.replace(path)
+            if keep is not None and target.exists():
+                target.replace(keep)
+            partial.replace(target)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
+        folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)  # the renaming too
         finally:

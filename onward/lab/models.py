@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -184,22 +185,44 @@ def build(name: str, shape: Shape, classes: int, options: Network) -> nn.Module:
     Linear(in_features=800, out_features=10, bias=True)
     """
     check(name)
-    given = {
-        entry.name: getattr(options, entry.name)
-        for entry in dataclasses.fields(options)
-        if getattr(options, entry.name) != entry.default
-    }
+    make = _maker(name)
+    takes = inspect.signature(make).parameters
+    for entry in dataclasses.fields(options):
+        if entry.name not in takes and (value := getattr(options, entry.name)) != entry.default:
+            raise UsageError(f"--network.{entry.name.replace('_', '-')} {value}: {name} has no such option, leave it out")
+    known = {"shape": tuple(shape), "classes": classes, **vars(options)}
+    arguments = {parameter: known[parameter] for parameter in takes if parameter in known}
     if own := _own(name):
-        return _build_own(name, *own, shape, classes, given)
+        return _tried(name, own[0], partial(make, **arguments), shape, classes)
     if len(shape) != 3:
         raise UsageError(f"{name} for inputs of shape {tuple(shape)}: it is for images, three sizes such as 3,32,32")
-    _check_options(name, MODELS[name], given)
-    return MODELS[name](shape, classes, **given)
+    return make(**arguments)
 
 
-def _check_options(name: str, make: Callable[..., nn.Module], given: dict[str, object]) -> None:
-    for option in given.keys() - inspect.signature(make).parameters.keys():
-        raise UsageError(f"--network.{option.replace('_', '-')} {given[option]}: {name} has no such option, leave it out")
+def options_of(name: str) -> set[str]:
+    """The fields of `Network` that this network takes.
+
+    >>> sorted(options_of("mlp"))
+    ['layers', 'width']
+    """
+    return {entry.name for entry in dataclasses.fields(Network)} & inspect.signature(_maker(name)).parameters.keys()
+
+
+def _maker(name: str) -> Callable[..., nn.Module]:
+    """The function that makes the network; a file of one's own is run for it."""
+    own = _own(name)
+    if own is None:
+        return MODELS[name]
+    path, function = own
+    with _its_own_errors(path):
+        module = _imported(path)
+    make = getattr(module, function, None)
+    if not callable(make):
+        there = [
+            n for n, found in vars(module).items() if callable(found) and getattr(found, "__module__", "") == module.__name__
+        ]
+        raise unknown(f"function of {path}", function, there)
+    return make
 
 
 def _own(name: str) -> tuple[Path, str] | None:
@@ -210,21 +233,10 @@ def _own(name: str) -> tuple[Path, str] | None:
     return (Path(path), function) if path.endswith(".py") else None
 
 
-def _build_own(name: str, path: Path, function: str, shape: Shape, classes: int, given: dict[str, object]) -> nn.Module:
-    """Run the file, call its function with those of its parameters that we know, and try the network on two inputs."""
+def _tried(name: str, path: Path, make: Callable[[], nn.Module], shape: Shape, classes: int) -> nn.Module:
+    """The network of one's own, once it has taken two inputs."""
     with _its_own_errors(path):
-        module = _imported(path)
-    make = getattr(module, function, None)
-    if not callable(make):
-        own = [
-            n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__
-        ]
-        raise unknown(f"function of {path}", function, own)
-    _check_options(name, make, given)
-    known = {"shape": tuple(shape), "classes": classes, **given}
-    taken = inspect.signature(make).parameters.keys() & known.keys()
-    with _its_own_errors(path):
-        model = make(**{parameter: known[parameter] for parameter in taken})
+        model = make()
     if not isinstance(model, nn.Module):
         raise UsageError(f"--model {name} returned a {type(model).__name__}: return a torch.nn.Module")
     x = torch.zeros(2, *shape)
@@ -257,9 +269,10 @@ def _its_own_errors(path: Path, when: str = "") -> Iterator[None]:
         yield
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines.append(error.lineno)
+        places = [(frame.filename, frame.lineno) for frame in frames]
+        if isinstance(error, SyntaxError) and error.filename:
+            places.append((error.filename, error.lineno))
+        lines = [line for file, line in places if Path(file).resolve() == path.resolve()]
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         said = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
         raise UsageError(f"{where}{when}: {type(error).__name__}: {said}") from error

@@ -443,7 +443,7 @@ def test_too_few_images_to_hold_any_out(tmp_path):
 def test_more_samples_than_there_are(parquet, name):
     path, available, known = (parquet, 9, parquet.name) if name == "folder" else (None, 1442, "digits")
     for asked in (available + 1, 0, -5):
-        expected = f"train_samples {asked}: data set {known} has {available} train images, ask for 1 to {available}"
+        expected = f"--subset.train {asked}: data set {known} has {available} train images, ask for 1 to {available}"
         assert refusal("digits", path, train_samples=asked) == expected
 
 

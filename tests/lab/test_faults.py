@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 import onward
-from onward.lab import command
+from onward.lab import command, disk
 from onward.lab.batches import Transform
 from onward.lab.config import Network, Schedule, Train
 from onward.lab.data import ImageData, load
@@ -182,6 +182,21 @@ def test_a_table_that_cannot_be_written_is_named(
         full(name)
         said = sentence(capsys, "compare", "--algorithms", "bp", "--seeds", "1", *small, code=1)
         assert said == f"error: {tmp_path / name} cannot be written (No space left on device): make space on its disk\n"
+
+
+def test_what_is_no_file_is_written_to_and_stays(tmp_path: Path) -> None:
+    pipe, link, file = tmp_path / "pipe", tmp_path / "link", tmp_path / "elsewhere" / "file"
+    os.mkfifo(pipe)
+    file.parent.mkdir()
+    file.write_text("old")
+    link.symlink_to(file)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    disk.write_text(pipe, "new")
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+    disk.write_text(link, "new")
+    assert (pipe.is_fifo(), link.is_symlink(), file.read_text()) == (True, True, "new")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "file", "link", "pipe"]
 
 
 @pytest.mark.parametrize("folder", ["/proc/onward", "/dev/null/onward"])
@@ -414,7 +429,7 @@ def test_a_number_out_of_range_is_named(
         ("transform.augment", "nonsense", "unknown augmentation 'nonsense'"),
         ("transform.mean", [0.1, 0.2], "mean (0.1, 0.2) for images of 1 channel(s)"),
         ("transform.mean", [], "mean () for images of 1 channel(s)"),
-        ("subset.train", 5000, "train_samples 5000: data set digits has 1442 train images"),
+        ("subset.train", 5000, "--subset.train 5000: data set digits has 1442 train images"),
         ("optimizer.momentum", 0.9, "--optimizer.momentum 0.9 is for --optimizer.name sgd"),
         ("network.pool_first", True, "--network.pool-first True: mlp has no such option"),
     ],

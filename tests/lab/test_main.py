@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -118,6 +119,13 @@ def test_a_command_runs_in_full(tmp_path: Path) -> None:
     assert len(rows) == 5
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
     assert rows[-1]["test_accuracy"] == 100
+
+
+def test_ctrl_c_while_it_imports(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "main.py", tmp_path)
+    (tmp_path / "onward.py").write_text("raise KeyboardInterrupt")
+    done = subprocess.run([sys.executable, tmp_path / "main.py"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 # ---- ForwardLocalGradient
@@ -263,6 +271,10 @@ def test_a_command_of_flg_without_a_meaning(arguments: str, message: str) -> Non
         ("--arch resnet50", "'resnet18', 'resnet18-8b'"),
         ("--arch resnet18 --conv", "unrecognized arguments: --conv"),
         ("--train-mode BP --alg std", "unrecognized arguments: --alg std"),
+        ("--n-layers=0", "argument --n-layers: 0: use a whole number of at least 1"),
+        ("--batch-size -1", "argument --batch-size: -1: use a whole number of at least 1"),
+        ("--batch-size many", "many: use a whole number of at least 1"),
+        ("--dataset=CIFAR10 --path here", "use cifar10; or, for FDFA's command line, --data-dir instead of --path"),
     ],
 )
 def test_flags_that_do_not_exist(arguments: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -244,8 +244,11 @@ def make_model(shape, classes):
 def fixed():
     return make_model((1, SIZE, SIZE), 3)
 
-def deep(classes, layers=1, **options):
+def deep(classes, layers=5, **options):
     return nn.Sequential(nn.Flatten(), nn.Linear(16, 5), *[nn.Linear(5, 5) for _ in range(layers)], nn.Linear(5, classes))
+
+def wide(shape, classes, width):
+    return nn.Sequential(nn.Flatten(), nn.Linear(16, int(8 * width)), nn.Linear(int(8 * width), classes))
 
 def broken():
     return 1 / 0
@@ -269,7 +272,7 @@ def own(tmp_path: Path) -> str:
     return f"{tmp_path}/own.py"
 
 
-@pytest.mark.parametrize("function", ["make_model", "fixed", "deep"])
+@pytest.mark.parametrize("function", ["make_model", "fixed", "deep", "wide"])
 def test_a_network_of_ones_own(own: str, function: str) -> None:
     torch.manual_seed(0)
     model = build(f"{own}:{function}", (1, 4, 4), 3, Network())
@@ -283,7 +286,9 @@ def test_a_network_of_ones_own(own: str, function: str) -> None:
 
 
 def test_a_network_of_ones_own_has_the_options_of_its_function(own: str) -> None:
-    assert len(build(f"{own}:deep", (1, 4, 4), 3, Network(layers=4))) == 7
+    for layers in (2, 4):  # one of them is the command's default, none the function's
+        assert len(build(f"{own}:deep", (1, 4, 4), 3, Network(layers=layers))) == 3 + layers
+    assert build(f"{own}:wide", (1, 4, 4), 3, Network())[1].out_features == 8
     with pytest.raises(UsageError, match=r"--network.layers 4: .*own.py:fixed has no such option"):
         build(f"{own}:fixed", (1, 4, 4), 3, Network(layers=4))
 
@@ -293,10 +298,10 @@ def test_a_network_of_ones_own_has_the_options_of_its_function(own: str) -> None
     [
         ("mak_model", 3, r"unknown function of .*own.py 'mak_model': did you mean 'make_model'"),
         ("nn", 3, r"unknown function of .*own.py 'nn'"),
-        ("broken", 3, r"own.py, line 16: ZeroDivisionError: division by zero$"),
+        ("broken", 3, r"own.py, line 19: ZeroDivisionError: division by zero$"),
         ("list_of_layers", 3, r"own.py:list_of_layers returned a list: return a torch.nn.Module"),
         ("for_other_images", 3, r"own.py on a batch of shape \(2, 1, 4, 4\): RuntimeError: mat1 and mat2 shapes"),
-        ("Fails", 3, r"own.py, line 26 on a batch of shape \(2, 1, 4, 4\): AttributeError: 'Tensor' object has no attribute"),
+        ("Fails", 3, r"own.py, line 29 on a batch of shape \(2, 1, 4, 4\): AttributeError: 'Tensor' object has no attribute"),
         ("fixed", 5, r"own.py:fixed returned a tensor of shape \(2, 3\) for 2 inputs: return one of shape \(2, 5\)"),
     ],
 )
@@ -317,6 +322,15 @@ def test_a_file_of_ones_own_that_fails(tmp_path: Path) -> None:
     path.write_text("x = 1\n\ndef make_model(:\n")
     with pytest.raises(UsageError, match=r"own.py, line 3: SyntaxError: invalid syntax$"):
         build(f"{path}:make_model", (1, 4, 4), 3, Network())
+
+
+def test_a_path_from_here_has_its_lines_too(own: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(own).parent)
+    with pytest.raises(UsageError, match=r"^own.py, line 19: ZeroDivisionError: division by zero$"):
+        build("own.py:broken", (1, 4, 4), 3, Network())
+    Path("unreadable.py").write_text("x = 1\n\ndef make_model(:\n")
+    with pytest.raises(UsageError, match=r"^unreadable.py, line 3: SyntaxError: invalid syntax$"):
+        build("unreadable.py:make_model", (1, 4, 4), 3, Network())
 
 
 def test_shapes() -> None:

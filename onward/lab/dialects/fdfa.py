@@ -28,8 +28,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--data-dir", metavar="DIR", help="read the images from this folder")
     flags.add_argument("--train-mode", choices=ALGORITHMS, default="FDFA", help="FwdGrad perturbs weights (default: FDFA)")
     flags.add_argument("--conv", action="store_true", help="train the convolutional network")
-    flags.add_argument("--n-layers", type=int, metavar="N", help="hidden layers otherwise (default: 2; FwdGrad: 1)")
-    flags.add_argument("--batch-size", type=int, metavar="N", help="(default: 64; CIFAR100: 128)")
+    flags.add_argument("--n-layers", type=_at_least_one, metavar="N", help="hidden layers otherwise (default: 2; FwdGrad: 1)")
+    flags.add_argument("--batch-size", type=_at_least_one, metavar="N", help="(default: 64; CIFAR100: 128)")
     flags.add_argument("--test-batch-size", type=int, default=1000, metavar="N", help="(default: 1000)")
     flags.add_argument("--epochs", type=int, default=100, metavar="N", help="(default: 100)")
     flags.add_argument("--lr", type=float, help="learning rate (default: 1e-4; FwdGrad: 1e-3)")
@@ -43,6 +43,12 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--log-dir", default="results/", metavar="DIR", help="(default: results/)")
     flags.add_argument("--seed", type=int, default=-1, metavar="N", help="-1 draws one (default: -1)")
     return flags
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: use a whole number of at least 1")
+    return int(text)
 
 
 def translate(arguments: Sequence[str] | None = None) -> Train:

@@ -18,6 +18,7 @@ from onward.errors import UsageError
 from onward.lab.batches import Transform
 from onward.lab.config import ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
 from onward.lab.data import DATASETS
+from onward.lab.dialects import fdfa
 
 ARCHITECTURES = {"resnet18": "resnet18-8b"} | {
     name: name for name in ("resnet18-8b", "resnet18-16b", "resnet18-2b", "small-net")
@@ -83,7 +84,8 @@ def parser() -> argparse.ArgumentParser:
     nested("scheduler", "maxlr", type=float, default=0.1, metavar="LR", help="of onecycle, instead of lr (default: 0.1)")
     nested("scheduler", "start_factor", type=float, default=1.0, metavar="F", help="of linear (default: 1)")
     nested("scheduler", "end_factor", type=float, default=0.0, metavar="F", help="of linear (default: 0)")
-    add("--dataset", choices=[name for name in DATASETS if name != "digits"], default="cifar10", help="(default: cifar10)")
+    names = [name for name in DATASETS if name != "digits"]
+    add("--dataset", type=_dataset, choices=names, default="cifar10", help="(default: cifar10)")
     add("--path", default="", metavar="DIR", help="read the images from this folder")
     add("--num_train_sample", type=int, default=0, metavar="N", help="a random part of them (default: 0, all)")
     add("--num_test_sample", type=int, default=0, metavar="N", help="(default: 0, all)")
@@ -107,6 +109,15 @@ def parser() -> argparse.ArgumentParser:
     for flag in WITHOUT_EFFECT:
         add(flag, help=argparse.SUPPRESS)
     return flags
+
+
+def _dataset(name: str) -> str:
+    if name in fdfa.DATA:
+        raise argparse.ArgumentTypeError(
+            f"{name} is FDFA's name for it, and the other flags are not FDFA's: use {fdfa.DATA[name]}; or, for FDFA's command "
+            "line, --data-dir instead of --path"
+        )
+    return name
 
 
 def translate(arguments: Sequence[str] | None = None) -> Train:
