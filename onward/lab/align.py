@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from onward.errors import UsageError
-from onward.lab import disk, models, run_folder
-from onward.lab.compare import runs_of, train_all
+from onward.lab import disk, models, report, run_folder
+from onward.lab.compare import failures, images_for, runs_of, train_all
 from onward.lab.config import Align
 from onward.lab.extra import lab_extra
+from onward.lab.plots import save
+from onward.lab.report import short_names
+from onward.lab.train import TrainingFailed, load_data, prepare
 from onward.lab.train import align as align_run
-from onward.lab.train import load_data, prepare
 
 JSON, MAP, HISTOGRAMS = run_folder.ALIGNED
 KINDS = {"signal": "error signal", "parameters": "parameter gradient", "feedback": "feedback matrix"}
@@ -40,16 +41,24 @@ def align(config: Align) -> list[Entry]:
 
     Raises:
         UsageError: something that was asked for cannot work.
+        TrainingFailed: every training failed before there was anything to show.
     """
     if not config.runs and not config.algorithms:
         raise UsageError("--algorithms: name at least one, or a run folder to look at")
-    folder = Path(config.out or (config.runs[0] if len(config.runs) == 1 else run_folder.default_path(config, "align")))
+    failed: list[str] = []
     if config.runs:
-        found = [entry for run in dict.fromkeys(config.runs) for entry in _of_checkpoint(Path(run), config)]
+        _refuse_without_effect(config)
+        runs = list({Path(run).resolve(): Path(run) for run in config.runs}.values())
+        folder = Path(config.out) if config.out else _default_folder(runs)
+        names = short_names(runs)
+        found = [{"label": names[run], **line} for run in runs for line in _of_checkpoint(run, config)]
         with run_folder.claimed(folder, overwrite=True):
             pass
     else:
-        found = _of_training(config, folder)
+        folder = Path(config.out or run_folder.default_path(config, "align"))
+        found, failed = _of_training(config, folder)
+    if not found:
+        raise TrainingFailed(f"no training came to the end of an epoch: {'; '.join(failed)}")
     disk.write_text(folder / JSON, json.dumps(found) + "\n")
     latest = {entry["label"]: entry for entry in found}
     for entry in latest.values():
@@ -57,11 +66,30 @@ def align(config: Align) -> list[Entry]:
     heat_map(folder / MAP, found)
     histograms(folder / HISTOGRAMS, latest)
     said = f"table: {folder / JSON}\npictures: {folder / MAP}, {folder / HISTOGRAMS}"
-    Console(soft_wrap=True, highlight=False, markup=False).print(said)
+    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(*failed, said, sep="\n")
     return found
 
 
-def _of_checkpoint(folder: Path, config: Align) -> list[Entry]:
+def _refuse_without_effect(config: Align) -> None:
+    """Raise a UsageError for options that say how to train: the runs that are looked at have been trained already."""
+    heeded = ("runs", "out", "device", "align_estimates")
+    given, defaults = report.settings(config), report.settings(Align())
+    if others := [name for name in given if name not in heeded and given[name] != defaults[name]]:
+        flags = " ".join(f"--{name.replace('_', '-')} {report.shown(given[name])}" for name in others)
+        raise UsageError(
+            f"{flags}: a run that is looked at keeps its own settings, leave that out, or leave out the run folders to train"
+        )
+
+
+def _default_folder(runs: Sequence[Path]) -> Path:
+    """The run's own folder; of several, one that is named after what they have in common."""
+    if len(runs) == 1:
+        return runs[0]
+    names = {run_folder.default_path(run_folder.settings(run), "align") for run in runs}
+    return names.pop() if len(names) == 1 else Path("runs/align")
+
+
+def _of_checkpoint(folder: Path, config: Align) -> list[dict[str, Any]]:
     """What was measured while the run trained, and now at its checkpoint."""
     settings, saved = run_folder.load(folder)
     settings = replace(settings, device=config.device, align_estimates=config.align_estimates)
@@ -74,17 +102,17 @@ def _of_checkpoint(folder: Path, config: Align) -> list[Entry]:
         raise UsageError(f"the checkpoint of {folder} does not fit its settings ({reason}): train it again") from error
     entry = run_folder.alignment_entry(epoch, config.align_estimates, align_run(run))
     earlier = [line for line in run_folder.read_alignment(folder) if line["epoch"] != epoch]
-    label = folder.resolve().name
-    return [{"label": label, **line} for line in [*earlier, entry]]
+    return [*earlier, entry]
 
 
-def _of_training(config: Align, folder: Path) -> list[Entry]:
-    """What is measured while every algorithm trains the network, each run in a folder of its own."""
+def _of_training(config: Align, folder: Path) -> tuple[list[Entry], list[str]]:
+    """What is measured while every algorithm trains the network, each run in a folder of its own; and which runs failed."""
     models.check(config.model)
     runs = runs_of(config, config.algorithms, [config.seed], folder)
     with run_folder.claimed(folder, overwrite=True):
-        train_all(runs, "seed", config.overwrite, cache(lambda: load_data(config)))
-    return [{"label": label, **line} for label, (run,) in runs.items() for line in run_folder.read_alignment(Path(run.out))]
+        outcomes = train_all(runs, "seed", config.overwrite, images_for(runs, config))
+    found = [{"label": label, **line} for label, (run,) in runs.items() for line in run_folder.read_alignment(Path(run.out))]
+    return found, failures(outcomes, "seed")
 
 
 def show(entry: Entry) -> None:
@@ -100,7 +128,7 @@ def show(entry: Entry) -> None:
         for kind, name in KINDS.items():
             if kind in found:
                 printed.add_row(block, name, *(_cell(found[kind], key) for key in COLUMNS))
-    Console().print(printed)
+    Console(markup=False, emoji=False).print(printed)  # names are no markup
 
 
 def _cell(agreement: Mapping[str, float | None], key: str) -> str:
@@ -152,8 +180,7 @@ def heat_map(path: Path, found: Sequence[Entry]) -> None:
                         said = f"{value:.2f}" if value == value else "none"
                         axes.text(x, y, said, ha="center", va="center", fontsize=8, color="w" if abs(value) > 0.6 else "k")
     figure.colorbar(picture, ax=grid, label="cosine with the true gradient", shrink=min(1.0, 4 / len(labels)))
-    with disk.writing(path):
-        figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)
 
 
 def _cosine(entry: Entry, block: str, kind: str) -> float:
@@ -188,5 +215,4 @@ def histograms(path: Path, latest: Mapping[str, Entry]) -> None:
                 lines[label] = axes.stairs(parts, edges, label=label, color=f"C{number % 10}", linewidth=1.5)
     if lines:
         figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
-    with disk.writing(path):
-        figure.savefig(path, dpi=120)
+    save(figure, path, dpi=120)

@@ -2,13 +2,14 @@
 
 How it is measured, so that the figures can be trusted:
 
-- A step is `zero_grad`, `estimate` and the optimizers' step, on random inputs, with random labels that change every step: they
-  cannot be learned, and gradients that fade would fill Adam's averages with slow denormal numbers.
+- A step is `zero_grad`, `estimate` and the step of the optimizers that `onward train` makes, on random inputs, with random
+  labels that change every step: they cannot be learned, and gradients that fade would fill Adam's averages with slow denormal
+  numbers. Freed memory is kept for the next step, as in a process that has loaded data (`memory.keep_freed`).
 - Time: candidates take turns within one process (A B C A B C ...), so that a slow spell of the machine hits all. A turn builds
   the network afresh, makes two steps that are not timed (the first allocates, the second fills the caches), then several that
   are. Ratios are taken within a turn; the table has their median, least and greatest.
 - Memory: the median over three fresh processes of the growth of the largest resident size over three steps: network, gradients
-  and optimizer are in it, the interpreter and what the first step in a process loads are not. On a GPU, the most that tensors
+  and optimizer are in it, the interpreter and what a first step of any network loads are not. On a GPU, the most that tensors
   took. `state_bytes` is what outlives a step (parameters, gradients, buffers, feedback, the optimizers' averages).
 - Parts: one more step in each turn, with a clock on every forward pass of the network (`primal`), the rules of forward mode and
   the random directions (`tangent`), every call of autograd's engine (`backward`: gradients inside one block or head, and what
@@ -25,13 +26,16 @@ import gc
 import json
 import multiprocessing
 import platform
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -51,7 +55,7 @@ from onward import directions
 from onward.errors import UsageError, unknown
 from onward.estimators import forward
 from onward.forward_mode import Tangents
-from onward.lab import algorithms, disk, memory, models
+from onward.lab import algorithms, disk, interrupt, memory, models, plots
 from onward.lab.config import Backprop, Bench, Heads, Network, Train
 from onward.lab.extra import lab_extra
 from onward.lab.train import choose_device, describe, make_optimizers
@@ -63,6 +67,8 @@ PHASES = ("primal", "tangent", "backward", "optimizer", "other")
 INPUTS = {"mlp": (1, 28, 28), "alexnet": (3, 224, 224)}
 """Of a network, the shape of its inputs if none is asked for; 3x32x32 for the others."""
 SWEEPS = {"depth": "blocks of --network.layers", "width": "--network.width", "batch": "--batch-size"}
+OPTIONS = {"depth": "layers", "width": "width"}
+"""Of the network, what a sweep sets."""
 PROCESSES = 3
 """In which memory is measured, one after the other."""
 SECONDS = 0.5
@@ -85,7 +91,11 @@ def bench(config: Bench) -> list[Row]:
     for flag, path in (("--json", config.json and Path(config.json)), ("--plot", picture)):
         if path and not path.absolute().parent.is_dir():
             raise UsageError(f"{flag} {path}: there is no folder {path.parent}, create it or name another")
-    console = Console(highlight=False, soft_wrap=True)
+        if path and path.is_dir():
+            raise UsageError(f"{flag} {path}: this is a folder, name a file in it")
+    if picture and picture.suffix.lower() not in (known := plots.formats()):
+        raise UsageError(f"--plot {picture}: a picture has a name that ends in one of {', '.join(known)}")
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a path may have brackets in it
     environment = {
         "device": describe(device),
         "threads": torch.get_num_threads(),
@@ -93,21 +103,23 @@ def bench(config: Bench) -> list[Row]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    rows: list[Row] = []
-    for point in points:
-        rows += measure(point, device, console)
-        if not config.sweep:
-            shape = ",".join(map(str, shape_of(point)))
-            show(rows, f"{config.model}, input {shape}, batch {config.batch_size}, {environment['device']}", console)
+    rows = [row for point in points for row in measure(point, device, console)]
     report: dict[str, Any] = {"config": dataclasses.asdict(config), "environment": environment, "rows": rows}
     if config.sweep:
         report["slopes"] = slopes(rows)
-        show_sweep(report["slopes"], rows, config, environment["device"], console)
+    try:
+        if config.json:
+            disk.write_text(Path(config.json), json.dumps(report, indent=2) + "\n")
+    finally:  # neither a full disk nor a closed terminal takes the figures along
+        if config.sweep:
+            show_sweep(report["slopes"], rows, config, environment["device"], console)
+        else:
+            shape = ",".join(map(str, shape_of(config)))
+            show(rows, f"{config.model}, input {shape}, batch {config.batch_size}, {environment['device']}", console)
+    if picture:
         draw_sweep(picture, report["slopes"], rows, config)
         console.print(f"picture: {picture}")
     if config.json:
-        with disk.writing(Path(config.json)):
-            Path(config.json).write_text(json.dumps(report, indent=2) + "\n")
         console.print(f"figures: {config.json}")
     return rows
 
@@ -141,6 +153,7 @@ def measure(config: Bench, device: torch.device, console: Console) -> list[Row]:
                 rows[name]["peak_bytes_range"] = [peaks[0], peaks[-1]]
                 rows[name]["state_bytes"] = found[0][1]
             progress.advance(task)
+        memory.keep_freed()
         turns: dict[str, list[Turn]] = {name: [] for name in runs}
         steps = config.steps
         for index in range(config.turns):
@@ -349,6 +362,7 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads
     # What the first step in a process loads and keeps is no need of the network's.
     tiny = {"model": "mlp", "network": Network(width=0.01), "heads": Heads(), "input": None, "cuts": None, "batch_size": 2}
     Learner.of(dataclasses.replace(config, **tiny), (1, 2, 2), 2, where).step()
+    memory.keep_freed()
     memory.reset_peak(where)
     before = memory.peak(where)
     learner = Learner.of(config, shape, classes, where)
@@ -359,15 +373,31 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads
 
 def in_a_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
     """What `function` returns in a process that has only imported; the first that the system kills if memory runs out."""
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    if method == "forkserver":
-        context.set_forkserver_preload([__name__, "torch._dynamo"])  # the first optimizer would import it
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_first_to_go) as pool:
+    with ProcessPoolExecutor(1, _context(), _first_to_go, (signal.getsignal(signal.SIGINT),)) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def _first_to_go() -> None:
+@cache
+def _context() -> BaseContext:
+    """Ctrl-C waits until the server has imported: from then on it ends in silence when we do."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # the first optimizer would import it
+    with interrupt.requests() as asked:
+        with interrupt.ours_alone():
+            forkserver.ensure_running()
+        first = context.Process()
+        first.start()
+        first.join()
+    if asked():
+        raise KeyboardInterrupt
+    return context
+
+
+def _first_to_go(on_ctrl_c: Any) -> None:
+    if on_ctrl_c is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once, and without a traceback
     with contextlib.suppress(OSError):  # where there is no /proc
         Path("/proc/self/oom_score_adj").write_text("1000")
 
@@ -459,7 +489,7 @@ def _show_failures(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         if row["error"]:
             at = f" at {row['sweep']} {row['value']:g}" if "sweep" in row else ""
-            console.print(f"{row['algorithm']}{at}: {row['error']}", style="red", markup=False)
+            console.print(f"{row['algorithm']}{at}: {row['error']}", style="red")
 
 
 def _points(config: Bench) -> list[Bench]:
@@ -472,6 +502,8 @@ def _points(config: Bench) -> list[Bench]:
             raise unknown("sweep", what, SWEEPS)
         if len(set(values)) < 2:
             raise UsageError(f"--sweep {' '.join(config.sweep)}: a slope takes at least two values, such as {what} 8 16 32 64")
+        if what in OPTIONS and OPTIONS[what] not in models.options_of(config.model):
+            raise UsageError(f"--sweep {what}: {config.model} has no --network.{OPTIONS[what]}, sweep something else")
         points = [_at(config, what, value) for value in values]
     for point in points:
         candidates(point)
@@ -493,8 +525,7 @@ def _at(config: Bench, what: str, value: str) -> Bench:
         raise UsageError(f"--sweep {what} {value}: this is no {kind}") from None
     if what == "batch":
         return dataclasses.replace(config, batch_size=number)
-    option = {"depth": "layers", "width": "width"}[what]
-    return dataclasses.replace(config, network=dataclasses.replace(config.network, **{option: number}))
+    return dataclasses.replace(config, network=dataclasses.replace(config.network, **{OPTIONS[what]: number}))
 
 
 def swept(config: Bench) -> float:
@@ -574,8 +605,7 @@ def draw_sweep(path: Path, fits: Sequence[Row], rows: Sequence[Row], config: Ben
         axes.set(xlabel=config.sweep[0], ylabel=unit, ylim=(0, None))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small", title=f"slope, {unit} per {config.sweep[0]}", title_fontsize="x-small")
-    with disk.writing(path):
-        figure.savefig(path, dpi=150)
+    plots.save(figure, path)
 
 
 def _synchronize(device: torch.device) -> None:

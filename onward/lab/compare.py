@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import signal
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,13 +17,15 @@ from rich.console import Console
 from rich.table import Table
 
 from onward.errors import UsageError
-from onward.lab import algorithms, disk, models, run_folder
+from onward.lab import algorithms, disk, interrupt, models, run_folder
 from onward.lab.config import Compare, Recipe, Train
 from onward.lab.data import ImageData, held_out
 from onward.lab.plots import learning_curves
-from onward.lab.train import Row, TrainingFailed, load_data, progress, resume, train
+from onward.lab.train import Row, TrainingFailed, align, load_data, prepare, progress, resume, train
 
 JSON, CSV, RATES, CURVES = "table.json", "table.csv", "rates.json", "curves.png"
+TRIALS = "rates"
+"""The folder of the runs that RATES tells of."""
 Outcome = list[Row] | str
 """What became of a run: its epochs, or why it failed."""
 
@@ -45,9 +49,12 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     folder = Path(config.out or run_folder.default_path(config, "compare"))
     runs = runs_of(config, config.algorithms, range(config.seeds), folder)
     trials = {label: _trials(config, runs[label][0], folder) for label in runs if config.lr_grid and not _has_rate(label)}
-    data = cache(lambda: load_data(config))
+    data = images_for(runs, config)
     with run_folder.claimed(folder, overwrite=True):
         if trials:
+            for label in {} if config.overwrite else runs:
+                for run in runs[label]:  # before the trials, but for the rate that they choose
+                    run_folder.check(Path(run.out), run, but=["lr"] if label in trials else ())
             found = train_all(trials, "lr", config.overwrite, lambda: held_out(data()))
             runs = _with_best_rates(config, runs, found, folder)
         results = train_all(runs, "seed", config.overwrite, data)
@@ -60,18 +67,19 @@ def compare(config: Compare) -> list[dict[str, Any]]:
         rate = runs[label][0].lr if same else None
         table.append({"algorithm": label, "engine": engine, "lr": rate, **summary(rows), "failed": len(same) - len(rows)})
     disk.write_text(folder / JSON, json.dumps(table, indent=2) + "\n")
-    with disk.writing(folder / CSV), (folder / CSV).open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0].keys())
-        writer.writeheader()
-        writer.writerows(table)
+    lines = io.StringIO()
+    writer = csv.DictWriter(lines, table[0].keys())
+    writer.writeheader()
+    writer.writerows(table)
+    disk.write_text(folder / CSV, lines.getvalue())
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
     title = f"{config.model}, {config.data_dir or config.data}, {config.epochs} epochs, {seeds}"
     show(table, title)
-    said = f"table: {folder / JSON}, {folder / CSV}"
+    said = "\n".join([*failures(results, "seed"), f"table: {folder / JSON}, {folder / CSV}"])
     if drawn := {label: rows for label, rows in complete.items() if rows}:
         learning_curves(folder / CURVES, drawn, title)
         said += f"\npicture: {folder / CURVES}"
-    Console(soft_wrap=True, highlight=False, markup=False).print(said)
+    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(said)
     return table
 
 
@@ -95,6 +103,30 @@ def runs_of(config: Recipe, labels: Iterable[str], seeds: Iterable[int], folder:
     return found
 
 
+def images_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[], ImageData]:
+    """The images, loaded when they are first asked for. Each algorithm then takes a batch, for nothing: one that cannot work,
+    which may be seen only there, is refused before the others have trained for hours.
+
+    Raises, when called:
+        UsageError: there are no such images, or an algorithm, which is named, does not work with them or with the network.
+    """
+
+    @cache
+    def images() -> ImageData:
+        loaded = load_data(config)
+        for label, (first, *_) in runs.items():
+            try:
+                run = prepare(first, loaded)
+                run.estimator.estimate(*next(run.training_batches(1)))
+                if first.align_every:
+                    align(replace(run, config=replace(first, align_estimates=1)))
+            except UsageError as error:
+                raise UsageError(f"{label}: {error}") from error
+        return loaded
+
+    return images
+
+
 def train_all(
     runs: Mapping[str, Sequence[Train]], differ: str, overwrite: bool, data: Callable[[], ImageData]
 ) -> dict[str, dict[Any, Outcome]]:
@@ -103,6 +135,7 @@ def train_all(
 
     Raises:
         UsageError: a run with other settings is in the way; nothing has been trained then.
+        KeyboardInterrupt: a signal asked to stop; the run at hand is saved, and the message says how to go on.
     """
     done: dict[str, dict[Any, Outcome]] = {label: {} for label in runs}
     missing: list[tuple[str, Train]] = []
@@ -120,7 +153,8 @@ def train_all(
         console.print(f"{there} of {there + len(missing)} runs are there already")
     images = data()
     steps = [run.epochs * -(-len(images.train) // run.batch_size) for _, run in missing]
-    with progress(console, sum(steps)) as advance:
+    again = f"the same command{' without --overwrite' if overwrite else ''} goes on with the runs that are missing"
+    with progress(console, sum(steps)) as advance, interrupt.requests() as asked_to_stop:
         for number, ((label, run), left) in enumerate(zip(missing, steps, strict=True), start=1):
             name = f"{number}/{len(missing)}  {label}, {differ} {getattr(run, differ):g}"
             taken = 0
@@ -129,6 +163,8 @@ def train_all(
                 nonlocal taken
                 taken += 1
                 advance(f"{name}: {text}")
+                if request := asked_to_stop():  # before the run listened, which it does now
+                    signal.raise_signal(signal.Signals[request])
 
             outcome: Outcome
             try:
@@ -138,11 +174,27 @@ def train_all(
             except TrainingFailed as error:
                 outcome = str(error)
                 console.print(f"{name}: {error}", markup=False)
-            except KeyboardInterrupt as interrupt:
-                raise KeyboardInterrupt(f"{interrupt}; the same command goes on with the runs that are missing") from None
+            except KeyboardInterrupt as stopped:
+                raise KeyboardInterrupt(f"{stopped}; {again}".removeprefix("; ")) from None
             advance(name, left - taken)
             done[label][getattr(run, differ)] = outcome
+            if request := asked_to_stop():
+                raise KeyboardInterrupt(f"{request} after run {number} of {len(missing)}; {again}")
     return {label: {getattr(run, differ): done[label][getattr(run, differ)] for run in same} for label, same in runs.items()}
+
+
+def failures(outcomes: Mapping[str, Mapping[Any, Outcome]], differ: str) -> list[str]:
+    """A line for each run that failed, with the reason.
+
+    >>> failures({"bp": {0: [{"epoch": 1}], 1: "the loss is nan"}}, "seed")
+    ['bp, seed 1 failed: the loss is nan']
+    """
+    return [
+        f"{label}, {differ} {value:g} failed: {outcome}"
+        for label, same in outcomes.items()
+        for value, outcome in same.items()
+        if isinstance(outcome, str)
+    ]
 
 
 def best_rate(tried: Mapping[float, Outcome]) -> float | None:
@@ -178,7 +230,7 @@ def summary(runs: Sequence[Sequence[Row]]) -> dict[str, float | None]:
 
 
 def show(table: Sequence[dict[str, Any]], title: str) -> None:
-    """Print the table."""
+    """Print the table; what there is no room for is in its file."""
 
     def spread(row: dict[str, Any], measure: str) -> str:
         mean, std = row[measure], row[f"{measure}_std"]
@@ -188,25 +240,26 @@ def show(table: Sequence[dict[str, Any]], title: str) -> None:
         return "" if value is None else format(value * scale, form)
 
     printed = Table(title=title, caption="test accuracy in % after the last and the best epoch, mean ± standard deviation")
-    columns = ["algorithm", "engine", "lr", "last", "best", "s/epoch", "MB"]
-    failures = any(row["failed"] or not row["runs"] for row in table)
-    for column in [*columns, *(["failed"] * failures)]:
-        left = column in ("algorithm", "engine")
-        printed.add_column(column, justify="left" if left else "right", no_wrap=not left, overflow="fold")
+    columns = ["algorithm", "lr", "last", "best", "s/epoch", "MB"]
+    failed = any(row["failed"] or not row["runs"] for row in table)
+    for column in [*columns, *(["failed"] * failed)]:
+        if column == "algorithm":
+            printed.add_column(column, overflow="fold", min_width=len(column))
+        else:
+            printed.add_column(column, justify="right", no_wrap=True)
     for row in table:
         cells = [
             row["algorithm"],
-            row["engine"] or "",
             number(row["lr"], "g"),
             spread(row, "accuracy"),
             spread(row, "best_accuracy"),
             number(row["seconds_per_epoch"], ".2f"),
             number(row["peak_memory_bytes"], ".0f", 1e-6),
         ]
-        if failures:
-            cells.append(f"{row['failed']} of {row['failed'] + row['runs']}" if row["lr"] is not None else "every rate")
+        if failed:
+            cells.append(f"{row['failed']} of {row['failed'] + row['runs']}" if row["lr"] is not None else "all rates")
         printed.add_row(*cells)
-    Console().print(printed)
+    Console(markup=False, emoji=False).print(printed)  # paths are no markup
 
 
 def _has_rate(label: str) -> bool:
@@ -230,7 +283,7 @@ def _trials(config: Compare, run: Train, folder: Path) -> list[Train]:
             align_every=0,
             save_weights=0,
             wandb=False,
-            out=str(folder / "rates" / f"{name}-lr{rate:g}"),
+            out=str(folder / TRIALS / f"{name}-lr{rate:g}"),
         )
         for rate in dict.fromkeys(config.lr_grid)
     ]
@@ -239,13 +292,19 @@ def _trials(config: Compare, run: Train, folder: Path) -> list[Train]:
 def _with_best_rates(
     config: Compare, runs: dict[str, list[Train]], found: Mapping[str, Mapping[float, Outcome]], folder: Path
 ) -> dict[str, list[Train]]:
-    """The runs with the rates that did best; none of an algorithm for which every rate failed. Prints and writes the trials."""
+    """The runs with the rates that did best; none of an algorithm for which every rate failed. Prints and writes the trials.
+
+    A run there whose rate was chosen by earlier trials, and now is another, is taken away.
+
+    Raises:
+        UsageError: a run with a rate that no trials have chosen is in the way.
+    """
     console = Console(highlight=False, soft_wrap=True, markup=False)
     printed = Table(title="learning rates", caption="accuracy in % on held-out training images; * the best, which is taken")
     rates = sorted(dict.fromkeys(config.lr_grid))
     for column in ("algorithm", *(f"{rate:g}" for rate in rates)):
         printed.add_column(column, justify="left" if column == "algorithm" else "right")
-    kept, notes, chosen = {}, [], dict(runs)
+    kept, notes, chosen = {}, failures(found, "lr"), dict(runs)
     for label, tried in found.items():
         best = best_rate(tried)
         reached = {rate: rows[-1]["test_accuracy"] if isinstance(rows := tried[rate], list) else None for rate in rates}
@@ -255,8 +314,30 @@ def _with_best_rates(
         chosen[label] = [] if best is None else [replace(run, lr=best) for run in runs[label]]
         if best in (rates[0], rates[-1]) and len(rates) > 1:
             notes.append(f"{label}: the best rate, {best:g}, is at the end of the grid: widen it to be sure")
+    if not config.overwrite:
+        notes += _take_away(folder, {label: chosen[label] for label in found})
     disk.write_text(folder / RATES, json.dumps(kept, indent=2) + "\n")
-    Console().print(printed)
+    Console(markup=False, emoji=False).print(printed)  # paths are no markup
     for note in notes:
         console.print(note)
     return chosen
+
+
+def _take_away(folder: Path, chosen: Mapping[str, Sequence[Train]]) -> list[str]:
+    """Take away the runs whose rates, chosen by the trials that the folder's file tells of, are not the best now: in words."""
+    try:
+        before = {label: entry["lr"] for label, entry in json.loads((folder / RATES).read_text()).items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        before = {}
+    notes, outdated = [], []
+    for label, same in chosen.items():
+        for run in same:
+            there = Path(run.out)
+            if run_folder.differing(there, run) == {"lr": (before.get(label), run.lr)}:
+                outdated.append(there)
+                notes.append(f"{there}: the best rate is {run.lr:g}, no longer {before[label]:g}, so it is trained again")
+            else:
+                run_folder.check(there, run)
+    for there in outdated:  # nothing, if another run is in the way
+        run_folder.clear(there)
+    return notes

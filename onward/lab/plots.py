@@ -53,8 +53,24 @@ def learning_curves(path: Path, results: Results, title: str) -> None:
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend()
-    with disk.writing(path):
-        figure.savefig(path, dpi=150)
+    save(figure, path)
+
+
+def save(figure: Any, path: Path, dpi: int = 150) -> None:
+    """Write a matplotlib figure, in the format that its name ends in; never half of it."""
+    disk.write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi))
+
+
+def formats() -> list[str]:
+    """The endings of names, with their dots, that `save` knows; not .pgf, which needs LaTeX.
+
+    >>> {".png", ".svg", ".pdf"} <= set(formats())
+    True
+    """
+    with lab_extra():
+        from matplotlib.figure import Figure
+
+    return [f".{name}" for name in Figure().canvas.get_supported_filetypes() if name != "pgf"]
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -22,7 +22,8 @@ from rich.console import Console
 
 import onward
 from onward.errors import UsageError
-from onward.lab import algorithms, plots
+from onward.lab import algorithms, disk, plots
+from onward.lab.compare import RATES, TRIALS
 from onward.lab.config import Report, Train, from_dict
 from onward.lab.extra import lab_extra
 from onward.lab.run_folder import ALIGNED, ALIGNMENT, CONFIG, FAILURE, METRICS, NOT_IN_RESULT, read_config
@@ -101,10 +102,11 @@ def report(config: Report) -> Path:
         print(f"warning: {sentence}", file=sys.stderr)
     text = page(runs, skipped)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        with disk.writing(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        disk.write_text(out, text)
     except OSError as error:
-        raise UsageError(f"--out {out} cannot be written ({error.strerror}): choose another file") from error
+        raise UsageError(f"--out {error}") from error
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     Console(soft_wrap=True, highlight=False, markup=False).print(
         f"{count} on one page of {out.stat().st_size / 1e6:.1f} MB: {out}"
@@ -113,10 +115,11 @@ def report(config: Report) -> Path:
 
 
 def find(path: Path) -> list[Path]:
-    """The run folders at and below a path, and the empty ones, meant to be some; the path itself if there is none."""
+    """The run folders at and below a path, and the empty ones, meant to be some; the path itself if there is none. The
+    trials by which a comparison chose learning rates are no results."""
     found = []
     for folder, below, inside in os.walk(path):
-        below.sort()
+        below[:] = sorted(set(below) - ({TRIALS} if RATES in inside else set()))
         if CONFIG in inside or METRICS in inside:
             found.append(Path(folder))
             below.clear()
@@ -511,14 +514,16 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _aligned_later(folder: Path) -> list[dict[str, Any]]:
-    """What `onward align` has left in a run folder of that run."""
+    """What `onward align` has left in a run folder of that run, which it calls by the end of its path."""
     try:
         entries = json.loads(_text(folder / ALIGNED[0]) or "[]")
     except ValueError:
         return []
-    name = folder.resolve().name
-    entries = entries if isinstance(entries, list) else []
-    return [entry for entry in entries if isinstance(entry, dict) and entry.get("label") == name]
+    whole = folder.resolve()
+    ends = [str(Path(*whole.parts[-parts:])) for parts in range(1, len(whole.parts))]
+    entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+    own = [entry["label"] for entry in entries if entry.get("label") in ends]
+    return [entry for entry in entries if own and entry.get("label") == max(own, key=len)]
 
 
 def _numbers(entry: Any, prefix: str = "") -> dict[str, float]:
@@ -541,11 +546,15 @@ def _found(values: Iterator[float | None]) -> list[float]:
 
 
 def _aligned(run: Run) -> tuple[dict[tuple[str, str, float], float], dict[str, list[float]]]:
-    """What a run says of its alignment: numbers by (measure, block, epoch), and the last histogram of each block."""
+    """What a run says of its alignment: numbers by (measure, block, epoch), and the last histogram of each block. Of two
+    lines on one epoch, that from more estimates counts."""
     cells: dict[tuple[str, str, float], float] = {}
     counts: dict[str, list[float]] = {}
-    dated = [(_numbers(entry).get("epoch", at), entry) for at, entry in enumerate(run.alignment, start=1)]
-    for epoch, entry in sorted(dated, key=lambda pair: pair[0]):
+    dated = []
+    for at, entry in enumerate(run.alignment, start=1):
+        numbers = _numbers(entry)
+        dated.append((numbers.get("epoch", at), numbers.get("estimates", 0), entry))
+    for epoch, _, entry in sorted(dated, key=lambda line: line[:2]):
         blocks = entry.get("blocks")
         for block, values in blocks.items() if isinstance(blocks, dict) else ():
             numbers = _numbers(values)

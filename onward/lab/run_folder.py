@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -62,12 +62,13 @@ def default_path(config: Recipe, what: str) -> Path:
 
 @contextmanager
 def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
-    """Create the folder and make sure that it can be written to; if the body fails and wrote nothing, it goes again.
+    """Create the folder and make sure that it can be written to; if the body fails and wrote nothing, what is new goes again.
 
     Raises:
         UsageError: it cannot be written to, or it holds a run and `overwrite` is off.
     """
     try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(4096))  # a disk that is full still takes a file that is empty
@@ -81,17 +82,23 @@ def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # a folder that is not empty stays
-            folder.rmdir()
+        with suppress(OSError):  # a folder that is not empty stays, and with it those it is in
+            for path in new:
+                path.rmdir()
         raise
 
 
 def begin(folder: Path, config: Train, **environment: Any) -> None:
     """Take away the files of an earlier run, and write config.json: every setting, and what it runs on."""
-    for path in _contents(folder):
-        path.unlink()
+    clear(folder)
     settings = {"config": dataclasses.asdict(config), "environment": environment}
     disk.write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+
+
+def clear(folder: Path) -> None:
+    """Take away the files of a run; others stay."""
+    for path in _contents(folder):
+        path.unlink()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -166,21 +173,35 @@ def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
     Raises:
         UsageError: the run there has other settings.
     """
+    check(folder, config)
     try:
-        found = _with_defaults(read_config(folder)["config"])
+        _with_defaults(read_config(folder)["config"])  # or nothing there can be relied on
         rows = _lines(folder / METRICS)
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    asked = json.loads(json.dumps(dataclasses.asdict(config)))
-    for name in asked.keys() - NOT_IN_RESULT:
-        if found[name] != asked[name]:
-            raise UsageError(
-                f"{folder} holds a run with {name} {found[name]}, not {asked[name]}: choose another folder with --out, "
-                "or replace it with --overwrite"
-            )
     if (folder / FAILURE).exists():
         return (folder / FAILURE).read_text().strip()
     return rows if len(rows) == config.epochs else None
+
+
+def check(folder: Path, config: Train, but: Container[str] = ()) -> None:
+    """Raise a UsageError if the run there has other settings than `config`, `but` for some."""
+    for name, (there, asked) in differing(folder, config).items():
+        if name not in but:
+            raise UsageError(
+                f"{folder} holds a run with {name} {there}, not {asked}: choose another folder with --out, "
+                "or replace it with --overwrite"
+            )
+
+
+def differing(folder: Path, config: Train) -> dict[str, tuple[Any, Any]]:
+    """The settings that make a result and are not the same in the run there, if there is one, and in `config`: both values."""
+    try:
+        found = _with_defaults(read_config(folder)["config"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: (found[name], asked[name]) for name in asked if name not in NOT_IN_RESULT and found[name] != asked[name]}
 
 
 def load(folder: Path) -> tuple[Train, dict[str, Any]]:
@@ -207,7 +228,9 @@ def _with_defaults(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _contents(folder: Path) -> list[Path]:
-    return [path for pattern in CONTENTS for path in folder.glob(pattern)]
+    """The files of the run there; what `onward align` has found out is such only beside others, or else it is of other runs."""
+    found = [path for pattern in CONTENTS for path in folder.glob(pattern)]
+    return found if any(path.name not in ALIGNED for path in found) else []
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

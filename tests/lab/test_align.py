@@ -9,11 +9,13 @@ import pytest
 from PIL import Image
 
 from onward.errors import UsageError
+from onward.lab import align as module
 from onward.lab import checkpoint
 from onward.lab.align import align
 from onward.lab.command import main
 from onward.lab.config import Align, Network, Subset, Train
-from onward.lab.train import train
+from onward.lab.report import read
+from onward.lab.train import TrainingFailed, train
 
 SMALL: dict[str, Any] = {
     "epochs": 2,
@@ -62,6 +64,7 @@ def test_a_checkpoint_is_looked_at(tmp_path: Path) -> None:
     assert all((run / name).exists() for name in FILES)
     assert [{key: value for key, value in entry.items() if key != "label"} for entry in found[:2]] == recorded[:2]
     assert found[2]["label"] == "run"
+    assert [line["label"] for line in read(run).alignment if "label" in line] == ["run"] * 3
     for name, block in recorded[2]["blocks"].items():  # the checkpoint is the network that was looked at
         for what in ("signal", "parameters", "feedback"):
             for key, value in block.get(what, {}).items():
@@ -109,6 +112,58 @@ def test_a_broken_run_is_told(tmp_path: Path, break_it: Any, message: str) -> No
     break_it(run)
     with pytest.raises(UsageError, match=message):
         align(Align(runs=(str(run),), device="cpu"))
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [tmp_path / name / "bp[/x]-s0" for name in ("a", "b")]  # brackets are no markup
+    for run in runs:
+        train(Train(**{**SMALL, "epochs": 1}, algorithm="bp", out=str(run)))
+    asked = Align(runs=(*map(str, runs), f"{runs[0]}/."), align_estimates=1, device="cpu", out=str(runs[0]))
+    assert [entry["label"] for entry in align(asked)] == ["a/bp[/x]-s0", "b/bp[/x]-s0"]
+    printed = capsys.readouterr().out
+    assert "a/bp[/x]-s0, epoch 1" in printed
+    assert "b/bp[/x]-s0, epoch 1" in printed
+    (kept,) = read(runs[0]).alignment  # a report knows its own
+    assert kept["label"] == "a/bp[/x]-s0"
+
+
+def test_a_run_beside_what_was_found_of_others(tmp_path: Path) -> None:
+    for name in FILES:
+        (tmp_path / name).write_text("of others")
+    asked = Train(**{**SMALL, "epochs": 1}, algorithm="bp", out=str(tmp_path))
+    train(asked)
+    assert all((tmp_path / name).read_text() == "of others" for name in FILES)
+    with pytest.raises(UsageError, match="already holds a run"):
+        train(asked)
+    train(replace(asked, overwrite=True))
+    assert not any((tmp_path / name).exists() for name in FILES)  # they might be this one's
+
+
+def test_options_without_effect_on_runs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        train(Train(**{**SMALL, "epochs": 1}, algorithm="bp", out=name))
+    with pytest.raises(UsageError, match=r"--batch-size 7 --lr 3 --algorithms nonsense: a run that is looked at keeps its own"):
+        align(Align(runs=("a", "b"), algorithms=("nonsense",), lr=3.0, batch_size=7))
+    align(Align(runs=("a", "b"), align_estimates=1, device="cpu"))
+    assert Path("runs/digits-mlp-align/alignment.json").exists()
+    path = Path("a/config.json")
+    path.write_text(path.read_text().replace('"model": "mlp"', '"model": "cnn"'))
+    assert module._default_folder([Path("a"), Path("b")]) == Path("runs/align")  # neither one's
+
+
+def test_trainings_that_fail_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = Align(**{**SMALL, "epochs": 1}, algorithms=("bp:lr=1e38",), align_estimates=1, out=str(tmp_path))
+    for _ in range(2):  # the second time, the run is there already
+        with pytest.raises(
+            TrainingFailed, match="no training came to the end of an epoch: bp:lr=1e38, seed 0 failed: the training loss"
+        ):
+            align(asked)
+        assert not (tmp_path / "alignment.json").exists()
+    capsys.readouterr()
+    found = align(replace(asked, algorithms=("bp:lr=1e38", "dfa")))
+    assert {entry["label"] for entry in found} == {"dfa"}
+    assert "\nbp:lr=1e38, seed 0 failed: the training loss is nan" in capsys.readouterr().out
 
 
 def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from onward.errors import UsageError
-from onward.lab import bench, command
+from onward.lab import bench, command, disk
 from onward.lab.bench import BASELINES, PHASES, Clock, Learner, Turn
 from onward.lab.config import Backprop, Bench, Network
 
@@ -140,10 +141,11 @@ def test_the_clock_counts_each_part_without_the_others_in_it(config: Bench) -> N
 
 
 def test_memory_is_that_of_a_process_of_its_own(config: Bench) -> None:
-    config = replace(config, input="1,50,80", network=Network(width=1.25))
+    # Many layers of one size: the holes that a heap may have, of a block or two, are little beside them.
+    config = replace(config, input="1,4,4", network=Network(layers=8))
     run = bench.candidates(config)["bp"]
     grew, state = bench.in_a_fresh_process(bench.peak, run, bench.shape_of(config), config.classes, "cpu", 1)
-    numbers = 4000 * 1000 + 1000 * 1000 + 1000 * 3 + 1003 + 1000 + 2 * 2 * 1000  # weights, biases, batch norm
+    numbers = 16 * 800 + 7 * 800 * 800 + 800 * 3 + 3 + 8 * (1 + 2) * 800  # weights, biases, batch norm
     assert state == pytest.approx(4 * 4 * numbers, rel=0.01)  # each with its gradient and Adam's two averages
     assert 0.97 * state < grew < 1.35 * state  # and what a step needs
 
@@ -153,6 +155,13 @@ def test_a_process_that_is_killed_is_a_row() -> None:
     with bench._failure_into(row):
         bench.in_a_fresh_process(os._exit, 1)
     assert row["error"] == "its process was killed: out of memory?"
+
+
+def test_ctrl_c_ends_a_fresh_process_without_a_traceback() -> None:
+    heard = signal.getsignal(signal.SIGINT)
+    quiet = signal.SIG_IGN if heard is signal.SIG_IGN else signal.SIG_DFL
+    assert bench.in_a_fresh_process(signal.getsignal, signal.SIGINT) is quiet
+    assert signal.getsignal(signal.SIGINT) is heard
 
 
 OWN = """\
@@ -174,6 +183,9 @@ class Fails(nn.Module):
 
 def make_model(layers=1):
     return nn.Sequential(*[nn.Linear(4, 4) for _ in range(layers)], Fails(), nn.ReLU(), nn.Linear(4, 3))
+
+def fixed():
+    return make_model()
 """
 
 
@@ -184,12 +196,45 @@ def test_what_fails_is_a_row_that_says_so(config: Bench, tmp_path: Path, capsys:
     rows = bench.bench(replace(config, model=f"{tmp_path}/own.py:make_model", network=Network(), input="4", algorithms=asked))
     errors = [row["error"] for row in rows]
     assert errors[:3] == ["out of memory: no room", "out of memory: no room", None]
-    assert errors[3].startswith("a cnn head at cut '2': the output has shape (2, 4), not (N, C, H, W)")
+    assert errors[3].startswith("a cnn head at cut '3': the output has shape (2, 4), not (N, C, H, W)")
     assert "time / bp" not in rows[2]
     assert rows[2]["seconds"] > 0
     printed = capsys.readouterr().out
     assert "bp:checkpoint=true: out of memory: no room\n" in printed
     assert "local:kind=cnn: a cnn head at cut" in printed
+
+
+@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.parametrize("sweep", [None, ("batch", "4", "5")])
+def test_a_path_is_printed_as_it_is(
+    config: Bench, sweep: tuple[str, ...] | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "q[" / "x]" / "own.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(OWN)
+    own = replace(config, model=f"{path}:make_model", network=Network(), input="4", algorithms=("fg:space=avg-weight",))
+    bench.bench(replace(own, sweep=sweep, plot=str(tmp_path / "batch.png")))
+    assert capsys.readouterr().out.startswith(f"{path}:make_model")
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_figures_outlive_a_disk_that_is_full_and_a_reader_that_has_gone(
+    config: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("No space left")
+
+    config = replace(config, json=str(tmp_path / "bench.json"))
+    with monkeypatch.context() as full:
+        full.setattr(disk, "write_text", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            bench.bench(config)
+    assert "fdfa" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "measure", lambda *_: [])
+    monkeypatch.setattr(bench, "show", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        bench.bench(config)
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"] == []
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -245,7 +290,7 @@ def test_what_a_sweep_changes(config: Bench, sweep: tuple[str, ...], batch_size:
         ({"algorithms": ("fdaf",)}, "unknown algorithm 'fdaf': did you mean 'fdfa'"),
         ({"model": "mpl"}, "unknown model 'mpl': did you mean 'mlp'"),
         ({"model": "here.py:make_model", "input": None}, "--model here.py:make_model: there is no file here.py"),
-        ({"model": "cnn", "sweep": ("depth", "3", "4")}, "--network.layers 3: cnn has no such option"),
+        ({"model": "cnn", "sweep": ("depth", "2", "4")}, "--sweep depth: cnn has no --network.layers, sweep something else"),
         ({"sweep": ("dept", "2", "3")}, "unknown sweep 'dept': did you mean 'depth'"),
         ({"sweep": ("depth", "2")}, "--sweep depth 2: a slope takes at least two values, such as depth 8 16 32 64"),
         ({"sweep": ("depth", "2", "x")}, "--sweep depth x: this is no whole number"),
@@ -253,12 +298,27 @@ def test_what_a_sweep_changes(config: Bench, sweep: tuple[str, ...], batch_size:
         ({"sweep": ("width", "-1", "2")}, "--network.width -1.0: use a positive number"),
         ({"input": "1,4"}, r"mlp for inputs of shape \(1, 4\): it is for images, three sizes such as 3,32,32"),
         ({"json": "no/such/folder/bench.json"}, "--json no/such/folder/bench.json: there is no folder no/such/folder"),
+        ({"sweep": ("depth", "2", "3"), "plot": "d.jpog"}, "--plot d.jpog: a picture has a name that ends in one of .*.png"),
+        ({"sweep": ("depth", "2", "3"), "plot": "d.pgf"}, "--plot d.pgf: a picture has a name that ends in one of"),
+        ({"json": "/"}, "--json /: this is a folder, name a file in it"),
         ({"device": "gpu"}, "--device gpu cannot be used"),
     ],
 )
 def test_what_cannot_be_measured(config: Bench, changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         bench.bench(replace(config, **changes))
+
+
+@pytest.mark.parametrize(("function", "counts"), [("make_model", [5, 7]), ("fixed", None)])
+def test_a_sweep_over_a_network_of_ones_own(config: Bench, function: str, counts: list[int] | None, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(OWN)
+    asked = replace(config, model=f"{tmp_path}/own.py:{function}", input="4", sweep=("depth", "2", "4"), network=Network())
+    if counts is None:
+        with pytest.raises(UsageError, match=r"--sweep depth: .*own.py:fixed has no --network.layers, sweep something else"):
+            bench.bench(asked)
+    else:
+        made = [bench.candidates(point)["bp"] for point in bench._points(asked)]
+        assert [len(Learner.of(run, (4,), 3, CPU).estimator.model) for run in made] == counts
 
 
 def test_a_network_of_ones_own_says_what_its_inputs_are(config: Bench, tmp_path: Path) -> None:

@@ -2,18 +2,20 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from onward.errors import UsageError
-from onward.lab.compare import compare
+from onward.lab.compare import compare, show, summary
 from onward.lab.config import Compare, ForwardGradient, Heads, Network, Subset, Train
 from onward.lab.data import load
-from onward.lab.train import load_data
+from onward.lab.train import load_data, train
 
 
 @pytest.fixture
@@ -138,6 +140,34 @@ def test_learning_rates_are_chosen_on_held_out_training_images(
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
+def test_a_rate_that_is_no_longer_the_best_is_trained_again(
+    config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config, algorithms=("bp", "dfa"), seeds=1, epochs=1, lr_grid=(1e-6, 1e-5), subset=Subset(512, 50))
+    before = {row["algorithm"]: row["lr"] for row in compare(config)}
+    assert before["bp"] == 1e-5
+    kept = tmp_path / "dfa-s0"
+    path = tmp_path / "rates" / f"dfa-lr{before['dfa']:g}" / "metrics.jsonl"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "test_accuracy": 100.0}) + "\n")  # so that it stays the best
+    at = (kept / "checkpoint.pt").stat().st_mtime_ns
+    capsys.readouterr()
+    wider = replace(config, lr_grid=(1e-6, 1e-5, 3e-2))
+    after = {row["algorithm"]: row["lr"] for row in compare(wider)}
+    assert after == {"bp": 3e-2, "dfa": before["dfa"]}
+    assert f"{tmp_path / 'bp-s0'}: the best rate is 0.03, no longer 1e-05, so it is trained again" in capsys.readouterr().out
+    assert json.loads((tmp_path / "bp-s0" / "config.json").read_text())["config"]["lr"] == 3e-2
+    assert (kept / "checkpoint.pt").stat().st_mtime_ns == at
+
+    widest = replace(wider, lr_grid=(*wider.lr_grid, 1e-1))
+    with pytest.raises(UsageError, match="bp-s0 holds a run with epochs 1, not 2"):
+        compare(replace(widest, epochs=2, lr_epochs=1))  # more than the rate differs
+    assert not (tmp_path / "rates" / "bp-lr0.1").exists()  # said before the trials
+    (tmp_path / "rates.json").unlink()
+    with pytest.raises(UsageError, match=r"bp-s0 holds a run with lr 0.03, not 1e-06"):  # nobody knows who chose it
+        compare(replace(config, lr_grid=(1e-6,)))
+    assert (tmp_path / "bp-s0" / "metrics.jsonl").exists()
+
+
 def test_held_out_images_are_training_images() -> None:
     whole, part = load("digits"), load_data(Train(subset=Subset(held_out=True)))
     images = {image.numpy().tobytes() for image in whole.train.images}
@@ -158,7 +188,9 @@ def test_a_run_that_fails_does_not_stop_the_others(config: Compare, tmp_path: Pa
     assert "1 of 1" in printed
     assert (tmp_path / "bp-lr=1e38-s0" / "failed.txt").exists()
     compare(config)
-    assert "2 of 2 runs are there already" not in capsys.readouterr().out  # nothing was missing, so nothing is said
+    again = capsys.readouterr().out
+    assert "2 of 2 runs are there already" not in again  # nothing was missing, so nothing is said
+    assert "\nbp:lr=1e38, seed 0 failed: the training loss is nan" in again
 
 
 def test_rates_that_fail_are_never_taken(config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -167,12 +199,65 @@ def test_rates_that_fail_are_never_taken(config: Compare, tmp_path: Path, capsys
     assert json.loads((tmp_path / "rates.json").read_text())["bp"]["accuracy"]["1e+38"] is None
     (row,) = compare(replace(config, algorithms=("bp",), seeds=1, lr_grid=(1e38,), out=str(tmp_path / "none")))
     assert (row["lr"], row["runs"], row["accuracy"]) == (None, 0, None)
-    assert "every rate" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "all rates" in printed
+    assert printed.count("\nbp, lr 1e+38 failed: the training loss is nan") == 2  # in either comparison
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("when", "message"),
+    [("before", r"SIG\w+ after step 1 of epoch 1, which .*bp-s0 keeps: .*"), ("after", r"SIG\w+ after run 1 of 2")],
+)
+def test_a_request_to_stop_between_two_runs_is_heeded(
+    config: Compare,
+    tmp_path: Path,
+    number: signal.Signals,
+    when: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    before = signal.signal(number, signal.default_int_handler)  # a shell may have started us with the signal ignored
+    request.addfinalizer(lambda: signal.signal(number, before))
+
+    def train_as_it_arrives(*given: Any) -> Any:
+        if when == "before":
+            signal.raise_signal(number)
+        outcome = train(*given)
+        signal.raise_signal(number)
+        return outcome
+
+    config = replace(config, algorithms=("bp",), epochs=1)
+    monkeypatch.setattr("onward.lab.compare.train", train_as_it_arrives)
+    with pytest.raises(KeyboardInterrupt, match=f"^{message}; the same command goes on with the runs that are missing$"):
+        compare(config)
+    assert not (tmp_path / "bp-s1").exists()
+    monkeypatch.undo()
+    assert compare(config)[0]["runs"] == 2
 
 
 def test_a_single_run_has_no_deviation(config: Compare) -> None:
     (row,) = compare(replace(config, algorithms=("dfa",), seeds=1))
     assert row["accuracy_std"] is None
+
+
+def test_a_table_of_ordinary_width_breaks_no_words(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    runs = [[{"test_accuracy": value, "seconds": 12.34, "peak_memory_bytes": 1.2e9}] for value in (50.0, 60.0)]
+    rows = [
+        {"algorithm": "bp", "lr": 5e-5, **summary(runs), "failed": 1},
+        {"algorithm": "fdfa", "lr": None, **summary([]), "failed": 0},
+    ]
+    show(rows, "mlp")
+    printed = capsys.readouterr().out
+    for word in ("algorithm", "55.00 ± 7.07", "s/epoch", "12.34", "1200", "1 of 3", "all rates", "failed", "5e-05"):
+        assert word in printed
+
+
+def test_a_path_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    show([{"algorithm": "bp", "engine": None, "lr": 1e-3, **summary([]), "failed": 1}], "mlp, q[/x]/:x:, 1 epoch")
+    assert "mlp, q[/x]/:x:, 1 epoch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -203,3 +288,37 @@ def test_refusals_leave_nothing_behind(config: Compare, tmp_path: Path, changes:
 def test_settings_out_of_range(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Compare(**changes)
+
+
+OWN = """
+from torch import nn
+
+class Skip(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.around, self.last = nn.Linear(64, 8), nn.Linear(8, 8), nn.Linear(8, 10)
+
+    def forward(self, x):
+        h = self.first(x.flatten(1)).relu()
+        return self.last(h + self.around(h).relu())
+"""
+
+
+@pytest.mark.parametrize(
+    ("label", "changes", "message"),
+    [
+        ("fg:space=weight", {}, "fg:space=weight: space='weight' compares gradients"),
+        ("fg:space=weight,lr=1", {"lr_grid": (1e-2,)}, "fg:space=weight,lr=1: space='weight' compares gradients"),
+        ("fdfa", {"model": "{}:Skip"}, "fdfa: .*cuts"),
+        ("fdfa", {"model": "{}:Skip", "cuts": ("around",)}, "fdfa: .*around"),  # only a batch shows this
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_trained(
+    config: Compare, tmp_path: Path, label: str, changes: dict[str, str], message: str
+) -> None:
+    (tmp_path / "net.py").write_text(OWN)
+    if "model" in changes:
+        changes = {**changes, "model": changes["model"].format(tmp_path / "net.py"), "network": Network()}
+    with pytest.raises(UsageError, match=message):
+        compare(replace(config, algorithms=("bp", label), out=str(tmp_path / "new"), **changes))
+    assert not (tmp_path / "new").exists()

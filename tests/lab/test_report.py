@@ -283,7 +283,7 @@ def test_a_page_goes_only_where_one_can_be(write: Write, tmp_path: Path) -> None
     with pytest.raises(UsageError, match=r"--out .*config.json: a page has a name that ends in .html"):
         make(run / "config.json", run)
     (tmp_path / "folder.html").mkdir()
-    with pytest.raises(UsageError, match=r"--out .*folder.html cannot be written \(Is a directory\): choose another file"):
+    with pytest.raises(UsageError, match=r"--out .*folder.html cannot be written \(Is a directory\): choose another name"):
         make(tmp_path / "folder.html", run)
 
 
@@ -328,6 +328,14 @@ def test_folders_below_are_found_once(write: Write, tmp_path: Path, monkeypatch:
     assert len(page.commands) == 1
 
 
+def test_trials_of_rates_are_no_results(write: Write, tmp_path: Path) -> None:
+    run, other = write("runs/bp-s0"), write("runs/more/rates/bp-s1")  # only by its name
+    write("runs/rates/bp-lr0.1")
+    (tmp_path / "runs" / "rates.json").write_text("{}")
+    assert find(tmp_path / "runs") == [run, other]
+    assert len(find(tmp_path / "runs" / "rates")) == 1  # asked for by name
+
+
 def test_what_align_found_at_the_checkpoint_is_shown(write: Write, tmp_path: Path) -> None:
     folder = write("run", alignment=True)
     later = [
@@ -337,6 +345,11 @@ def test_what_align_found_at_the_checkpoint_is_shown(write: Write, tmp_path: Pat
     page = make(tmp_path / "page.html", folder)
     cosine = next(figure["data"][0] for figure in page.figures if figure["data"][0]["type"] == "heatmap")
     assert (cosine["x"], cosine["z"][0]) == ([0, 1, 2, 3], [0.25, 0.25, 0.25, 0.75])
+    later[0] |= {"estimates": 20}  # more than the run itself took
+    (folder / "alignment.json").write_text(json.dumps(later[:2]))
+    page = make(tmp_path / "page.html", folder)
+    cosine = next(figure["data"][0] for figure in page.figures if figure["data"][0]["type"] == "heatmap")
+    assert (cosine["x"], cosine["z"][0]) == ([0, 1, 2, 3], [0.25, 0.25, 0.75, 0.75])
     (folder / "alignment.json").write_text("3")
     assert len(read(folder).alignment) == 3
 

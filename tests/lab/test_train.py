@@ -224,9 +224,10 @@ def test_an_earlier_run_is_kept_unless_overwritten(config: Train, images: Make) 
     ],
 )
 def test_refusals_leave_nothing_behind(config: Train, images: Make, changes: Any, data: Any, message: str) -> None:
+    out = Path(config.out or "") / "deeper"
     with pytest.raises(UsageError, match=message):
-        train(replace(config, **changes), images(**data))
-    assert not Path(config.out or "").exists()
+        train(replace(config, out=str(out), **changes), images(**data))
+    assert not out.parent.exists()
 
 
 @pytest.mark.parametrize(
