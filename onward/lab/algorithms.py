@@ -184,7 +184,7 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
     cuts = check_names(model, config.cuts or onward.default_cuts(model))
     ends = [shared.get(cut, cut) for cut in cuts]
     flat = any(isinstance(layer, nn.Flatten) for end in ends for layer in model.get_submodule(end).modules())
-    kind = config.heads.kind or ("mlp" if flat else "cnn")
+    kind = config.heads.kind or ("linear" if flat else "cnn")
     width = default_width(kind, len(cuts)) if config.heads.width is None else config.heads.width
     made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
     if config.model in models.INITIALIZE:

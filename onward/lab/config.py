@@ -83,7 +83,7 @@ class Heads:
     """The auxiliary networks that give hidden blocks a loss of their own; they learn as the network does."""
 
     kind: Literal["cnn", "mlp", "linear", "predsim"] | None = None
-    """If not given: cnn, or mlp where a hidden block's output is no image."""
+    """If not given: cnn, or linear where a hidden block's output is no image: an mlp would cost more than such a block."""
     width: int | None = None
     """Hidden channels of cnn (if not given: 32), features of mlp (1024), half of that beyond 8 hidden blocks; multiplied by
     network.width."""

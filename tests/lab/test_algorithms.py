@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import onward
+from onward.cuts import cut_graph
 from onward.errors import UsageError
-from onward.lab.algorithms import ALGORITHMS, SETTINGS, build, folder_name, variant
-from onward.lab.config import Feedback, Heads, Train
+from onward.lab import models
+from onward.lab.algorithms import ALGORITHMS, SETTINGS, build, folder_name, make_heads, variant
+from onward.lab.config import Feedback, Heads, Network, Train
 
 X = torch.zeros(2, 4)
 
@@ -88,3 +92,22 @@ def test_an_input_that_is_not_the_datas_is_refused() -> None:
     assert isinstance(build(network(), Train(algorithm="dfa", input="4"), X), onward.DFA)
     with pytest.raises(UsageError, match="--input 5: the inputs are 4, leave it out"):
         build(network(), Train(algorithm="dfa", input="5"), X)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18-8b", "resnet18-16b"])
+def test_a_head_costs_less_than_a_tenth_of_its_block(name: str) -> None:
+    model, x = models.build(name, (3, 32, 32), 10, Network()), torch.zeros(2, 3, 32, 32)
+    heads = make_heads(model, Train(algorithm="local", model=name), x)
+    outputs, until = [], [0]
+
+    def note(k: int, h: torch.Tensor) -> torch.Tensor:
+        outputs.append(h)
+        until.append(counted.get_total_flops())
+        return h
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counted, cut_graph(model, list(heads), note):
+        model(x)
+    for head, h, (start, end) in zip(heads.values(), outputs, pairwise(until), strict=True):
+        with torch.no_grad(), FlopCounterMode(display=False) as counted:
+            head(h)
+        assert 0 < counted.get_total_flops() < 0.1 * (end - start)
