@@ -191,16 +191,23 @@ class Heads(nn.Module):
             yield
 
     def redraw(self, k: int, seed: int, step: int) -> None:
-        """Fresh initial weights for head k, a function of (seed, step, k)."""
+        """Fresh initial weights for head k, a function of (seed, step, k): by the ``reset_parameters`` of the head, or else of
+        its parts."""
         with torch.no_grad(), _seeded(device_of(self.by_cut[k]), seed_of(seed, step, "weights of the head", k)):
-            for module in self.by_cut[k].modules():
-                if callable(reset := getattr(module, "reset_parameters", None)):
-                    reset()
-                elif any(True for _ in module.parameters(recurse=False)):
-                    raise UsageError(
-                        f"guess='ntk' draws the head's weights afresh for every batch, and {type(module).__name__} has no "
-                        "reset_parameters method to do it: give it one, or use guess='fixed-ntk'"
-                    )
+            _reset(self.by_cut[k])
+
+
+def _reset(module: nn.Module) -> None:
+    if callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+        return
+    if any(True for _ in module.parameters(recurse=False)):
+        raise UsageError(
+            f"guess='ntk' draws the head's weights afresh for every batch, and {type(module).__name__} has no "
+            "reset_parameters method to do it: give it one, or use guess='fixed-ntk'"
+        )
+    for child in module.children():
+        _reset(child)
 
 
 @contextmanager

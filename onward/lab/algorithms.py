@@ -7,6 +7,7 @@ import dataclasses
 import re
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
@@ -187,13 +188,18 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
     kind = config.heads.kind or ("linear" if flat else "cnn")
     width = default_width(kind, len(cuts)) if config.heads.width is None else config.heads.width
     made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
-    if config.model in models.INITIALIZE:
+    initialize = models.INITIALIZE.get(config.model)
+    if initialize:
         for head in made.values():
-            models.INITIALIZE[config.model](head)
-    return {
+            initialize(head)
+    heads = {
         cut: made[end] if end == cut else _behind(copy.deepcopy(model.get_submodule(end)), made[end])
         for cut, end in zip(cuts, ends, strict=True)
     }
+    if initialize:
+        for head in heads.values():
+            head.reset_parameters = partial(initialize, head)  # so heads that are drawn afresh start in the same way
+    return heads
 
 
 def _behind(block: nn.Module, head: nn.Module) -> nn.Module:

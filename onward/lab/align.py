@@ -18,7 +18,7 @@ from onward.lab.config import Align
 from onward.lab.extra import lab_extra
 from onward.lab.plots import save
 from onward.lab.report import short_names
-from onward.lab.train import TrainingFailed, load_data, prepare
+from onward.lab.train import TrainingFailed, load_data, prepare, standing
 from onward.lab.train import align as align_run
 
 JSON, MAP, HISTOGRAMS = run_folder.ALIGNED
@@ -95,9 +95,9 @@ def _of_checkpoint(folder: Path, config: Align) -> list[dict[str, Any]]:
     settings = replace(settings, device=config.device, align_estimates=config.align_estimates)
     run = prepare(settings, load_data(settings))
     try:
+        epoch = len(standing(saved, settings).rows)
         run.estimator.load_state_dict(saved["estimator"])
-        epoch = int(saved["progress"]["epoch"]) - 1  # complete
-    except (KeyError, RuntimeError, TypeError) as error:
+    except (UsageError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"the checkpoint of {folder} does not fit its settings ({reason}): train it again") from error
     entry = run_folder.alignment_entry(epoch, config.align_estimates, align_run(run))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,6 +149,13 @@ def _fit(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x[:, :, top : top + size[0], left : left + size[1]]
 
 
+def _resized_crop(x: Tensor, draw: Any, size: tuple[int, int]) -> Tensor:
+    """The parts that kornia draws, resized as test images are: its own crops would skip pixels where they shrink."""
+    corners = draw.generate_parameters(x.shape)["src"].long()  # from the upper left one on, clockwise, as (x, y)
+    parts = [image[:, box[0, 1] : box[2, 1] + 1, box[0, 0] : box[2, 0] + 1] for image, box in zip(x, corners, strict=True)]
+    return torch.cat([F.interpolate(part.unsqueeze(0), size, mode="bilinear", antialias=True) for part in parts])
+
+
 def _augmentation(name: str, size: tuple[int, int]) -> tuple[Augment, Augment]:
     """What brings images of one size to `size`, and what is done to a batch of these."""
     fit = partial(_fit, size=size)
@@ -158,6 +166,6 @@ def _augmentation(name: str, size: tuple[int, int]) -> tuple[Augment, Augment]:
     # cropping_mode="slice" copies pixels; "resample" would interpolate them, slower and not quite where they were
     flip = K.RandomHorizontalFlip(p=0.5)
     if name == "resized-crop-flip":
-        return K.RandomResizedCrop(size, cropping_mode="slice", align_corners=False), flip
+        return partial(_resized_crop, draw=K.RandomResizedCrop(size), size=size), flip
     crop = K.RandomCrop(size, padding=4, cropping_mode="slice")
     return fit, lambda x: flip(crop(x))

@@ -500,11 +500,11 @@ def _points(config: Bench) -> list[Bench]:
         what, *values = config.sweep
         if what not in SWEEPS:
             raise unknown("sweep", what, SWEEPS)
-        if len(set(values)) < 2:
-            raise UsageError(f"--sweep {' '.join(config.sweep)}: a slope takes at least two values, such as {what} 8 16 32 64")
         if what in OPTIONS and OPTIONS[what] not in models.options_of(config.model):
             raise UsageError(f"--sweep {what}: {config.model} has no --network.{OPTIONS[what]}, sweep something else")
         points = [_at(config, what, value) for value in values]
+        if len(set(map(swept, points))) < 2:
+            raise UsageError(f"--sweep {' '.join(config.sweep)}: a slope takes at least two values, such as {what} 8 16 32 64")
     for point in points:
         candidates(point)
         shape = shape_of(point)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import pickle
 from pathlib import Path
@@ -76,9 +77,11 @@ def _open(path: Path) -> dict[str, Any]:
     if not seal.startswith(SEAL) or hashlib.sha256(body).hexdigest().encode() != seal[len(SEAL) :]:
         raise _Damaged("is damaged or was not written by onward (its digest does not fit)")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise _Damaged("holds more than numbers and names, and was not opened") from None
+    except Exception as error:  # a digest proves that a file is whole, not who wrote it
+        raise _Damaged(f"is no checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise _Damaged(f"holds a {type(state).__name__}, not the state of a run")
     return state

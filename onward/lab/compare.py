@@ -55,7 +55,14 @@ def compare(config: Compare) -> list[dict[str, Any]]:
             for label in {} if config.overwrite else runs:
                 for run in runs[label]:  # before the trials, but for the rate that they choose
                     run_folder.check(Path(run.out), run, but=["lr"] if label in trials else ())
-            found = train_all(trials, "lr", config.overwrite, lambda: held_out(data()))
+
+            def images_of_trials() -> ImageData:
+                images = held_out(data())
+                if not (folder / RATES).exists():
+                    disk.write_text(folder / RATES, "{}\n")  # tells a report that the trials are no results
+                return images
+
+            found = train_all(trials, "lr", config.overwrite, images_of_trials)
             runs = _with_best_rates(config, runs, found, folder)
         results = train_all(runs, "seed", config.overwrite, data)
 

@@ -109,7 +109,7 @@ def load(
         return _decoded(path.resolve().name, *folder.read(path), asked, patience)
     if name == "digits":
         return _digits(asked)
-    if name not in ON_HUB and os.path.isdir(name):  # noqa: PTH112 (a name that can be no path is no folder)
+    if name not in ON_HUB and os.path.isdir(name.partition(":")[0]):  # noqa: PTH112 (a name that can be no path is no folder)
         raise UsageError(f"data set {name} is a folder here: give it with --data-dir")
     if name not in ON_HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
         raise unknown("data set", name, [*DATASETS, "owner/name on the Hugging Face hub"])

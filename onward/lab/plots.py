@@ -276,8 +276,8 @@ def heat_map(
 
 
 def last(rows: Rows, measure: str) -> float | None:
-    """The measure after the last epoch that has it."""
-    return next((row[measure] for row in reversed(rows) if measure in row), None)
+    """The measure after the last epoch; None if it is missing there."""
+    return rows[-1].get(measure) if rows else None
 
 
 def total(rows: Rows, measure: str) -> float | None:

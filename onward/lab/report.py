@@ -463,7 +463,7 @@ def shown(value: Any) -> str:
 
 def _result(run: Run) -> dict[str, Any]:
     """The settings that the result depends on, but for the seed."""
-    beside = NOT_IN_RESULT | {"seed", "save_weights", "align_every", "align_estimates", "histogram"}
+    beside = NOT_IN_RESULT | {"seed", "save_weights", "align_every", "histogram"}
     return {name: value for name, value in (settings(run.config) | run.unknown).items() if name not in beside}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -19,6 +20,11 @@ from onward.errors import UsageError
 from onward.lab import checkpoint, disk
 from onward.lab.algorithms import folder_name
 from onward.lab.config import Recipe, Train, from_dict
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
 FAILURE = "failed.txt"
@@ -86,6 +92,31 @@ def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
             for path in new:
                 path.rmdir()
         raise
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While the body runs, no other process writes a run there. The system lets go when we end, however we end.
+
+    Raises:
+        UsageError: another process writes one there.
+    """
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is training into {folder}: wait for it, stop it, or choose another folder with --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(lock)
 
 
 def begin(folder: Path, config: Train, **environment: Any) -> None:
@@ -165,6 +196,12 @@ def write_failure(folder: Path, reason: str) -> None:
 def write_weights(folder: Path, epoch: int, weights: dict[str, Tensor]) -> None:
     """weights-<epoch>.pt, the network's own, for `load_state_dict`; `torch.load(path, weights_only=True)` reads it."""
     disk.write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
+
+
+def forget_failure(folder: Path) -> None:
+    """Take away failed.txt: the run goes on after all."""
+    with disk.writing(folder / FAILURE):
+        (folder / FAILURE).unlink(missing_ok=True)
 
 
 def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:

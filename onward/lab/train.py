@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 
 import onward
 from onward.alignment import Block, measure
+from onward.cuts import frozen_statistics
 from onward.directions import seed_of
 from onward.distributed import STATISTICS
 from onward.errors import UsageError, unknown
@@ -100,8 +102,8 @@ class Run:
             "generators": self.processes.everyones(generators),
         }
 
-    def restore(self, state: dict[str, Any]) -> Standing:
-        """Take up the state of a checkpoint.
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up the state of a checkpoint; where its run stands is for `standing` to say.
 
         Raises:
             UsageError: it is of another run.
@@ -116,8 +118,7 @@ class Run:
                 torch.set_rng_state(generators["cpu"])
                 if self.device.type == "cuda" and "cuda" in generators:
                     torch.cuda.set_rng_state(generators["cuda"], self.device)
-            return Standing(**state["progress"], rows=state["rows"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(
                 f"the checkpoint does not fit the run's configuration ({type(error).__name__}: {reason})"
@@ -154,6 +155,23 @@ class Standing:
         return row
 
 
+def standing(state: dict[str, Any], config: Train) -> Standing:
+    """Where the run of a checkpoint stands.
+
+    Raises:
+        UsageError: it says nothing of the kind, or of another run.
+    """
+    import dacite
+
+    try:
+        at = dacite.from_dict(Standing, {**state["progress"], "rows": state["rows"]}, dacite.Config(strict=True))
+    except (KeyError, TypeError, dacite.DaciteError) as error:
+        raise UsageError(f"the checkpoint does not say where its run stands ({error})") from error
+    if at.epoch != len(at.rows) + 1 or at.epoch > config.epochs + 1:
+        raise UsageError(f"the checkpoint is in epoch {at.epoch} of {config.epochs}, with {len(at.rows)} behind it")
+    return at
+
+
 def train(config: Train, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
     """Train as `config` says, into a run folder; returns the rows of its metrics.jsonl, one per epoch.
 
@@ -165,13 +183,15 @@ def train(config: Train, data: ImageData | None = None, advance: Callable[[str],
         TrainingFailed: a loss or a gradient is not finite; the last checkpoint stays.
     """
     folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
-    with processes.joined(config.device) as group:
+    with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
         with group.agreeing():
             algorithms.check(config.algorithm)
             models.check(config.model)
             log.check(config)
             claim = run_folder.claimed(folder, overwrite=config.overwrite) if group.writes else contextlib.nullcontext()
             with claim:
+                if group.writes:
+                    until_the_end.enter_context(run_folder.held(folder))
                 run = prepare(config, data or load_data(config), group)
                 aligned = align(run) if config.align_every else None  # says so now if there is nothing to align
         if group.writes:
@@ -199,23 +219,27 @@ def resume(folder: Path, data: ImageData | None = None, advance: Callable[[str],
         TrainingFailed: as `train`.
     """
     config = replace(run_folder.settings(folder), out=str(folder))
-    with processes.joined(config.device) as group:
+    with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
         aligned = None
         with group.agreeing():
             log.check(config)
+            if group.writes:
+                until_the_end.enter_context(run_folder.held(folder))
             state = checkpoint.load(folder / run_folder.CHECKPOINT)
-            rows: list[Row] = [] if state is None else state.get("rows", [])
-            complete = len(rows) == config.epochs
+            at = Standing() if state is None else standing(state, config)
+            complete = len(at.rows) == config.epochs
             if not complete:
                 run = prepare(config, data or load_data(config), group)
-                at = Standing() if state is None else run.restore(state)
+                if state is not None:
+                    run.restore(state)
                 aligned = align(run) if state is None and config.align_every else None
         if group.writes and state is not None:
-            run_folder.write_metrics(folder, rows)
-            run_folder.write_alignment(folder, state["progress"]["aligned"])
+            run_folder.write_metrics(folder, at.rows)
+            run_folder.write_alignment(folder, at.aligned)
+            run_folder.forget_failure(folder)
         if complete:
             _console(group, advance).print(f"{folder} is complete")
-            return rows
+            return at.rows
         return _go_on(run, folder, at, advance, aligned)
 
 
@@ -274,13 +298,13 @@ def _go_on(
                         group.leave(130)
                         _stop(folder, at, request or "a request to another process")
                 run.rate.after_epoch(at.loss / at.seen)
-                row = {**at.row(), **evaluate(run)}
-                row["peak_memory_bytes"] = peak = max(at.peak_memory_bytes, memory.peak(run.device))
+                peak = max(at.peak_memory_bytes, memory.peak(run.device))
+                row = {**at.row(), **evaluate(run), "peak_memory_bytes": peak}
                 epoch = at.epoch
                 entries = at.aligned
                 if config.align_every and (epoch % config.align_every == 0 or epoch == config.epochs):
                     entries = keep_alignment(epoch, align(run))
-                    memory.reset_peak(run.device)  # what looking takes is not the training's
+                memory.reset_peak(run.device)  # what testing and looking take is not the training's
                 if group.writes and config.save_weights and (epoch % config.save_weights == 0 or epoch == config.epochs):
                     run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())
                 at = Standing([*at.rows, row], entries, epoch + 1, peak_memory_bytes=peak)
@@ -408,7 +432,7 @@ def make_optimizers(config: Train, estimator: onward.Estimator) -> dict[str, Opt
         network=options, heads=options, feedback={"lr": config.feedback.lr, "weight_decay": config.feedback.decay}
     )
     feedback = [group for group in groups if group["role"] == "feedback"]
-    optimizers = {"network": OPTIMIZERS[config.optimizer.name]([group for group in groups if group not in feedback])}
+    optimizers = {"network": OPTIMIZERS[config.optimizer.name]([group for group in groups if group["role"] != "feedback"])}
     if feedback:
         optimizers["feedback"] = OPTIMIZERS[config.feedback.optimizer](feedback)
     return optimizers
@@ -475,12 +499,34 @@ def _check_finite(estimator: onward.Estimator, loss: Tensor, x: Tensor, where: s
 
 
 def _culprit(estimator: onward.Estimator, x: Tensor) -> str:
-    """The first thing that is not finite, from the input on."""
-    named: Iterable[tuple[str, Tensor]] = [("the input", x), *estimator.model.state_dict().items()]
-    for name, tensor in named:
+    """The first thing that is not finite: the input, a parameter, the output of a module, a statistic."""
+    model = estimator.model
+    outputs = () if torch.distributed.is_initialized() else _outputs(model, x)  # the others may not run it again
+    for name, tensor in itertools.chain([("the input", x)], model.named_parameters(), outputs, model.named_buffers()):
         if not tensor.isfinite().all():
             return f"{name} is not finite"
-    return "the network's parameters are finite, its output is not"
+    return "the network's parameters are finite, its loss is not"
+
+
+def _outputs(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What each module of the network makes of a batch, from the first to the last that returns."""
+    found: list[tuple[str, Tensor]] = []
+
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found.append((f"the output of {name}" if name else "the network's output", output))
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: note(name, output))
+        for name, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad(), frozen_statistics(model):
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    yield from found
 
 
 def _kept(folder: Path) -> str:
@@ -491,7 +537,7 @@ def _kept(folder: Path) -> str:
         return str(error)
     if state is None:
         return "no epoch was completed, so there is no checkpoint"
-    at = state["progress"]
+    at = state["progress"]  # our own
     where = f"step {at['step']} of epoch {at['epoch']}" if at["step"] else f"epoch {at['epoch'] - 1}"
     return f"{folder / run_folder.CHECKPOINT} keeps the state after {where}"
 

@@ -128,6 +128,19 @@ def test_resized_crop_flip_gives_images_of_the_size_asked_for():
     assert x.shape == (8, 3, 8, 8)
 
 
+def test_random_parts_shrink_without_skipping_pixels():
+    """As test images do: what is left of noise is an average over the pixels that go into one."""
+    noise = torch.randint(256, (8, 1, 256, 256), dtype=torch.uint8)
+    transform = Transform(mean=0.0, std=1.0, augment="resized-crop-flip", size=16)
+    x, _ = epoch_of(Split(noise, torch.zeros(8, dtype=torch.int64)), transform=transform)
+    assert x.flatten(1).std(1).median() < 0.08  # of single pixels: 0.29, of four: 0.14
+    plain = torch.arange(256, dtype=torch.uint8).expand(2, 1, 256, 256)
+    x, _ = epoch_of(Split(plain, torch.zeros(2, dtype=torch.int64)), transform=transform)
+    for image in x:  # a ramp is one still
+        steps = image.diff(dim=2).abs()[:, :, 1:-1]
+        assert steps.min() > 0.9 * steps.max()
+
+
 @pytest.mark.parametrize(("augment", "train"), [("none", True), ("crop-flip", True), ("resized-crop-flip", False)])
 def test_size_resizes_every_batch(augment, train):
     grey = Split(torch.full((4, 1, 8, 8), 51, dtype=torch.uint8), torch.arange(4))

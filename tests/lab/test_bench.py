@@ -293,6 +293,7 @@ def test_what_a_sweep_changes(config: Bench, sweep: tuple[str, ...], batch_size:
         ({"model": "cnn", "sweep": ("depth", "2", "4")}, "--sweep depth: cnn has no --network.layers, sweep something else"),
         ({"sweep": ("dept", "2", "3")}, "unknown sweep 'dept': did you mean 'depth'"),
         ({"sweep": ("depth", "2")}, "--sweep depth 2: a slope takes at least two values, such as depth 8 16 32 64"),
+        ({"sweep": ("depth", "2", "02")}, "--sweep depth 2 02: a slope takes at least two values, such as depth 8 16 32 64"),
         ({"sweep": ("depth", "2", "x")}, "--sweep depth x: this is no whole number"),
         ({"sweep": ("batch", "0", "2")}, "--batch-size 0: use at least 1"),
         ({"sweep": ("width", "-1", "2")}, "--network.width -1.0: use a positive number"),

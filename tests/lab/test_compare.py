@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from onward.errors import UsageError
+from onward.lab import train as training
 from onward.lab.compare import compare, show, summary
 from onward.lab.config import Compare, ForwardGradient, Heads, Network, Subset, Train
 from onward.lab.data import load
@@ -109,10 +110,22 @@ def test_variants_are_rows_of_their_own(config: Compare, tmp_path: Path, capsys:
 
 
 def test_learning_rates_are_chosen_on_held_out_training_images(
-    config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(config, algorithms=("bp", "dfa:lr=0.005", "dfa"), seeds=1, lr_grid=(1e-6, 1e-2), lr_epochs=1)
+    seen: dict[bool, set[int]] = {}
+
+    def noted(run: Any) -> dict[str, float]:
+        seen.setdefault(run.config.subset.held_out, set()).update(
+            hash(image.numpy().tobytes()) for image in run.data.test.images
+        )
+        return evaluate(run)
+
+    evaluate = training.evaluate
+    monkeypatch.setattr(training, "evaluate", noted)
     table = compare(config)
+    assert len(seen[True]) > 10
+    assert len(seen[True] & seen[False]) < 5  # two images of digits may be the same
     printed = capsys.readouterr().out
     rates = json.loads((tmp_path / "rates.json").read_text())
     assert set(rates) == {"bp", "dfa"}  # the other says its own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import multiprocessing
 import pickle
@@ -9,6 +11,7 @@ import random
 import signal
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -224,3 +227,45 @@ def test_a_malicious_checkpoint_is_refused(sealed: bool, tmp_path: Path) -> None
     with pytest.raises(UsageError, match="not opened" if sealed else "not written by onward"):
         checkpoint.load(path)
     assert not target.exists()
+
+
+def _without(name: str) -> Callable[[dict[str, Any]], object]:
+    return lambda state: state["progress"].pop(name)
+
+
+@pytest.mark.parametrize(
+    "forge",
+    [
+        lambda state: state.update(rows=1),
+        lambda state: state.update(rows=[1, 2, 3]),
+        lambda state: state.update(rows=state["rows"] * 3),
+        lambda state: state.pop("progress"),
+        lambda state: state.update(progress=[]),
+        lambda state: state["progress"].update(step="first"),
+        lambda state: state["progress"].update(other=1),
+        _without("epoch"),
+        lambda state: state["optimizers"]["network"].update(state=[]),
+        lambda state: state["optimizers"].clear(),
+        lambda state: state.update(generators=[1]),
+        lambda state: state.update(estimator=[]),
+    ],
+)
+def test_a_checkpoint_of_somebody_elses_making_is_refused(forge: Callable[[dict[str, Any]], object], tmp_path: Path) -> None:
+    """The digest is no secret."""
+    config = Train(algorithm="bp", epochs=1, device="cpu", network=Network(width=0.02), out=str(tmp_path))
+    train(config)
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"epochs": 1', '"epochs": 3'))
+    state = checkpoint.load(tmp_path / "checkpoint.pt")
+    forge(state)
+    checkpoint.save(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(UsageError, match=r"the checkpoint (does not|is in epoch)"):
+        resume(tmp_path)
+
+
+def test_a_file_that_only_has_the_seal_is_refused(tmp_path: Path) -> None:
+    path, held = tmp_path / "checkpoint.pt", io.BytesIO()
+    with zipfile.ZipFile(held, "w") as archive:
+        archive.writestr("a/b", "c")
+    path.write_bytes(held.getvalue() + checkpoint.SEAL + hashlib.sha256(held.getvalue()).hexdigest().encode())
+    with pytest.raises(UsageError, match=r"checkpoint.pt is no checkpoint \(\w+\)"):
+        checkpoint.load(path)

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import onward
 from onward.errors import UsageError
-from onward.lab import memory, models
+from onward.lab import memory, models, run_folder
 from onward.lab import train as training
 from onward.lab.batches import Transform, batches
 from onward.lab.config import (
@@ -30,7 +31,7 @@ from onward.lab.config import (
     from_dict,
 )
 from onward.lab.data import ImageData
-from onward.lab.train import TrainingFailed, prepare, train
+from onward.lab.train import TrainingFailed, prepare, resume, train
 
 Make = Callable[..., ImageData]
 
@@ -92,7 +93,7 @@ def test_every_algorithm_learns(config: Train, images: Make, changes: dict[str, 
 
 
 def test_bp_is_the_plain_pytorch_loop(config: Train, images: Make) -> None:
-    data = images()
+    data = images(train=90)  # the last batch is not full
     config = replace(config, optimizer=Optimizer(weight_decay=0.1), schedule=Schedule(gamma=0.5), seed=3)
     rows = train(config, data)
 
@@ -106,7 +107,7 @@ def test_bp_is_the_plain_pytorch_loop(config: Train, images: Make) -> None:
             loss = F.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
+            losses += len(y) * [loss.item()]
         optimizer.param_groups[0]["lr"] *= 0.5
     model.eval()
     with torch.no_grad():
@@ -117,6 +118,82 @@ def test_bp_is_the_plain_pytorch_loop(config: Train, images: Make) -> None:
     saved = checkpoint(config)["estimator"]
     for name, parameter in model.state_dict().items():
         torch.testing.assert_close(saved[f"model.{name}"], parameter)
+
+
+def test_a_network_may_have_as_many_parameters_as_its_feedback(config: Train, images: Make, tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def make(classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, 16, bias=False), nn.ReLU(),"
+        " nn.Linear(16, classes, bias=False))"
+    )
+    config = replace(config, algorithm="fdfa", model=f"{tmp_path}/own.py:make", cuts=("1", "2"), network=Network(), epochs=1)
+    train(config, images())
+    assert [len(checkpoint(config)["optimizers"][role]["state"]) for role in ("network", "feedback")] == [2, 2]
+
+
+def test_images_are_tested_in_batches_of_the_size_asked_for(
+    config: Train, images: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepare(replace(config, test_batch_size=7), images())
+    sizes: list[int] = []
+    run.estimator.model.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    training.evaluate(run)
+    assert set(sizes[:-1]) == {7}
+
+
+def test_memory_is_that_of_training_alone(config: Train, images: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = {"training": 5, "testing": 9}
+    most = [0]
+    monkeypatch.setattr(memory, "reset_peak", lambda device: most.__setitem__(0, 0))
+    monkeypatch.setattr(memory, "peak", lambda device: most[0])
+    estimate, evaluate = onward.Backprop.estimate, training.evaluate
+
+    def count(what: str) -> None:
+        most[0] = max(most[0], needed[what])
+
+    monkeypatch.setattr(onward.Backprop, "estimate", lambda *given: (count("training"), estimate(*given))[1])
+    monkeypatch.setattr(training, "evaluate", lambda run: (count("testing"), evaluate(run))[1])
+    assert [row["peak_memory_bytes"] for row in train(config, images())] == [5, 5]
+
+
+@pytest.mark.parametrize("again", [train, lambda config, data: resume(Path(config.out), data)])
+def test_one_process_at_a_time_writes_a_run(config: Train, images: Make, again: Any) -> None:
+    train(replace(config, epochs=1), images())
+    with run_folder.held(Path(config.out or "")), pytest.raises(UsageError, match=r"another process is training into .*run"):
+        again(replace(config, overwrite=True), images())
+    assert len(metrics(config)) == 1
+    again(replace(config, epochs=1, overwrite=True), images())
+
+
+def test_a_failure_that_was_overcome_is_forgotten(config: Train, images: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = training.evaluate
+    outcomes = iter([evaluate, None, evaluate])
+
+    def fail_once(run: Any) -> dict[str, float]:
+        if outcome := next(outcomes):
+            return outcome(run)
+        raise TrainingFailed("the test loss is nan")
+
+    monkeypatch.setattr(training, "evaluate", fail_once)
+    with pytest.raises(TrainingFailed):
+        train(config, images())
+    folder = Path(config.out or "")
+    assert run_folder.finished(folder, config) == "the test loss is nan"
+    assert len(resume(folder, images())) == 2
+    assert len(run_folder.finished(folder, config) or "") == 2
+
+
+@pytest.mark.parametrize("guess", ["ntk", "fixed-ntk"])
+def test_heads_that_do_not_learn_start_as_the_papers_do(config: Train, images: Make, guess: str) -> None:
+    options = {"model": "resnet18-8b", "network": Network(width=0.125), "forward_gradient": ForwardGradient(guess=guess)}
+    run = prepare(replace(config, algorithm="fg", **options), images(train=16, channels=3, size=32))
+    run.estimator.estimate(*next(run.training_batches(1)))
+    layers = [layer for layer in run.estimator.frozen_heads.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert layers
+    for layer in layers:
+        bound = (6 / layer.weight[0].numel()) ** 0.5
+        assert 0.8 * bound < layer.weight.abs().max() <= bound
+        assert layer.bias is None or (layer.bias == 0.01).all()
 
 
 def test_the_learning_rate_falls_for_the_network_only(config: Train, images: Make) -> None:
@@ -270,7 +347,7 @@ def test_training_stops_when_the_loss_is_not_finite(config: Train, images: Make)
     config = replace(config, epochs=5, schedule=Schedule(gamma=1e38))
     with pytest.raises(TrainingFailed) as failed:
         train(config, images())
-    assert "the training loss is nan at epoch 2, step 2 of 6 (block1.2.running_var is not finite)" in str(failed.value)
+    assert "the training loss is nan at epoch 2, step 2 of 6 (the output of block2.0 is not finite)" in str(failed.value)
     assert str(failed.value).endswith("run/checkpoint.pt keeps the state after epoch 1")
     assert len(checkpoint(config)["rows"]) == len(metrics(config)) == 1
     assert (Path(config.out or "") / "failed.txt").read_text().startswith("the training loss is nan at epoch 2, step 2 of 6")
@@ -369,8 +446,8 @@ def images_of(model: str) -> dict[str, int]:
         ("resnet18-16b", Heads(), 16 / 8),
         ("resnet18-8b", Heads("mlp"), 1024 / 8),
         ("resnet18-16b", Heads("mlp"), 512 / 8),
-        ("mlp", Heads(), 1024 / 8),
-        ("cnn", Heads(), 1024 / 8),
+        ("mlp", Heads("mlp"), 1024 / 8),
+        ("cnn", Heads("mlp"), 1024 / 8),
     ],
 )
 def test_heads_are_as_wide_as_the_network(images: Make, model: str, asked: Heads, features: float) -> None:
@@ -379,7 +456,7 @@ def test_heads_are_as_wide_as_the_network(images: Make, model: str, asked: Heads
     heads = {name.rpartition(".")[0]: m for name, m in estimator.named_modules() if isinstance(m, torch.nn.Linear)}
     last = [m for name, m in heads.items() if not name.startswith("model") and m.out_features == 4]
     assert len(last) == len(estimator.cuts)
-    wanted = features * (4 if (asked.kind or ("cnn" if "resnet" in model else "mlp")) == "cnn" else 1)
+    wanted = features * (4 if (asked.kind or "cnn") == "cnn" else 1)
     assert {layer.in_features for layer in last} == {wanted}
 
 
