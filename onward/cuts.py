@@ -67,11 +67,11 @@ def suggest_cuts(model: nn.Module) -> tuple[str, ...]:
     """
     if isinstance(model, nn.Sequential) and (cuts := _sequential_cuts(model)):
         return cuts
-    blocks = [name for name, module in _blocks(model) if _has_parameters(module)]
-    if len(blocks) > 1:
-        last = list(model.children())[-1]
-        return tuple(blocks if any(True for _ in last.parameters()) and not _is_block(last) else blocks[:-1])
     named = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    blocks = _trained_blocks(model)
+    if len(blocks) > 1:
+        last = [name for name, module in named if _has_parameters(module)][-1]
+        return tuple(blocks[:-1] if last.startswith(f"{blocks[-1]}.") else blocks)
     return _after_non_linearities(named) or tuple(name for name, module in named if name and _has_parameters(module))[:-1]
 
 
@@ -92,6 +92,15 @@ def _after_non_linearities(named: Sequence[tuple[str, nn.Module]]) -> tuple[str,
         else:
             anything_to_train = anything_to_train or _has_parameters(module)
     return tuple(cuts)
+
+
+def _trained_blocks(model: nn.Module, prefix: str = "") -> list[str]:
+    """The blocks with parameters; where there is but one, those that it is made of, if they are several."""
+    blocks = [name for name, module in _blocks(model, prefix) if _has_parameters(module)]
+    if len(blocks) == 1:
+        inside = _trained_blocks(model.get_submodule(blocks[0].removeprefix(prefix)), f"{blocks[0]}.")
+        return inside if len(inside) > 1 else blocks
+    return blocks
 
 
 def _blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -188,7 +197,8 @@ class BypassCheck:
     """Find out, from the graphs of one pass, whether every cut is the only way forward.
 
     A graph node that is not a parameter and is reached from more than one block carries gradient around the cut between
-    them. (A tied weight is reached from several blocks by right.)
+    them. (A tied weight is reached from several blocks by right.) So does the output of an earlier block, where that was
+    passed on with a graph (:func:`enter`).
     """
 
     def __init__(self, model: nn.Module, cuts: Sequence[str], remedy: str = "") -> None:
@@ -212,6 +222,13 @@ class BypassCheck:
             pending.extend(following for following, _ in node.next_functions)
         for earlier, node in sorted(shared.items()):
             reached = self._modules_behind(node)
+            if not reached and node.name() == _ENTERED:
+                raise UsageError(
+                    f"cut {self._cuts[earlier]!r} is bypassed: what comes after it also uses the output of cut "
+                    f"{self._cuts[earlier - 1]!r} by another path (a skip connection?), and a sweep from block to block would "
+                    "miss that path. Cut where everything passes, such as at the end of the residual block, or use "
+                    "engine='forward'"
+                )
             if not reached:  # computed from no parameter: nothing to leak
                 continue
             compiled = any(isinstance(m, torch._dynamo.eval_frame.OptimizedModule) for m in self._model.modules())
@@ -236,6 +253,25 @@ class BypassCheck:
                 found += [] if name is None else [name.rpartition(".")[0] or name]
             pending.extend(following for following, _ in node.next_functions)
         return sorted(set(found))
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, h: Tensor) -> Tensor:
+        return h.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, None
+
+
+_ENTERED = "_EnterBackward"
+
+
+def enter(h: Tensor) -> Tensor:
+    """The same memory as a block's output with a fresh graph: not a leaf, so what follows may overwrite it in place."""
+    start = torch.zeros((), requires_grad=True)
+    return _Enter.apply(start, h.detach())
 
 
 @contextmanager

@@ -52,6 +52,8 @@ class Shard:
     @contextmanager
     def averaging(self, x: Any, estimator: Estimator) -> Iterator[None]:
         """Around the estimate from one batch: what it adds to ``.grad`` is averaged over all shards."""
+        if not samples_of(x):
+            raise UsageError("a batch without a sample has no gradient: leave it out")
         yield
 
     def mean(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -65,6 +67,11 @@ class Shard:
     def gather_rows(self, gradients: PerSample, guesses: int) -> PerSample:
         """The samples of all shards: their targets' gradients and those of that many guesses."""
         return gradients
+
+
+def samples_of(x: Any) -> int:
+    """How many samples an input has: the first dimension of its first tensor."""
+    return next((leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 class ProcessShard(Shard):
@@ -129,8 +136,7 @@ class ProcessShard(Shard):
 
     def _split(self, x: Any) -> None:
         """Find out how the batch is divided."""
-        own = next(leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor))
-        self.sizes = self._everyones(own)
+        self.sizes = self._everyones(samples_of(x))
         for rank, size in enumerate(self.sizes):
             if size == 0:
                 raise UsageError(

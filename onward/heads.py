@@ -50,7 +50,8 @@ def make_heads(
     device = device_of(model)
     again = same_randomness(device)
     with again, torch.no_grad(), batch_statistics(), frozen_statistics(model), cut_graph(model, cuts, note):
-        samples, classes = as_rows(call(model, x)).shape
+        output = call(model, x)
+    samples, classes = as_rows(output).shape
     with again:
         pass  # the pass has drawn nothing
     own = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -62,10 +63,23 @@ def make_heads(
         # Under autocast a block's output has less precision than what is to be trained.
         dtype = own.dtype if own is not None and torch.is_autocast_enabled(device.type) else h.dtype
         try:
-            made[name] = HEADS[kind](h, classes, width or default_width(kind, len(cuts)) or 1).to(device, dtype)
+            head = HEADS[kind](h, classes, width or default_width(kind, len(cuts)) or 1)
+            made[name] = _shaped(head, output).to(device, dtype)
         except UsageError as error:
             raise UsageError(f"a {kind} head at cut {name!r}: {error}") from None
     return made
+
+
+def _shaped(head: nn.Module, output: Tensor) -> nn.Module:
+    """A head whose rows have the shape of the network's."""
+    if output.dim() == 2:
+        return head
+    if hasattr(head, "local_loss"):
+        raise UsageError(
+            f"the network's output has shape {tuple(output.shape)}, and this head compares labels of whole samples: use "
+            "another kind of head"
+        )
+    return nn.Sequential(head, nn.Flatten(0) if output.dim() == 1 else nn.Unflatten(1, output.shape[1:]))
 
 
 def cnn(h: Tensor, classes: int, width: int) -> nn.Module:
@@ -122,6 +136,8 @@ class PredSim(nn.Module):
         z = self.classify(h)
         f = self.project(h)
         f = f.flatten(2).std(2) if f.dim() == 4 and f[0, 0].numel() > 1 else f.flatten(1)
+        if not isinstance(y, Tensor) or (not y.is_floating_point() and y.min() < 0):
+            raise UsageError("a predsim head compares the labels of samples: give class numbers from 0 on, or one-hot rows")
         labels = y if y.is_floating_point() else F.one_hot(y, z.shape[-1])
         wanted = _similarities(labels.flatten(1).to(f.dtype))
         return 0.99 * F.mse_loss(_similarities(f), wanted) + 0.01 * compute_loss(loss, z, y), z

@@ -496,14 +496,15 @@ def _rows_are_samples(h: Tensor, uses: Sequence[Use], arrived: Sequence[Tensor |
     answers = [b is not None and use.samples == len(h) == len(use.x) for use, b in zip(uses, arrived, strict=True)]
     asked = [use for use, agrees in zip(uses, answers, strict=True) if agrees and use.count not in _seen.get(use.layer, {})]
     if asked and len(h) > 1 and not any(map(_of_batch, _graph(h))):
-        n = len(h) // 2  # what is special in a sequence is its first position or its last
-        signal = torch.zeros_like(h)
-        signal[n] = draw(h.shape[1:], seed=0, step=0, block="one sample", dtype=h.dtype, device=h.device)
-        of_one = torch.autograd.grad(h, [use.output for use in asked], signal, retain_graph=True)
-        for use, b in zip(asked, of_one, strict=True):
-            reached = (b.abs() > 0).flatten(1).any(1).nonzero().flatten().tolist()
-            if reached:  # where nothing arrives (dead units), another batch will tell
-                _seen.setdefault(use.layer, {})[use.count] = reached == [n]
+        for n in (0, len(h) // 2):  # two: it may be that one position of a sequence alone is read
+            signal = torch.zeros_like(h)
+            signal[n] = draw(h.shape[1:], seed=0, step=0, block="one sample", dtype=h.dtype, device=h.device)
+            of_one = torch.autograd.grad(h, [use.output for use in asked], signal, retain_graph=True)
+            for use, b in zip(asked, of_one, strict=True):
+                reached = (b.abs() > 0).flatten(1).any(1).nonzero().flatten().tolist()
+                if reached:  # where nothing arrives (dead units), another batch will tell
+                    known = _seen.setdefault(use.layer, {})
+                    known[use.count] = known.get(use.count, True) and reached == [n]
     return [agrees and _seen.get(use.layer, {}).get(use.count, True) for use, agrees in zip(uses, answers, strict=True)]
 
 

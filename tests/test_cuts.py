@@ -101,6 +101,23 @@ def test_suggestion_for_a_network_of_functions() -> None:
     assert onward.suggest_cuts(Linear(3, 3)) == ()
 
 
+def test_suggestion_inside_a_single_block() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self, inside: nn.Module) -> None:
+            super().__init__()
+            self.embed, self.inside, self.head = nn.Linear(3, 4), inside, nn.Linear(4, 3)
+
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
+    assert onward.suggest_cuts(Wrapped(encoder)) == ("inside.layers.0", "inside.layers.1")
+    assert onward.suggest_cuts(Wrapped(Skip(block()))) == ("inside.stem", "inside.body", "inside.skip")
+
+
+def test_a_network_that_is_compiled_as_a_whole_is_refused() -> None:
+    compiled = torch.compile(Sequential(block(), block(), Linear(3, 3)), backend="eager")
+    with pytest.raises(UsageError, match=r"compiled as a whole.*compile its blocks instead"):
+        DFA(compiled, ["_orig_mod.0"])
+
+
 @pytest.mark.parametrize("estimator", [DFA, FDFA, partial(LocalLoss, heads={}), ForwardGradient])
 def test_without_a_cut_it_would_be_backpropagation(estimator: Callable[..., Estimator]) -> None:
     with pytest.raises(UsageError, match=r"cuts=\[\]: without a cut, \w+ would be backpropagation"):
@@ -235,6 +252,18 @@ def test_bypassed_cut(estimator: Callable[..., Estimator]) -> None:
 
 
 @EACH_SIGNAL
+def test_a_cut_that_no_longer_separates(estimator: Callable[..., Estimator]) -> None:
+    model = Skip()
+    model.stem.requires_grad_(False)
+    made = estimator(model, ["body"])
+    made.estimate(X, Y)
+    model.stem.requires_grad_()
+    model.zero_grad()
+    with pytest.raises(UsageError, match=r"'body'.*bypass"):
+        made.estimate(X, Y)
+
+
+@EACH_SIGNAL
 def test_bypass_from_the_first_block_to_a_later_one(estimator: Callable[..., Estimator]) -> None:
     class Long(Skip):
         def forward(self, x: Tensor) -> Tensor:
@@ -249,7 +278,12 @@ def test_bypass_from_the_first_block_to_a_later_one(estimator: Callable[..., Est
 @EACH_SIGNAL
 def test_what_is_no_bypass(estimator: Callable[..., Estimator]) -> None:
     """A skip between two cuts' own values, the input handed on, and the end of a residual block."""
-    estimator(Skip(), ["stem", "body"]).estimate(X, Y)
+    between = estimator(Skip(), ["stem", "body"])
+    if between.engine == "reverse":  # which would sweep from block to block
+        with pytest.raises(UsageError, match=r"cut 'body' is bypassed: .* also uses the output of cut 'stem'"):
+            between.estimate(X, Y)
+    else:
+        between.estimate(X, Y)
     estimator(Skip(), ["stem"]).estimate(X, Y)
 
     class Input(Skip):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+from collections import UserDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +17,9 @@ import torch.nn.functional as F
 from cases import by_name, headed
 from test_feedback import close
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+import onward
 from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
 
 KINDS: dict[str, Callable[..., Estimator]] = {
@@ -533,3 +536,120 @@ def test_every_gradient_has_memory_of_its_own() -> None:
     for name, p in model[2].named_parameters():
         torch.testing.assert_close(p.grad, wanted[name])
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+
+EACH = {
+    "Backprop": onward.Backprop,
+    "DFA": DFA,
+    "FDFA": onward.FDFA,
+    "low memory": lambda model: onward.FDFA(model, low_memory=True),
+    "forward": onward.ForwardGradient,
+    "reverse": lambda model: onward.ForwardGradient(model, engine="reverse"),
+    "weight": lambda model: onward.ForwardGradient(model, engine="reverse", space="weight"),
+}
+
+
+@pytest.mark.parametrize("make", EACH.values(), ids=EACH)
+def test_where_gradients_are_off_or_there_is_no_sample(make: Any) -> None:
+    estimator = make(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)))
+    x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(UsageError, match=r"gradients are off here: call estimate outside of torch.no_grad\(\)"):
+            estimator.estimate(x, y)
+    with pytest.raises(UsageError, match="a batch without a sample"):
+        estimator.estimate(x[:0], y[:0])
+    assert estimator.step == 0
+
+
+def test_without_a_graph_gradients_may_be_off() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    with torch.no_grad():
+        onward.ForwardGradient(model, space="avg-weight").estimate(torch.randn(2, 3), torch.tensor([0, 1]))
+    assert model[0].weight.grad is not None
+
+
+def test_inputs_in_any_mapping() -> None:
+    """Such as what tokenizers return."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, *, words: Tensor, mask: Tensor) -> Tensor:
+            return self.last(self.first(words * mask).relu())
+
+    x = UserDict(words=torch.randn(2, 3), mask=torch.ones(2, 3))
+    assert DFA(Named(), ["first"]).estimate(x, torch.tensor([0, 1])).logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+@pytest.mark.parametrize("guess", [None, "local"])
+@pytest.mark.parametrize("dense", [True, False])
+def test_heads_of_networks_whose_outputs_are_no_rows(kind: str, guess: str | None, dense: bool) -> None:
+    """Of every pixel, and one number of every sample, which must not be spread over the batch."""
+    x = torch.randn(6, 2, 4, 4)
+    hidden = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU())
+    last: nn.Module = nn.Conv2d(4, 3, 1)
+    y, loss = torch.randint(3, (6, 4, 4)), nn.functional.cross_entropy
+    if not dense:
+        last = nn.Sequential(nn.Flatten(), nn.Linear(64, 1), nn.Flatten(0))
+        y, loss = torch.randn(6), nn.functional.mse_loss
+    model = nn.Sequential(hidden, last)
+    heads = onward.make_heads(model, x, kind, cuts=["0"])
+    make = onward.LocalLoss if guess is None else partial(onward.ForwardGradient, guess=guess)
+    step = make(model, ["0"], heads=heads, loss=loss).estimate(x, y)
+    assert step.heads["0"][1].shape == step.logits.shape == ((6, 3, 4, 4) if dense else (6,))
+    if dense:
+        with pytest.raises(UsageError, match="this head compares labels of whole samples: use another kind of head"):
+            onward.make_heads(model, x, "predsim", cuts=["0"])
+
+
+def test_a_predsim_head_needs_labels_of_samples() -> None:
+    x = torch.randn(3, 4)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+    estimator = onward.LocalLoss(model, heads=onward.make_heads(model, x, "predsim"))
+    with pytest.raises(UsageError, match="a predsim head compares the labels of samples: give class numbers from 0 on"):
+        estimator.estimate(x, torch.tensor([0, -100, 2]))
+
+
+def test_a_feedback_matrix_that_there_is_no_memory_for() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU()), nn.Conv2d(1, 1, 1))
+    estimator = DFA(model, ["0"], loss=lambda z, y: z.mean())
+    with pytest.raises(UsageError, match=r"cut '0' would have 16777216 x 16777216 numbers.* no memory"):
+        estimator.estimate(torch.zeros(1, 1, 4096, 4096), None)
+
+
+@pytest.mark.parametrize("space", ["activation", "activation-2"])
+def test_checkpointing_inside_a_block(space: str) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda t: self.linear(t).relu(), x, use_reentrant=False)
+
+    x, y = torch.randn(4, 3).requires_grad_(), torch.tensor([0, 1, 1, 0])
+    torch.manual_seed(0)
+    model = nn.Sequential(Again(), Again(), nn.Linear(3, 2))
+    plain = nn.Sequential(*(nn.Sequential(layer.linear, nn.ReLU()) for layer in model[:2]), model[2])
+    for network in (model, plain):
+        network.zero_grad()
+        onward.ForwardGradient(network, ["0", "1"], space=space).estimate(x, y)
+        network.found = [p.grad.clone() for p in network.parameters()]
+    torch.testing.assert_close(model.found, plain.found)
+
+
+def test_every_direction_is_drawn_once_in_a_measuring_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    draw = onward.directions.draw
+
+    def noted(*args: Any, **given: Any) -> Tensor:
+        drawn.append(given["direction"])
+        return draw(*args, **given)
+
+    monkeypatch.setattr(onward.directions, "draw", noted)
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    onward.ForwardGradient(model, passes="block", directions=32).estimate(torch.randn(2, 3), torch.tensor([0, 1]))
+    assert len(drawn) == 2 * 32  # to measure, and to deliver

@@ -320,7 +320,7 @@ def test_layers_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = Positions(True).double(), []
     monkeypatch.setattr(per_sample, "draw", lambda *args, **kwargs: asked.append(1) or directions.draw(*args, **kwargs))
     words = torch.randint(7, (4, 6))
-    for samples, alive, total in ((1, True, 0), (4, False, 1), (4, True, 2), (3, True, 2)):
+    for samples, alive, total in ((1, True, 0), (4, False, 2), (4, True, 4), (3, True, 4)):
         with torch.no_grad():
             model.mix.weight.fill_(1.0 if alive else 0.0)
         block_gradients(model, words[:samples], [torch.randn(samples, 24, dtype=torch.float64)])
@@ -329,7 +329,28 @@ def test_layers_are_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = Shared().double()  # with a layer that nothing ever arrives at
     for _ in range(2):
         block_gradients(shared, torch.randn(3, 4, dtype=torch.float64), [torch.randn(3, 4, dtype=torch.float64)])
-    assert len(asked) == 1
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("samples", [2, 3])
+def test_rows_that_are_positions_of_which_one_is_read(samples: int, position: int) -> None:
+    """With as many positions as samples, and whatever the position."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.transpose(0, 1)).tanh()[position % samples]
+
+    model = Last().double()
+    x, signal = torch.randn(samples, samples, 4, dtype=torch.float64), torch.randn(samples, 5, dtype=torch.float64)
+    squares = block_gradients(model, x, [signal])["linear.weight"].inner([(0, 0)])[0]
+    for n in range(samples):
+        (wanted,) = torch.autograd.grad(model(x)[n], model.linear.weight, signal[n])
+        torch.testing.assert_close(squares[n], wanted.square().sum())
 
 
 def test_behind_batch_statistics_rows_are_taken_for_samples() -> None:

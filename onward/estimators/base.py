@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from onward.cuts import check_names, default_cuts
+from onward.cuts import BypassCheck, check_names, default_cuts
 from onward.directions import seed_of
 from onward.distributed import Shard
 from onward.errors import UsageError, unknown
@@ -60,6 +60,11 @@ class Estimator(nn.Module):
     ) -> None:
         super().__init__()
         self.cuts = default_cuts(model) if cuts is None else check_names(model, cuts)
+        if self.cuts and isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            raise UsageError(
+                f"cuts={list(self.cuts)} in a network that is compiled as a whole, which is one graph with nothing to cut: "
+                "compile its blocks instead, such as model.block1 = torch.compile(model.block1)"
+            )
         if not self.cuts and not uncut:
             raise UsageError(
                 f"cuts={cuts!r}: without a cut, {type(self).__name__} would be backpropagation. Name the modules whose outputs "
@@ -75,6 +80,7 @@ class Estimator(nn.Module):
         self.seed = seed
         self.step = 0
         self.shard = Shard()
+        self._separated_for: list[bool] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -84,6 +90,11 @@ class Estimator(nn.Module):
 
         Raises :class:`onward.UsageError` where the network, its cuts, or the batch make an estimate impossible.
         """
+        if not torch.is_grad_enabled() and self.sums_samples:
+            raise UsageError(
+                f"{type(self).__name__} differentiates inside the blocks, and gradients are off here: call estimate outside of "
+                "torch.no_grad() and torch.inference_mode()"
+            )
         with batch_statistics(), self.shard.averaging(x, self):
             step = self._estimate(x, y)
         self.step += 1
@@ -93,6 +104,19 @@ class Estimator(nn.Module):
 
     def _estimate(self, x: Any, y: Any) -> Step:
         raise NotImplementedError
+
+    @contextmanager
+    def separation(self, remedy: str = "") -> Iterator[Callable[[int, Tensor], None]]:
+        """A function that takes each block's output, in order, and raises where a cut is not the only way forward.
+
+        It looks on the first batch, and again when other parameters are to be trained than then.
+        """
+        trained = [p.requires_grad for p in self.model.parameters()]
+        if trained == self._separated_for:
+            yield lambda k, output: None
+            return
+        yield BypassCheck(self.model, self.cuts, remedy).visit
+        self._separated_for = trained
 
     def learn_last(self, output: Tensor, y: Any) -> Tensor:
         """Give the last block the exact gradient of the loss; returns the loss, 0 where that block is in another process."""
@@ -160,7 +184,7 @@ def batch_statistics() -> Iterator[None]:
 def call(model: Callable[..., Any], x: Any) -> Tensor:
     """The network's output for one input, a tuple of positional inputs, or a dict of keyword inputs."""
     match x:
-        case dict():
+        case Mapping():
             out = model(**x)
         case tuple() | list():
             out = model(*x)

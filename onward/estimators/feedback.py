@@ -66,7 +66,13 @@ class Feedback(nn.ParameterList):
         shape = (e.shape[1], h[0].numel())
         matrix = self[k]
         if is_lazy(matrix):
-            matrix.materialize(shape)
+            try:
+                matrix.materialize(shape)
+            except RuntimeError as error:  # the allocator's
+                raise UsageError(
+                    f"the feedback matrix of cut {self.cuts[k]!r} would have {shape[0]} x {shape[1]} numbers (outputs x "
+                    "features), which there is no memory for: cut where outputs are smaller, or use heads (LocalLoss)"
+                ) from error
             with torch.no_grad():
                 self.initial(k, matrix)
         if tuple(matrix.shape) != shape:

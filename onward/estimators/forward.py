@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onward.cuts import BypassCheck, Elsewhere, cut_graph, frozen_statistics, same_randomness
+from onward.cuts import Elsewhere, cut_graph, frozen_statistics, same_randomness
 from onward.directions import draw, seed_of
 from onward.errors import UsageError
 from onward.estimators.base import (
@@ -74,8 +74,7 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
         slots = _slots(fg, sites)
 
         def inject(h: Tensor, wanted: Sequence[Site]) -> list[Tensor]:
-            guesses = fg.guesses(wanted[0].block, h, y, error)
-            found = [guesses[site.direction] for site in wanted]
+            found = fg.guesses(wanted[0].block, h, y, error, [site.direction for site in wanted])
             if not _signed(fg):
                 return found
             return [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
@@ -91,17 +90,18 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
             differentiate(k, h, guesses)
 
     def differentiate(k: int, h: Tensor, guesses: list[Tensor]) -> None:
+        ran = list(uses)  # without those that a recomputation in the backward pass adds
         if of_samples:
             fg.observed(k, guesses[0])
         if fg.space == "random-sign-weight":
             # Its place among those compared is the target's, but here nothing is: random guesses only need the shapes.
             signals = [guesses[0]] * (1 if fg.guess == "random" else 2)
-            arrived = through(h, guesses[0], [use.output for use in uses])
-            estimate_samples(fg, k, h, uses, signals, [arrived] * len(signals))
+            arrived = through(h, guesses[0], [use.output for use in ran])
+            estimate_samples(fg, k, h, ran, signals, [arrived] * len(signals))
             return
         weights = fg.row_weights([slopes[Site(k, None, i)] for i in range(fg.directions)], guesses)
         if fg.space == "activation-2":
-            accumulate_rows(h, uses, guesses, [through(h, u, [use.output for use in uses]) for u in guesses], weights)
+            accumulate_rows(h, ran, guesses, [through(h, u, [use.output for use in ran]) for u in guesses], weights)
         else:
             torch.autograd.backward(h, fg.observed(k, weighted_sum(guesses, weights)))
 
@@ -196,11 +196,9 @@ def _block_by_block(
 ) -> Step:
     """The pass that differentiates: one block's graph, its guesses, ``learn``; the last block gets the exact gradient."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
-    check = BypassCheck(fg.model, fg.cuts) if fg.check_bypass else None
 
     def deliver(k: int, h: Tensor) -> Tensor:
-        if check:
-            check.visit(k, h)
+        check(k, h)
         local = None
         if fg.heads is not None:
             local, value, z = fg.heads.differentiate(k, h, y, fg.loss, fg.mask_seed, fg.step, learn=True)
@@ -215,11 +213,9 @@ def _block_by_block(
         after()
         return h.detach()
 
-    with again, cut_graph(fg.model, fg.cuts, deliver):
+    with again, fg.separation() as check, cut_graph(fg.model, fg.cuts, deliver):
         logits = call(fg.model, x)
-    if check:
-        check.visit(len(fg.cuts), logits)
-    fg.check_bypass = False
+        check(len(fg.cuts), logits)
     loss = fg.learn_last(logits, y)
     return Step(loss, logits.detach(), seen)
 

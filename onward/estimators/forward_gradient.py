@@ -134,7 +134,6 @@ class ForwardGradient(Estimator):
         self.heads = Heads(self.cuts, heads) if heads is not None and trained else None
         self.frozen_heads = Heads(self.cuts, heads, frozen=True) if heads is not None and frozen else None
         self.feedback = FEEDBACK[feedback](model, self.cuts, seed) if guess == "feedback" else None
-        self.check_bypass = True
 
     def _check_combination(self, engine: str, heads: Mapping[str, nn.Module] | None) -> None:
         for what, name in (("target", self.target), ("guess", self.guess)):
@@ -183,11 +182,14 @@ class ForwardGradient(Estimator):
         """Whether guesses are scaled by <t, u> alone."""
         return self.guess == "random" and self.scaling == "unbiased"
 
-    def guesses(self, k: int, h: Tensor, y: Any, error: OutputError | None) -> list[Tensor]:
-        """The guess directions at the output h of block k, for guesses that are known there."""
+    def guesses(
+        self, k: int, h: Tensor, y: Any, error: OutputError | None, wanted: Sequence[int] | None = None
+    ) -> list[Tensor]:
+        """The guess directions at the output h of block k, for guesses that are known there: all, or those wanted."""
         match self.guess:
             case "random":
-                return [self._draw(h.shape, k, i, h, self.seed, self.shard.first) for i in range(self.directions)]
+                which = range(self.directions) if wanted is None else wanted
+                return [self._draw(h.shape, k, i, h, self.seed, self.shard.first) for i in which]
             case "feedback":
                 assert self.feedback is not None
                 assert error is not None

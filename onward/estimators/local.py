@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onward.cuts import BypassCheck, cut_graph
+from onward.cuts import cut_graph
 from onward.estimators.base import Estimator, Loss, Step, allocate_gradients, call, forget_unused
 from onward.heads import Heads
 
@@ -46,27 +46,22 @@ class LocalLoss(Estimator):
     ) -> None:
         super().__init__(model, cuts, loss=loss, seed=seed)
         self.heads = Heads(self.cuts, heads)
-        self._check_bypass = True
 
     def _estimate(self, x: Any, y: Any) -> Step:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
         fresh = allocate_gradients(self.parameters())
-        check = BypassCheck(self.model, self.cuts) if self._check_bypass else None
 
         def deliver(k: int, h: Tensor) -> Tensor:
-            if check:
-                check.visit(k, h)
+            check(k, h)
             signal, value, z = self.heads.differentiate(k, h, y, self.loss, self.mask_seed, self.step, learn=True)
             seen[self.cuts[k]] = value, z
             if h.requires_grad:
                 torch.autograd.backward(h, self.observed(k, signal))
             return h.detach()
 
-        with cut_graph(self.model, self.cuts, deliver):
+        with self.separation() as check, cut_graph(self.model, self.cuts, deliver):
             logits = call(self.model, x)
-        if check:
-            check.visit(len(self.cuts), logits)
-        self._check_bypass = False
+            check(len(self.cuts), logits)
         loss = self.learn_last(logits, y)
         forget_unused(fresh)
         return Step(loss, logits.detach(), seen)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from onward import spaces
-from onward.cuts import BypassCheck, cut_graph
+from onward.cuts import cut_graph, enter
 from onward.errors import UsageError
 from onward.estimators.base import Step, accumulate, call, check_last_block, output_error
 from onward.estimators.signals import OutputError, perturb, tangents_of
@@ -59,7 +59,7 @@ def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
             guesses = fg.guesses(k, h, y, None)
         blocks[k] = Block(h, entry, local, guesses, list(uses), h._version)
         uses.clear()
-        passed_on = _enter(h) if swept else h.detach()
+        passed_on = enter(h) if swept else h.detach()
         entry = get_gradient_edge(passed_on) if swept else None
         if tangents is not None:
             drawn[k] = perturb(tangents, fg.cuts[k], k, h, passed_on, fg.feedback_direction(k, h))
@@ -70,12 +70,10 @@ def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
     with recording as uses, tangents or nullcontext(), cut_graph(fg.model, fg.cuts, deliver):
         logits = call(fg.model, x)
         tangents_out = tangents_of(tangents, fg.cuts, logits)
-    if fg.check_bypass:
-        check = BypassCheck(fg.model, fg.cuts)
+    with fg.separation() as check:
         for k, block in blocks.items():
-            check.visit(k, block.h)
-        check.visit(len(fg.cuts), logits)
-        fg.check_bypass = False
+            check(k, block.h)
+        check(len(fg.cuts), logits)
     parameters = list(parameters_behind(logits)) if logits.requires_grad else []
     loss, e = logits.new_zeros(()), logits  # what the sweep starts with, but where the last block is in another process
     if fg.ends_here:
@@ -261,20 +259,3 @@ def _check_kept(fg: ForwardGradient, k: int, block: Block) -> None:
             f"what follows cut {fg.cuts[k]!r} overwrites that block's output in place, and the feedback rule still needs it: "
             "use the form of that module that is not in place, or another feedback rule"
         )
-
-
-class _Enter(torch.autograd.Function):
-    """The same memory as h with a fresh graph: not a leaf, so what follows may overwrite it in place."""
-
-    @staticmethod
-    def forward(ctx: Any, start: Tensor, h: Tensor) -> Tensor:
-        return h.detach()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return None, None
-
-
-def _enter(h: Tensor) -> Tensor:
-    start = torch.zeros((), requires_grad=True)
-    return _Enter.apply(start, h.detach())

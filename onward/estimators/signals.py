@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from onward import directions
-from onward.cuts import BypassCheck, cut_graph, frozen_statistics, same_randomness
+from onward.cuts import cut_graph, frozen_statistics, same_randomness
 from onward.errors import UsageError
 from onward.estimators.base import (
     Estimator,
@@ -61,7 +61,6 @@ class SignalEstimator(Estimator):
             raise UsageError("low_memory=True frees each block before the next, which a bypassed cut makes impossible")
         self.low_memory = low_memory
         self.allow_bypass = allow_bypass
-        self._check_bypass = not allow_bypass
 
     def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
         """delta_k, the error signal for the output h of block k; learns from the same numbers where there is something to."""
@@ -118,7 +117,13 @@ class SignalEstimator(Estimator):
                 tangents.set(x, *arrived)
             output = call(model, x)
             tangents_out = tangents_of(tangents, self.cuts, output)
-        self._check(outputs, output)
+        if not self.allow_bypass:
+            with self.separation(", or allow it with allow_bypass=True") as check:
+                for k, h in outputs.items():
+                    check(k, h)
+                check(len(self.cuts), output)
+        if self.ends_here:
+            check_last_block(self.cuts, output.requires_grad)
         if self.reads_outputs:
             self._check_kept(outputs, versions)
         return Passed(outputs, drawn, output, tangents_out)
@@ -156,34 +161,19 @@ class SignalEstimator(Estimator):
             tangents_out = tangents_of(tangents, self.cuts, logits)
         loss, e = output_error(self.loss, logits, y)
         error = OutputError(e, tangents_out, self._draw)
-        check = BypassCheck(self.model, self.cuts) if self._check_bypass else None
 
         def deliver(k: int, h: Tensor) -> Tensor:
-            if check:
-                check.visit(k, h)
+            check(k, h)
             self._differentiate(k, h, error)
             return h.detach()
 
-        with again, cut_graph(self.model, self.cuts, deliver):
+        with again, self.separation() as check, cut_graph(self.model, self.cuts, deliver):
             output = call(self.model, x)
-        if check:
-            check.visit(len(self.cuts), output)
+            check(len(self.cuts), output)
         check_last_block(self.cuts, output.requires_grad)
-        self._check_bypass = False
         torch.autograd.backward(output, e.to(output.dtype))
         forget_unused(fresh)
         return Step(loss, logits)
-
-    def _check(self, outputs: dict[int, Tensor], output: Tensor) -> None:
-        """On the first batch: does every cut separate, and does the last block have anything to train?"""
-        if self._check_bypass:
-            check = BypassCheck(self.model, self.cuts, ", or allow it with allow_bypass=True")
-            for k, h in outputs.items():
-                check.visit(k, h)
-            check.visit(len(self.cuts), output)
-            self._check_bypass = False
-        if self.ends_here:
-            check_last_block(self.cuts, output.requires_grad)
 
     def _check_kept(self, outputs: dict[int, Tensor], versions: dict[int, int]) -> None:
         for k, h in outputs.items():
