@@ -78,6 +78,7 @@ def seed_of(*key: int | str) -> int:
     >>> seed_of(0, 7, "weight") == seed_of(0, 7, "weight") != seed_of(0, 8, "weight")
     True
     """
+    key = tuple(part if isinstance(part, str) else int(part) for part in key)  # NumPy shows its own numbers otherwise
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
 
 

@@ -263,5 +263,5 @@ class _Mean(nn.Module):
 
 def _similarities(features: Tensor) -> Tensor:
     centred = features - features.mean(1, keepdim=True)
-    unit = centred / (centred.square().sum(1, keepdim=True).sqrt() + 1e-8)
+    unit = centred / (torch.linalg.vector_norm(centred, dim=1, keepdim=True) + 1e-8)  # with a derivative at zero
     return unit @ unit.T

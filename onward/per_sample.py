@@ -520,7 +520,9 @@ def by_rows(h: Tensor, parameters: Sequence[nn.Parameter], signals: Sequence[Ten
         for n in range(len(h)):
             row = torch.zeros_like(signal)
             row[n] = signal[n]
-            for rows, gradient in zip(held, torch.autograd.grad(h, parameters, row, retain_graph=True), strict=True):
+            # A custom function may return no gradient.
+            found = torch.autograd.grad(h, parameters, row, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for rows, gradient in zip(held, found, strict=True):
                 rows[i][n] = gradient.to_dense() if gradient.is_sparse else gradient
     for p, rows in zip(parameters, held, strict=True):
         yield p, Rows(rows)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -653,3 +654,65 @@ def test_every_direction_is_drawn_once_in_a_measuring_pass(monkeypatch: pytest.M
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     onward.ForwardGradient(model, passes="block", directions=32).estimate(torch.randn(2, 3), torch.tensor([0, 1]))
     assert len(drawn) == 2 * 32  # to measure, and to deliver
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_loss_is_computed_in_float32_under_autocast(name: str) -> None:
+    seen = set()
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        seen.add((z.dtype, torch.is_autocast_enabled("cpu")))
+        return F.cross_entropy(z, y)
+
+    estimator = KINDS[name](nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), loss=loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        estimator.estimate(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    assert seen == {(torch.float32, False)}
+
+
+def test_a_predsim_head_of_features_that_are_all_the_same() -> None:
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU()), nn.Sequential(nn.Flatten(), nn.Linear(16, 3)))
+    x = torch.randn(4, 1, 6, 6)
+    estimator = LocalLoss(model, ["0"], heads=onward.make_heads(model, x, "predsim", cuts=["0"]))
+    estimator.estimate(x, torch.tensor([0, 1, 2, 1]))  # one channel, so nothing is left once it is centred
+    assert all(p.grad.isfinite().all() for p in estimator.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_step_returns_can_be_saved(name: str) -> None:
+    estimator, held = KINDS[name](nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), seed=np.int64(3)), io.BytesIO()
+    step = estimator.estimate(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
+    torch.save((step.logits, estimator.state_dict()), held)
+    held.seek(0)
+    assert torch.equal(torch.load(held, weights_only=True)[0], step.logits)
+
+
+class Halts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        return x + w
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient, None
+
+
+@pytest.mark.parametrize("engine", ["forward", "reverse"])
+@pytest.mark.parametrize("space", ["avg-weight", "weight"])
+def test_a_custom_function_without_a_gradient(engine: str, space: str) -> None:
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift, self.linear = nn.Parameter(torch.zeros(3)), nn.Linear(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(Halts.apply(x, self.shift)).tanh()
+
+    if (engine, space) == ("forward", "weight"):
+        pytest.skip("there is no such combination")
+    model, x = nn.Sequential(Shifted(), nn.Linear(4, 2)), torch.randn(4, 3)
+    heads = {"0": nn.Linear(4, 2)}
+    estimator = ForwardGradient(model, ["0"], guess="local", space=space, engine=engine, heads=heads)
+    estimator.estimate(x, torch.tensor([0, 1, 1, 0]))
+    assert model[0].linear.weight.grad.any()
+    assert model[0].shift.grad is None or not model[0].shift.grad.any()

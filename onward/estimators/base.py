@@ -77,7 +77,7 @@ class Estimator(nn.Module):
             )
         self.model = model
         self.loss = loss
-        self.seed = seed
+        self.seed = int(seed)
         self.step = 0
         self.shard = Shard()
         self._separated_for: list[bool] | None = None
@@ -199,9 +199,12 @@ def call(model: Callable[..., Any], x: Any) -> Tensor:
 
 
 def compute_loss(loss: Loss, output: Tensor, y: Any) -> Tensor:
-    """``loss(output, y)``, checked: a scalar, of targets that exist."""
+    """``loss(output, y)``, checked: a scalar, of targets that exist; in float32 at least, whatever autocast says."""
+    if output.dtype in (torch.float16, torch.bfloat16):
+        output = output.float()
     try:
-        value = loss(output, y)
+        with torch.autocast(output.device.type, enabled=False):
+            value = loss(output, y)
     except IndexError as error:
         raise UsageError(
             f"the loss refused the targets: {error} The network has {output.shape[-1]} outputs, so labels run from 0 to "
@@ -237,7 +240,7 @@ def output_error(loss: Loss, output: Tensor, y: Any) -> tuple[Tensor, Tensor]:
     if z.dtype in (torch.float16, torch.bfloat16):
         z = z.float()
     z.requires_grad_()
-    with torch.enable_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.enable_grad():
         value = compute_loss(loss, z, y)
         (e,) = torch.autograd.grad(value, z)
     return value.detach(), e

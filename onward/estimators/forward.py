@@ -121,11 +121,12 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, err
             return
         for i in range(fg.directions):
             if fg.guess == "random":
-                found = [fg.drawn_weights(names[p], p, i) for p in members[k]]
-            else:  # each of these parameters is behind h, so a gradient arrives at each
-                found = [u for u in through(h, fg.observed(k, guess()[i]), members[k]) if u is not None]
-                found = fg.shard.mean(found)
-            for p, direction in zip(members[k], found, strict=True):
+                reached, found = members[k], [fg.drawn_weights(names[p], p, i) for p in members[k]]
+            else:
+                arrived = zip(members[k], through(h, fg.observed(k, guess()[i]), members[k]), strict=True)
+                kept = [(p, u) for p, u in arrived if u is not None]  # a custom function may return no gradient
+                reached, found = [p for p, _ in kept], fg.shard.mean([u for _, u in kept])
+            for p, direction in zip(reached, found, strict=True):
                 along[Site(k, names[p], i)] = direction
 
     step = _block_by_block(fg, x, y, again, error, learn)
@@ -138,7 +139,7 @@ def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: same_randomness) -
     named = {name: p for name, p in fg.model.named_parameters() if p.requires_grad}
     along = {Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()}
     measured = _estimate_along(fg, x, y, again, {0: list(named.values())}, along)
-    return Step(measured.loss, measured.logits)
+    return Step(measured.loss, measured.logits.detach())
 
 
 def _estimate_along(

@@ -233,9 +233,11 @@ def _estimate_parameters(
 ) -> None:
     """Add to ``.grad`` the estimates in the space of the batch's gradients; guesses None: random."""
     names = {p: name for name, p in fg.model.named_parameters()}
-    reached = fg.shard.mean([g for g in target if g is not None])  # all of them, by the graph
-    known = [fg.shard.mean([u for u in at_guess if u is not None]) for at_guess in guesses or ()]
-    for index, (p, g) in enumerate(zip(parameters, reached, strict=True)):
+    # A custom function may return no gradient; what then does not arrive has no estimate either.
+    kept = [j for j, found in enumerate(zip(target, *(guesses or ()), strict=True)) if all(g is not None for g in found)]
+    reached = fg.shard.mean([g for j in kept if (g := target[j]) is not None])
+    known = [fg.shard.mean([u for j in kept if (u := at_guess[j]) is not None]) for at_guess in guesses or ()]
+    for index, (p, g) in enumerate(zip([parameters[j] for j in kept], reached, strict=True)):
         if guesses is None:
             along = [fg.drawn_weights(names[p], p, i) for i in range(fg.directions)]
         else:

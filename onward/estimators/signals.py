@@ -173,7 +173,7 @@ class SignalEstimator(Estimator):
         check_last_block(self.cuts, output.requires_grad)
         torch.autograd.backward(output, e.to(output.dtype))
         forget_unused(fresh)
-        return Step(loss, logits)
+        return Step(loss, logits.detach())
 
     def _check_kept(self, outputs: dict[int, Tensor], versions: dict[int, int]) -> None:
         for k, h in outputs.items():
