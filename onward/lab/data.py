@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from pathlib import Path
 
@@ -74,6 +77,24 @@ class ImageData:
             return self.train.images.channels, None, None
         channels, height, width = self.train.images.shape[1:]
         return channels, height, width
+
+    @cached_property
+    def digest(self) -> str:
+        """A hexadecimal number that other class names, labels or images change, and so does another order of any of them.
+
+        Images in memory count by their pixels, encoded ones by file name and size (or size in their row): reading all of them
+        takes hours where there are many.
+        """
+        seen = hashlib.sha256(json.dumps([self.classes, self.class_names]).encode())
+        for split in (self.train, self.test):
+            seen.update(split.labels.cpu().numpy().astype("<i8").tobytes())
+            if isinstance(split.images, Encoded):
+                described = [split.images.mode, split.images.sizes()]
+            else:
+                described = [str(split.images.dtype), split.images.shape]
+                seen.update(split.images.cpu().contiguous().numpy())
+            seen.update(json.dumps([len(split), *described]).encode())
+        return seen.hexdigest()
 
 
 def load(

@@ -131,9 +131,19 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.samples)
 
+    def sizes(self) -> list[tuple[str, int]]:
+        """The name of each image's file, without its folder, and the bytes that the image takes there."""
+        with ThreadPool() as pool:
+            return pool.map(_size, self.samples)
+
     def __getitem__(self, rows: Tensor) -> list[Tensor]:
         asked = [self.samples[row] for row in rows.tolist()]
         return [torch.from_numpy(image).permute(2, 0, 1) for image in _read(asked, self.mode, self.patience)]
+
+
+def _size(sample: Sample) -> tuple[str, int]:
+    size = sample.image.stat().st_size if isinstance(sample.image, Path) else sample.image.as_buffer().size
+    return Path(sample.file).name, size
 
 
 def decode(samples: Sequence[Sample], most: int, patience: float = PATIENCE) -> Tensor | Encoded:

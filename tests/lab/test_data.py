@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 
 from onward.errors import UsageError
 from onward.lab import memory
-from onward.lab.data import DATASETS, ON_HUB, load
+from onward.lab.data import DATASETS, ON_HUB, Split, load
 from tests.lab.fake_hub import serve
 
 CLASSES = ["cat", "dog", "owl"]
@@ -500,3 +501,57 @@ def test_a_data_set_comes_from_the_hub_once_and_from_its_cache_afterwards(parque
     lines, noise = load_elsewhere(home, "http://127.0.0.1:9", "someone/animals", HF_HUB_OFFLINE="1")
     assert lines == ["someone/animals (1, 5, 6) 9 3 cat dog owl"]
     assert noise == ""
+
+
+# ---- the digest
+
+
+def test_the_digest_of_images_in_memory_changes_with_whatever_a_run_would_notice(images):
+    data = images(train=12, test=8)
+    same = images(train=12, test=8)
+    assert data.digest == same.digest
+    assert int(data.digest, 16) > 0
+    train, test = data.train, data.test
+    pixels, labels = train.images.clone(), train.labels.clone()
+    pixels[3, 0, 0, 0] ^= 1
+    labels[2] = (labels[2] + 1) % 4
+    others = [
+        replace(data, class_names=("0", "1", "3", "2")),
+        replace(data, class_names=("0", "1", "2", "three")),
+        replace(data, train=Split(pixels, train.labels)),
+        replace(data, train=Split(train.images, labels)),
+        replace(data, train=Split(train.images.flip(0), train.labels)),
+        replace(data, train=Split(train.images.reshape(12, 4, 4, 4), train.labels)),
+        replace(data, train=Split(train.images[:-1], train.labels[:-1])),
+        replace(data, test=Split(test.images[:-1], test.labels[:-1])),
+        replace(data, train=test, test=train),
+    ]
+    assert len({data.digest, *(other.digest for other in others)}) == len(others) + 1
+
+
+def test_the_digest_of_encoded_images_changes_with_names_and_sizes_and_not_with_the_folders_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "physical", lambda: 100)
+    first, second = tmp_path / "a", tmp_path / "b"
+    for folder in (first, second):
+        write_classes(folder / "train", {"cat": 2, "dog": 2})
+        write_classes(folder / "test", {"cat": 1, "dog": 1})
+    digest = load("digits", first).digest
+    assert load("digits", second).digest == digest
+    (second / "train" / "cat" / "001.png").rename(second / "train" / "cat" / "1.png")
+    renamed = load("digits", second).digest
+    with (second / "train" / "cat" / "1.png").open("ab") as file:
+        file.write(b"\0")
+    assert len({digest, renamed, load("digits", second).digest}) == 3
+
+
+def test_the_digest_of_encoded_rows_changes_with_the_bytes_they_take(parquet, monkeypatch, tmp_path_factory):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(memory, "physical", lambda: 100)
+    digest = load("digits", parquet).digest
+    assert load("digits", parquet).digest == digest
+    images = pictures(9)
+    images[4] = Image.new("L", (6, 5))
+    write_parquet(parquet / "train-00000-of-00001.parquet", images, [0, 1, 2] * 3)
+    assert load("digits", parquet).digest != digest
