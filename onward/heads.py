@@ -83,12 +83,12 @@ def _shaped(head: nn.Module, output: Tensor) -> nn.Module:
 
 
 def cnn(h: Tensor, classes: int, width: int) -> nn.Module:
-    """A 1x1 convolution, three 3x3 convolutions of stride 2 with batch norm and ReLU, a 2x2 average pool, a linear layer."""
+    """A 1x1 convolution, three 3x3 ones of stride 2, each with batch norm and ReLU, a 2x2 average pool, a linear layer."""
     if h.dim() != 4:
         raise UsageError(f"the output has shape {tuple(h.shape)}, not (N, C, H, W): use kind='mlp' or 'linear'")
-    layers: list[nn.Module] = [nn.Conv2d(h.shape[1], width, 1)]
-    for _ in range(3):
-        layers += [nn.Conv2d(width, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+    convolutions = [nn.Conv2d(h.shape[1], width, 1, bias=False)]  # batch norm would take a bias away again
+    convolutions += [nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False) for _ in range(3)]
+    layers = [layer for convolution in convolutions for layer in (convolution, nn.BatchNorm2d(width), nn.ReLU())]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, classes))
 
 
@@ -109,19 +109,24 @@ def linear(h: Tensor, classes: int, width: int) -> nn.Module:
     return nn.Sequential(*pool, nn.BatchNorm1d(features), nn.Linear(features, classes))
 
 
+FEATURES = 2048
+"""Most that the classifier of a predsim head looks at."""
+
+
 class PredSim(nn.Module):
     """A linear classifier, and a projection whose similarities between samples are to match those between labels.
 
     The local loss is ``0.99 |S(f(h)) - S(y)|^2 / N^2 + 0.01 loss(classifier(h), y)``: S is the N x N matrix of cosines between
     samples, each sample's features centred by their own mean. f is a 3x3 convolution whose output is reduced to each
-    channel's standard deviation over the image, or a linear layer; y is one-hot for labels of classes.
+    channel's standard deviation over the image, or a linear layer; y is one-hot for labels of classes. The classifier of an
+    image is linear, behind an average pool to at most 2,048 features.
 
     Nokland and Eidnes, "Training Neural Networks with Local Error Signals", 2019.
     """
 
     def __init__(self, h: Tensor, classes: int, width: int) -> None:
         super().__init__()
-        pool, features = _pool(h)
+        pool, features = _pool_to(FEATURES, h) if h.dim() == 4 else _pool(h)
         self.classify = nn.Sequential(*pool, nn.Linear(features, classes))
         channels = h.shape[1] if h.dim() == 4 else h.shape[-1]
         self.project = (
@@ -252,6 +257,15 @@ def _pool(h: Tensor) -> tuple[list[nn.Module], int]:
     if h.dim() == 3:
         return [_Mean()], h.shape[2]
     return ([] if h.dim() == 2 else [nn.Flatten()]), h[0].numel()
+
+
+def _pool_to(features: int, h: Tensor) -> tuple[list[nn.Module], int]:
+    """As `_pool`, of images to at most that many features: their height and width are halved in turn until they fit."""
+    channels, size, turn = h.shape[1], list(h.shape[2:]), 0
+    while channels * size[0] * size[1] > features and max(size) > 1:
+        size[turn] = -(-size[turn] // 2)
+        turn = 1 - turn
+    return [nn.AdaptiveAvgPool2d((size[0], size[1])), nn.Flatten()], channels * size[0] * size[1]
 
 
 class _Mean(nn.Module):

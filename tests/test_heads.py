@@ -14,7 +14,7 @@ from cases import CASES, Case
 from torch import Tensor, nn
 
 from onward import LocalLoss, UsageError, make_heads
-from onward.heads import HEADS
+from onward.heads import HEADS, PredSim
 
 KINDS = ("cnn", "mlp", "linear", "predsim")
 
@@ -82,15 +82,16 @@ def numbers(module: nn.Module) -> int:
 
 
 def test_cnn() -> None:
-    """1x1 convolution to h, three times a 3x3 convolution of stride 2, batch norm and ReLU, pool to 2x2, linear."""
+    """1x1 convolution to h, three times a 3x3 convolution of stride 2, each with batch norm and ReLU, pool to 2x2, linear."""
     model, x = images(6, 16)
     head = only(make_heads(model, x, "cnn", width=10))
+    order = [type(module) for module in head.modules() if not list(module.children())]
+    assert order == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] * 4 + [nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear]
     convolutions = [module for module in head.modules() if isinstance(module, nn.Conv2d)]
+    assert all(c.bias is None for c in convolutions)
     assert [c.kernel_size for c in convolutions] == [(1, 1), (3, 3), (3, 3), (3, 3)]
     assert [c.stride for c in convolutions] == [(1, 1), (2, 2), (2, 2), (2, 2)]
     assert [c.in_channels for c in convolutions] == [6, 10, 10, 10]
-    found = modules(head)
-    assert (found[nn.BatchNorm2d], found[nn.ReLU], found[nn.Linear]) == (3, 3, 1)
     (linear,) = (module for module in head.modules() if isinstance(module, nn.Linear))
     assert (linear.in_features, linear.out_features) == (40, 5)
 
@@ -118,7 +119,7 @@ def test_default_widths(cuts: int, cnn: int, mlp: int) -> None:
     """Half as wide on networks of 16 blocks."""
     model, x = images(2, 4, cuts)
     for head in make_heads(model, x, "cnn").values():
-        assert numbers(head) == (2 * cnn + cnn) + 3 * (9 * cnn**2 + 3 * cnn) + (4 * cnn * 5 + 5)
+        assert numbers(head) == (2 * cnn + 2 * cnn) + 3 * (9 * cnn**2 + 2 * cnn) + (4 * cnn * 5 + 5)
     for head in make_heads(model, x, "mlp").values():
         assert numbers(head) == (8 * mlp + mlp) + 2 * (mlp**2 + mlp) + 3 * 2 * mlp + (mlp * 5 + 5)
 
@@ -299,6 +300,34 @@ def test_predsim_on_images() -> None:
         return torch.tensor([[maps[n, c].std().item() for c in range(6)] for n in range(len(h))], dtype=h.dtype)
 
     predsim_loss(model, x, torch.tensor([0, 1, 1, 4]), features)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kernel", "features"),
+    [
+        ((64, 32, 32), (8, 4), 2048),  # the blocks of ResNet-18 on 32x32 images
+        ((128, 16, 16), (4, 4), 2048),
+        ((256, 8, 8), (4, 2), 2048),
+        ((512, 4, 4), (2, 2), 2048),
+        ((6, 8, 8), (1, 1), 384),  # few enough
+        ((2048, 2, 2), (2, 2), 2048),
+        ((4096, 2, 2), (2, 2), 4096),  # nothing is left to be pooled
+    ],
+)
+def test_predsims_classifier_sees_at_most_2048_features(
+    shape: tuple[int, int, int], kernel: tuple[int, int], features: int
+) -> None:
+    """Height and width are halved in turn, height first, until channels times height times width fit."""
+    h = torch.randn(2, *shape, dtype=torch.float64)
+    head = PredSim(h, 5, 1).double()
+    linear = head.classify[-1]
+    assert linear.in_features == features
+    torch.testing.assert_close(head(h), linear(F.avg_pool2d(h, kernel).flatten(1)))
+
+
+def test_predsim_pools_what_cannot_be_halved() -> None:
+    h = torch.randn(2, 512, 7, 5)
+    assert PredSim(h, 5, 1).classify[-1].in_features == 512 * 2 * 2  # 7x5, 4x5, 4x3, 2x3, 2x2
 
 
 def test_predsim_survives_constant_outputs() -> None:
