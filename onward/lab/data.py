@@ -108,9 +108,10 @@ def load(
     """A data set by one of the `DATASETS` names, by its name on the Hugging Face hub, or from a folder of one's own.
 
     `owner/name` (or `owner/name:subset`) is looked for in the hub's cache, then on the hub. `data_dir` wins over
-    `name`: a folder of parquet files as on the hub (train-*.parquet, test-*.parquet), or of class folders of images
-    (train/cat/1.png, test/cat/2.png, or cat/1.png). Without a test part, a fixed fifth of each class is held out for
-    it. `train_samples`, `test_samples` keep a fixed random subset.
+    `name`: a folder of parquet files as on the hub (train-*.parquet, test-*.parquet), of class folders of images
+    (train/cat/1.png, test/cat/2.png, or cat/1.png), or of files that torchvision has downloaded (of several data sets, the one
+    called `name`). A part may have any of the hub's names for it (training, validation, dev, ...). Without a test part, a
+    fixed fifth of each class is held out for it. `train_samples`, `test_samples` keep a fixed random subset.
 
     Images are decoded once, into memory, if they are all of one size and take at most a quarter of the machine's memory. If
     not, each is decoded when a batch needs it. Both ways give the same batches. An image that cannot be read within `patience`
@@ -127,7 +128,7 @@ def load(
     asked = {"train": train_samples, "test": test_samples}
     if data_dir is not None:
         path = Path(data_dir)
-        return _decoded(path.resolve().name, *folder.read(path), asked, patience)
+        return _decoded(path.resolve().name, *folder.read(path, name), asked, patience)
     if name == "digits":
         return _digits(asked)
     if name not in ON_HUB and os.path.isdir(name.partition(":")[0]):  # noqa: PTH112 (a name that can be no path is no folder)
@@ -205,10 +206,10 @@ def _decoded(
             raise UsageError(f"data set {name} has no test part, and no class of 5 images to hold one out of: add one")
         splits = {"train": [train[row] for row in rows], "test": [train[row] for row in held]}
         log.warning("data set %s has no test part: %d of its %d images are held out for it", name, len(held), len(train))
-    kept = {
-        split: [samples[row] for row in _keep(len(samples), asked[split], split, name)] for split, samples in splits.items()
-    }
-    images = decode(kept["train"] + kept["test"], memory.physical() // folder.SHARE, patience)
+    rows = {split: _keep(len(samples), asked[split], split, name) for split, samples in splits.items()}
+    kept = {split: [splits[split][row] for row in rows[split]] for split in splits}
+    others = [splits[split][row] for split in splits for row in sorted(set(range(len(splits[split]))).difference(rows[split]))]
+    images = decode(kept["train"] + kept["test"], memory.physical() // folder.SHARE, patience, others)
     labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
     cut = len(kept["train"])
     if isinstance(images, Encoded):

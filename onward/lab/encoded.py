@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import multiprocessing
 import threading
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,14 +29,16 @@ PATIENCE = 300.0
 """Seconds without an image, after which a network file system or a disk is taken to have stalled."""
 AHEAD = 1024
 """Images that are read before the first of them is taken."""
+SIXTEEN_BITS = ("PNG", "PPM")
+"""Formats whose greys have at most 16 bits, though Pillow may open them as 32-bit numbers."""
 IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")  # CIFAR-100 has a coarse_label too
 
 
 class Sample(NamedTuple):
-    """One encoded image, its label, and where both came from (a file, a row in it)."""
+    """One image (a file, the bytes of one, or pixels (H, W, C)), its label, and where both came from (a file, a row in it)."""
 
-    image: pyarrow.Scalar | Path
+    image: pyarrow.Scalar | Path | np.ndarray
     label: int
     file: str
     row: int | None = None
@@ -90,13 +94,24 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
         raise UsageError(f"row {row} of {file} has label {labels[row]}: number the classes from 0, or drop unlabelled rows")
     names = tuple(features[label].names) if isinstance(features[label], datasets.ClassLabel) else ()
 
-    encoded = table[image]
+    encoded, numbers = table[image], labels.to_pylist()
     if pa.types.is_struct(encoded.type):
+        if files := _files(encoded):
+            return [Sample(path, number, str(path)) for path, number in zip(files, numbers, strict=True)], names
         encoded = pc.struct_field(encoded, "bytes")
     if encoded.null_count:
         raise UsageError(f"row {_first(pc.is_null(encoded))} of {file} has no image bytes: store them in column {image!r}")
-    rows = zip(encoded, labels.to_pylist(), strict=True)
-    return [Sample(data, number, file, row) for row, (data, number) in enumerate(rows)], names
+    return [Sample(data, number, file, row) for row, (data, number) in enumerate(zip(encoded, numbers, strict=True))], names
+
+
+def _files(encoded: pyarrow.ChunkedArray) -> list[Path]:
+    """The files that a column of images names where it holds no bytes, as `datasets` stores an image folder; else none."""
+    import pyarrow.compute as pc
+
+    if "path" not in [field.name for field in encoded.type] or pc.struct_field(encoded, "bytes").null_count < len(encoded):
+        return []
+    paths = [Path(path or "") for path in pc.struct_field(encoded, "path").to_pylist()]
+    return paths if all(path.is_absolute() for path in paths) else []
 
 
 def _holds_bytes(kind: pyarrow.DataType) -> bool:
@@ -133,60 +148,78 @@ class Encoded:
 
     def sizes(self) -> list[tuple[str, int]]:
         """The name of each image's file, without its folder, and the bytes that the image takes there."""
-        with ThreadPool() as pool:
-            return pool.map(_size, self.samples)
+        return list(_each(_size, self.samples, self.patience))
 
     def __getitem__(self, rows: Tensor) -> list[Tensor]:
         asked = [self.samples[row] for row in rows.tolist()]
-        return [torch.from_numpy(image).permute(2, 0, 1) for image in _read(asked, self.mode, self.patience)]
+        read = partial(_pixels, mode=self.mode)
+        return [torch.from_numpy(image).permute(2, 0, 1) for image in _each(read, asked, self.patience)]
 
 
-def _size(sample: Sample) -> tuple[str, int]:
-    size = sample.image.stat().st_size if isinstance(sample.image, Path) else sample.image.as_buffer().size
-    return Path(sample.file).name, size
-
-
-def decode(samples: Sequence[Sample], most: int, patience: float = PATIENCE) -> Tensor | Encoded:
+def decode(samples: Sequence[Sample], most: int, patience: float = PATIENCE, others: Sequence[Sample] = ()) -> Tensor | Encoded:
     """The images as one uint8 tensor (N, C, H, W), or still encoded if they differ in size or take more than `most` bytes.
 
-    C is 1 or 3, as the first image has it. The others follow the first: colours turn to luminance, grey is repeated; palettes
-    are looked up, an alpha channel is dropped, 16-bit greys keep their upper 8 bits.
+    C is 3 if any image has colour, and grey is repeated; else it is 1. The `others`, which nobody asked for, count as well, and
+    a subset so has the shape of the whole. Palettes are looked up, an alpha channel is dropped, 16-bit greys keep their upper 8
+    bits, and pictures that a camera has marked as turned (by EXIF) are turned upright.
 
     Raises:
-        UsageError: bytes that are no image, naming the row.
+        UsageError: bytes that are no image, or pixels without a fixed range, naming the row.
         TimeoutError: no image has come for `patience` seconds.
     """
     import numpy as np
 
-    (first,) = _read(samples[:1], None, patience)
-    mode = "L" if first.shape[2] == 1 else "RGB"
-    if (needed := len(samples) * first.size) > most:
-        return Encoded(samples, mode, f"the images would take {needed / 1e9:.3g} GB of memory", patience)
-    pixels = np.empty((len(samples), *first.shape), np.uint8)
-    for index, image in enumerate(_read(samples, mode, patience)):
-        if image.shape != first.shape:
-            (height, width, _), (other_height, other_width, _) = first.shape, image.shape
-            return Encoded(
-                samples,
-                mode,
+    def encoded(reason: str, *, colour: bool) -> Encoded:
+        colour = colour or _any_colour(samples, patience) or _any_colour(others, patience)
+        return Encoded(samples, "RGB" if colour else "L", reason, patience)
+
+    pixels = np.empty((len(samples), 0, 0, 0), np.uint8)
+    for index, image in enumerate(_each(_pixels, samples, patience)):
+        (height, width), (other_height, other_width) = pixels.shape[1:3], image.shape[:2]
+        if index and (height, width) != (other_height, other_width):
+            return encoded(
                 f"the images differ in size ({width}x{height} pixels in {samples[0].place}, {other_width}x{other_height} in "
                 f"{samples[index].place})",
-                patience,
+                colour=pixels.shape[3] == 3 or image.shape[2] == 3,
             )
+        if image.shape[2] > pixels.shape[3]:  # the first image, or the first that has colour
+            if (needed := len(samples) * image.size) > most:
+                return encoded(_too_large(needed), colour=image.shape[2] == 3)
+            grey, pixels = pixels, np.empty((len(samples), *image.shape), np.uint8)
+            if index:
+                pixels[:index] = grey[:index]
         pixels[index] = image
+    if pixels.shape[3] == 1 and _any_colour(others, patience):
+        if (needed := 3 * pixels.size) > most:
+            return encoded(_too_large(needed), colour=True)
+        pixels = pixels.repeat(3, axis=3)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
-def _read(samples: Sequence[Sample], mode: str | None, patience: float) -> Iterator[np.ndarray]:
-    """The images in their order, decoded by several threads: the one that reads is not the one that waits, and a read that
-    never returns holds up neither the sentence that says so nor, as these threads are daemons, the end of the process."""
+def _too_large(needed: int) -> str:
+    return f"the images would take {needed / 1e9:.3g} GB of memory"
+
+
+def _any_colour(samples: Sequence[Sample], patience: float) -> bool:
+    return any(_each(_has_colour, samples, patience))
+
+
+Found = TypeVar("Found")
+
+
+def _each(function: Callable[[Sample], Found], samples: Sequence[Sample], patience: float) -> Iterator[Found]:
+    """What the function makes of each sample, in their order.
+
+    Daemon threads call it, and this one waits: so a read that never returns keeps neither the error that tells of it from being
+    raised nor the process from ending.
+    """
     with ThreadPool() as pool:
         for start in range(0, len(samples), AHEAD):
             part = samples[start : start + AHEAD]
-            images = pool.imap(partial(_pixels, mode=mode), part)
+            results = pool.imap(function, part)
             for sample in part:
                 try:
-                    yield images.next(min(patience, threading.TIMEOUT_MAX))
+                    yield results.next(min(patience, threading.TIMEOUT_MAX))
                 except multiprocessing.TimeoutError:
                     raise TimeoutError(
                         f"{sample.place} could not be read within {patience:g} s: check the disk or the network that it is on, "
@@ -194,16 +227,57 @@ def _read(samples: Sequence[Sample], mode: str | None, patience: float) -> Itera
                     ) from None
 
 
-def _pixels(sample: Sample, mode: str | None) -> np.ndarray:
+def _size(sample: Sample) -> tuple[str, int]:
+    """Of pixels that are in memory anyway, a checksum instead of their number, which is the same for all."""
+    name = Path(sample.file).name
+    if isinstance(sample.image, Path):
+        try:
+            return name, sample.image.stat().st_size
+        except OSError as error:
+            raise UsageError(f"{sample.place} cannot be read ({error.strerror}): put it back") from error
+    return name, sample.image.as_buffer().size if hasattr(sample.image, "as_buffer") else zlib.crc32(sample.image.tobytes())
+
+
+def _open(sample: Sample) -> Image.Image:
+    """The image as far as its header."""
+    with lab_extra():
+        from PIL import Image
+    return Image.open(sample.image if isinstance(sample.image, Path) else io.BytesIO(sample.image.as_buffer()))
+
+
+def _has_colour(sample: Sample) -> bool:
+    """What the header says; of a header that says nothing, decoding will tell."""
+    with lab_extra():
+        import numpy as np
+    if isinstance(sample.image, np.ndarray):
+        return sample.image.shape[2] == 3
+    try:
+        with _open(sample) as image:
+            return _mode(image) == "RGB"
+    except Exception:
+        return False
+
+
+def _mode(image: Image.Image) -> str:
+    """ "L" of a grey image, "RGB" of one that has colour or a palette."""
+    from PIL import Image
+
+    return "L" if Image.getmodebase(image.mode) == "L" else "RGB"
+
+
+def _pixels(sample: Sample, mode: str | None = None) -> np.ndarray:
     """One image, uint8 (H, W, C), in the mode that was asked for, or "L" or "RGB" as it has it."""
     with lab_extra():
         import numpy as np
-        from PIL import Image, UnidentifiedImageError
+        from PIL import ImageOps, UnidentifiedImageError
+    if isinstance(sample.image, np.ndarray):
+        return sample.image.repeat(3, axis=2) if mode == "RGB" and sample.image.shape[2] == 1 else sample.image
     try:
-        with Image.open(sample.image if isinstance(sample.image, Path) else io.BytesIO(sample.image.as_py())) as image:
+        with _open(sample) as image:
             image.load()
-            if mode is None:
-                mode = "L" if Image.getmodebase(image.mode) == "L" else "RGB"
+            with contextlib.suppress(Exception):  # a damaged tag turns nothing
+                ImageOps.exif_transpose(image, in_place=True)
+            mode = mode or _mode(image)
             return np.array(_convert(image, mode)).reshape(image.height, image.width, len(mode))
     except Exception as error:  # Pillow's decoders raise half a dozen types, SyntaxError among them
         unknown = isinstance(error, UnidentifiedImageError)
@@ -217,10 +291,23 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
     if image.mode == mode:
         return image
-    if image.mode.startswith("I"):  # 16 bits: convert() would clip to 255 instead of scaling
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    elif image.mode == "F":
+    if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_upper_bits(np.asarray(image), image))
     elif image.mode == "P" and "transparency" in image.info:  # Pillow warns unless the palette's alpha is looked up too
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+def _upper_bits(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """The upper 8 of 16 bits, or of the fewer that a TIFF file says it has; convert() would clip at 255, not scale."""
+    import numpy as np
+
+    if image.mode == "I" and image.format not in SIXTEEN_BITS:
+        raise ValueError("32-bit pixels have no fixed range")
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0]
+    if 0 < values.max() < 2 ** (bits - 8):
+        raise ValueError(f"none of its {bits}-bit pixels is above {values.max()}, so all would turn black")
+    return (values >> (bits - 8)).astype(np.uint8)

@@ -1,29 +1,44 @@
-"""Labelled images from a folder: parquet files as the Hugging Face hub stores them, or class folders of images."""
+"""Labelled images from a folder: parquet files as on the Hugging Face hub, class folders, or what torchvision downloads."""
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onward.errors import UsageError
-from onward.lab import memory
+from onward.lab import memory, torchvision_files
 from onward.lab.encoded import Sample, from_table
 from onward.lab.extra import lab_extra
 
 if TYPE_CHECKING:
     import pyarrow
 
-SPLITS = {"train": ("train",), "test": ("test", "validation", "valid", "val")}  # of each the first that is there, with labels
+PARTS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"),
+}
+"""The hub's words for parts, the likeliest first. Of each part, the first that is there and has labels is taken."""
+WORDS = "|".join(word for words in PARTS.values() for word in words)
+LEFTOVERS = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
+"""What file managers leave in folders of images, in small letters: copies of images among it."""
 SHARE = 4
 """Files, or images, that take more than this part of the machine's memory are left on the disk."""
 Labelled = tuple[list[Sample], tuple[str, ...]]
 """Samples, and the names of their classes (none if not stored)."""
 
+log = logging.getLogger(__name__)
 
-def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
+
+def read(folder: Path, name: str = "") -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
     """The samples of each split found (train, and test unless there is none), and the class names (none if not stored).
+
+    The `name` of a data set chooses among several that torchvision has downloaded into the folder.
 
     Raises:
         UsageError: no such folder, nothing in it, no training part, a file that cannot be read.
@@ -33,22 +48,32 @@ def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
     if not folder.is_dir():
         raise UsageError(f"data folder {folder} is a file: give the folder that holds it")
     try:
-        files = sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+        if downloaded := torchvision_files.find(folder):
+            return torchvision_files.read(folder, downloaded, name)
+        files = [entry for entry in _walk(folder) if Path(entry.name).suffix.lower() == ".parquet"]
         return _parquet(folder, files) if files else _class_folders(folder)
     except OSError as error:
         raise UsageError(f"data folder {folder} cannot be read ({error.strerror}): check {error.filename}") from error
 
 
+# ---- parts
+
+
 def choose_splits(found: Iterable[str], place: str) -> dict[str, list[str]]:
     """Which of the names found may be the training part, and which the test part, the likeliest first.
 
-    >>> choose_splits(["train", "validation", "extra", "test"], "here")
-    {'train': ['train'], 'test': ['test', 'validation']}
+    >>> choose_splits(["Train", "validation", "extra", "test_set"], "here")
+    {'train': ['Train'], 'test': ['test_set', 'validation']}
     """
     found = list(found)
-    chosen = {split: [name for name in names if name in found] for split, names in SPLITS.items()}
+    chosen = {
+        split: sorted((name for name in found if _part(name) in words), key=lambda name: words.index(_part(name)))
+        for split, words in PARTS.items()
+    }
     if not chosen["train"]:
         raise UsageError(f"{place} has no training part (found: {', '.join(found) or 'nothing'}): name it 'train'")
+    if len(chosen["train"]) > 1:
+        raise UsageError(f"{place} has {len(chosen['train'])} training parts ({', '.join(chosen['train'])}): keep one of them")
     return {split: names for split, names in chosen.items() if names}
 
 
@@ -62,13 +87,76 @@ def first_labelled(parts: Iterable[str], read: Callable[[str], Labelled]) -> Lab
     return labelled
 
 
-def _parquet(folder: Path, files: list[Path]) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
+def _part(name: str) -> str | None:
+    """The word for a part of a data set that a name is, if it is one.
+
+    >>> _part("Training"), _part("val-set"), _part("test images"), _part("trainer"), _part("test tube")
+    ('training', 'val', 'test', None, None)
+    """
+    match = re.fullmatch(rf"({WORDS})([ _-]?(set|data|images))?", name.lower())
+    return match and match[1]
+
+
+def _part_of_file(stem: str) -> str | None:
+    """The same of a file's name, or of a folder's above it, which goes on after the word.
+
+    >>> _part_of_file("Train-00000-of-00003"), _part_of_file("testset_1"), _part_of_file("trainer")
+    ('train', 'test', None)
+    """
+    match = re.match(rf"({WORDS})([ _-]?set)?(?![a-z])", stem.lower())
+    return match and match[1]
+
+
+# ---- what a folder holds
+
+
+def _entries(folder: str | Path) -> list[os.DirEntry[str]]:
+    """Files and folders, by name, without what is hidden and what file managers leave."""
+    with os.scandir(folder) as entries:
+        seen = [entry for entry in entries if not entry.name.startswith(".") and entry.name.lower() not in LEFTOVERS]
+    return sorted(seen, key=lambda entry: entry.name)
+
+
+def _walk(folder: str | Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[os.DirEntry[str]]:
+    """Every file below a folder, through links to folders too; of a link that leads back to one of those `above`, the link."""
+    above |= {_identity(folder)}
+    for entry in _entries(folder):
+        if entry.is_dir() and not (entry.is_symlink() and _identity(entry.path) in above):
+            yield from _walk(entry.path, above)
+        else:
+            yield entry
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    found = os.stat(folder)  # noqa: PTH116 (a Path for each of a million entries is what takes the time)
+    return found.st_dev, found.st_ino
+
+
+def _refuse_dangling(entries: Iterable[os.DirEntry[str]]) -> None:
+    for entry in entries:
+        if entry.is_symlink() and not os.path.exists(entry.path):  # noqa: PTH110
+            target = os.readlink(entry.path)  # noqa: PTH115
+            raise UsageError(f"link {entry.path} leads to {target}, which is not there: fetch that, or remove the link")
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    entries = _entries(folder)
+    _refuse_dangling(entries)
+    return [Path(entry.path) for entry in entries if entry.is_dir()]
+
+
+# ---- parquet files
+
+
+def _parquet(folder: Path, entries: list[os.DirEntry[str]]) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
+    _refuse_dangling(entries)
     parts: dict[str, list[Path]] = {}
     subsets = set()
-    for file in files:  # train-00000-of-00001.parquet or train/0000.parquet, perhaps below a folder for each subset
+    for file in (Path(entry.path) for entry in entries):
+        # train-00000-of-00001.parquet or train/0000.parquet, perhaps below a folder for each subset
         parent = file.parent.relative_to(folder)
-        parts.setdefault(_part(file.stem) or _part(parent.name) or file.stem, []).append(file)
-        subsets.add(parent.parent if _part(parent.name) else parent)
+        parts.setdefault(_part_of_file(file.stem) or _part_of_file(parent.name) or file.stem, []).append(file)
+        subsets.add(parent.parent if _part_of_file(parent.name) else parent)
     if len(subsets) > 1:
         names = ", ".join(sorted(str(subset) for subset in subsets))
         raise UsageError(f"data folder {folder} holds several data sets: give one of its folders {names}")
@@ -87,17 +175,8 @@ def _parquet(folder: Path, files: list[Path]) -> tuple[dict[str, list[Sample]], 
     for file, names_of_file in class_names.items():
         if names_of_file != names_of_first:
             raise UsageError(f"{first} and {file} name their classes differently: give files of one data set")
+    _tell_left_out(folder, "their names are of no part", [file for part in parts if not _part(part) for file in parts[part]])
     return splits, names_of_first
-
-
-def _part(name: str) -> str | None:
-    """The part of the data set that a file or folder name begins with, if it does.
-
-    >>> _part("train-00000-of-00003"), _part("trainer")
-    ('train', None)
-    """
-    match = re.match(rf"({'|'.join(name for names in SPLITS.values() for name in names)})(?![a-z])", name.lower())
-    return match and match[1]
 
 
 def _read_parquet(file: Path, *, mapped: bool) -> pyarrow.Table:
@@ -124,36 +203,131 @@ def _refuse_missing(shards: list[Path]) -> None:
             raise UsageError(f"{shard} is one of {int(numbers[1])} files, but {len(shards)} are there: fetch the others")
 
 
+# ---- class folders
+
+
 def _class_folders(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
-    inside = {path.name: path for path in _subfolders(folder)}
+    inside = _subfolders(folder)
     if not inside:
         raise UsageError(f"data folder {folder} holds no parquet files and no class folders of images: give one that does")
-    parts = {name: path for name, path in inside.items() if any(name in names for names in SPLITS.values())}
-    roots = {"train": folder}
-    if parts:
-        roots = {split: parts[names[0]] for split, names in choose_splits(parts, f"data folder {folder}").items()}
-    classes = [path.name for path in _subfolders(roots["train"])]
+    left: list[Path] = []
+    chosen = {"train": ["."]}  # the folder itself
+    if parts := _parts(inside):
+        chosen = choose_splits([path.name for path in parts], f"data folder {folder}")
+        left = _files(folder) + [path for path in inside if path not in parts]
+    train = folder / chosen["train"][0]
+    classes = tuple(path.name for path in _subfolders(train))
     if not classes:
-        raise UsageError(f"{roots['train']} has no class folders: put the images of each class in a folder of its own")
-    splits = {
-        split: [sample for path in _subfolders(root) for sample in _class_folder(path, classes)]
-        for split, root in roots.items()
-    }
-    return splits, tuple(classes)
+        raise UsageError(f"{train} has no class folders: put the images of each class in a folder of its own")
+
+    def read(part: str) -> Labelled:
+        folders = {path: classes.index(path.name) for path in _subfolders(folder / part) if path.name in classes}
+        if not folders:
+            return [], ()
+        for path in _subfolders(folder / part):
+            if path not in folders:
+                raise UsageError(f"class folder {path} has no counterpart in the training part: add one or remove it")
+        left.extend(_files(folder / part))
+        above = frozenset({_identity(folder), _identity(folder / part)})
+        return [sample for path, label in folders.items() for sample in _class_folder(path, label, above, left)], classes
+
+    splits = {split: first_labelled(names, read)[0] for split, names in chosen.items()}
+    _refuse_parts_as_classes(train, splits["train"])
+    if not splits.get("test", True):
+        raise UsageError(
+            f"{' and '.join(str(folder / part) for part in chosen['test'])} has none of the class folders of {train}: sort its "
+            "images into such, or move it away, and a part of the training images is held out instead"
+        )
+    _tell_left_out(folder, "only images in class folders are read, by their endings", left)
+    return splits, classes
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _parts(inside: list[Path]) -> list[Path]:
+    """The folders that are parts of a data set, each with class folders, or none if all are classes.
+
+    A folder named train may be a class (of vehicles), and one named test a class (of two groups). So beside folders of other
+    names, they are parts only if train holds class folders, and there is a test part or no other folder looks like a class.
+    """
+    parts = [path for path in inside if _part(path.name)]
+    others = [path for path in inside if path not in parts]
+    if not others:
+        return parts
+    trains = [path for path in parts if _part(path.name) in PARTS["train"]]
+    classes = {name for path in trains for name in _classes(path)}
+    rivals = [path for path in others if _holds_images(path) and not classes & _classes(path)]
+    return parts if classes and (len(parts) > len(trains) or not rivals) else []
 
 
-def _class_folder(folder: Path, classes: list[str]) -> list[Sample]:
+def _classes(part: Path) -> set[str]:
+    return {path.name for path in _subfolders(part) if _holds_images(path)}
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(_is_image(entry) for entry in _walk(folder))
+
+
+def _class_folder(folder: Path, label: int, above: frozenset[tuple[int, int]], left: list[Path]) -> list[Sample]:
+    """The images of one class; what else its folder holds is added to what is left out."""
+    images, others = [], []
+    for entry in _walk(folder, above):
+        (images if _is_image(entry) else others).append(entry)
+    _refuse_dangling(images + others)
+    left.extend(Path(entry.path) for entry in others)
+    if not images:
+        unread = _summary(folder, [Path(entry.path) for entry in others])
+        held = f" (what it holds is not read: {unread})" if others else ""
+        raise UsageError(f"class folder {folder} has no images: add some or remove it{held}")
+    return [Sample(Path(entry.path), label, entry.path) for entry in images]
+
+
+def _files(folder: Path) -> list[Path]:
+    return [Path(entry.path) for entry in _entries(folder) if not entry.is_dir()]
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return os.path.splitext(entry.name)[1].lower() in _endings() and entry.is_file()  # noqa: PTH122 (a million of them)
+
+
+@cache
+def _endings() -> set[str]:
+    """The endings of the formats that Pillow reads."""
     with lab_extra():
         from PIL import Image
-    if folder.name not in classes:
-        raise UsageError(f"class folder {folder} has no counterpart in the training part: add one or remove it")
-    readable = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in readable and path.is_file()]
-    if not files:
-        raise UsageError(f"class folder {folder} has no images: add some or remove it")
-    label = classes.index(folder.name)
-    return [Sample(path, label, str(path)) for path in files]
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _refuse_parts_as_classes(root: Path, samples: list[Sample]) -> None:
+    """Two "classes" with the same folders in them are parts, or folds, whose names say nothing of it."""
+    below: dict[str, set[str]] = {}
+    for holder in {os.path.dirname(sample.file) for sample in samples}:  # noqa: PTH120
+        name, *inner = Path(holder).relative_to(root).parts
+        below.setdefault(name, set()).update(inner[-1:])
+    for first, second in combinations([name for name in sorted(below) if len(below[name]) > 1], 2):
+        if below[first] <= below[second] or below[second] <= below[first]:
+            same = ", ".join(sorted(below[first] & below[second])[:3])
+            raise UsageError(
+                f"{root / first} and {root / second} hold folders of the same names ({same}): name them train and test if they "
+                "are parts of a data set, or put the images right into them if they are classes"
+            )
+
+
+# ---- what is left out
+
+
+def _tell_left_out(folder: Path, reason: str, left: list[Path]) -> None:
+    if left:
+        log.warning("data folder %s: %d left out (%s): %s", folder, len(left), reason, _summary(folder, left))
+
+
+def _summary(folder: Path, left: list[Path]) -> str:
+    """How many of each kind, and one of them by name.
+
+    >>> _summary(Path("a"), [Path("a/cat/1.HEIC"), Path("a/cat/2.heic"), Path("a/dog/notes")])
+    '2 .heic (cat/1.HEIC, ...), 1 without an ending (dog/notes)'
+    """
+    kinds: dict[str, list[Path]] = {}
+    for path in left:
+        kind = path.suffix.lower() or "without an ending"
+        kinds.setdefault("folder" if path.is_dir() else kind, []).append(path)
+    named = {kind: str(paths[0].relative_to(folder)) + ", ..." * (len(paths) > 1) for kind, paths in kinds.items()}
+    return ", ".join(f"{len(paths)} {kind} ({named[kind]})" for kind, paths in kinds.items())
