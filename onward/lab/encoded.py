@@ -35,6 +35,10 @@ IMAGE_NAMES = ("image", "img")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "target")  # CIFAR-100 has a coarse_label too
 
 
+class Unlabelled(UsageError):
+    """A table has no column of labels."""
+
+
 class Sample(NamedTuple):
     """One image (a file, the bytes of one, or pixels (H, W, C)), its label, and where both came from (a file, a row in it)."""
 
@@ -53,10 +57,12 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
 
     The image column is the one of feature type `Image` (or of bytes), the label column the one of type `ClassLabel`
     (or called label, labels, fine_label, class, target); where several fit, the usual names win. A table without labels (all of
-    them -1, as in ImageNet's test part) has no samples. Images stay where the table has them, be that a file in the cache.
+    them missing, or -1 as in ImageNet's test part) has no samples. Images stay where the table has them, be that a file in the
+    cache.
 
     Raises:
-        UsageError: no such column, an image or a label missing, labels that are no integers from 0.
+        Unlabelled: no column of labels.
+        UsageError: no column of images, an image or a label missing, labels that are no integers from 0.
     """
     with lab_extra():
         import datasets
@@ -79,9 +85,11 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
         raise UsageError(f"{file} has no column of encoded images (columns: {held}): store PNG or JPEG bytes in 'image'")
     label = pick(datasets.ClassLabel, [name for name in LABEL_NAMES if name in columns], LABEL_NAMES)
     if label is None:
-        raise UsageError(f"{file} has no column of labels (columns: {held}): name the one with the classes 'label'")
+        raise Unlabelled(f"{file} has no column of labels (columns: {held}): name the one with the classes 'label'")
 
     labels = table[label]
+    if len(labels) and labels.null_count == len(labels):
+        return [], ()
     if not pa.types.is_integer(labels.type):
         raise UsageError(f"labels in column {label!r} of {file} are {labels.type}, not integers: number the classes from 0")
     if labels.null_count:
@@ -271,7 +279,7 @@ def _pixels(sample: Sample, mode: str | None = None) -> np.ndarray:
         import numpy as np
         from PIL import ImageOps, UnidentifiedImageError
     if isinstance(sample.image, np.ndarray):
-        return sample.image.repeat(3, axis=2) if mode == "RGB" and sample.image.shape[2] == 1 else sample.image
+        return sample.image if mode is None else sample.image.repeat(len(mode) // sample.image.shape[2], axis=2)
     try:
         with _open(sample) as image:
             image.load()

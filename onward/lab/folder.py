@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from onward.errors import UsageError
 from onward.lab import memory, torchvision_files
-from onward.lab.encoded import Sample, from_table
+from onward.lab.encoded import Sample, Unlabelled, from_table
 from onward.lab.extra import lab_extra
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def read(folder: Path, name: str = "") -> tuple[dict[str, list[Sample]], tuple[s
     try:
         if downloaded := torchvision_files.find(folder):
             return torchvision_files.read(folder, downloaded, name)
-        files = [entry for entry in _walk(folder) if Path(entry.name).suffix.lower() == ".parquet"]
+        files = [entry for entry in _walk(folder) if entry.name.lower().endswith(".parquet")]
         return _parquet(folder, files) if files else _class_folders(folder)
     except OSError as error:
         raise UsageError(f"data folder {folder} cannot be read ({error.strerror}): check {error.filename}") from error
@@ -78,13 +78,19 @@ def choose_splits(found: Iterable[str], place: str) -> dict[str, list[str]]:
 
 
 def first_labelled(parts: Iterable[str], read: Callable[[str], Labelled]) -> Labelled:
-    """The first of the parts that has labels."""
-    labelled: Labelled = [], ()
+    """The first of the parts that has labels. If none has, no samples, or what is wrong with the first."""
+    refused = None
     for part in parts:
-        labelled = read(part)
+        try:
+            labelled = read(part)
+        except Unlabelled as error:
+            refused = refused or error
+            continue
         if labelled[0]:
-            break
-    return labelled
+            return labelled
+    if refused:
+        raise refused
+    return [], ()
 
 
 def _part(name: str) -> str | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Read = tuple[dict[str, list[Sample]], tuple[str, ...]]
+DIGITS = tuple("0123456789")
 IDX_FOLDERS = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist", "KMNIST": "k-mnist"}
 
 
@@ -33,8 +34,8 @@ def find(folder: Path) -> list[Downloaded]:
     """The data sets in the folder, in its folders, and in a folder called raw in any of these."""
     near = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
     found = []
-    for holder in (place for path in near for place in (path, path / "raw")):
-        if _idx_file(holder, "train", "images"):
+    for holder in dict.fromkeys(place for path in near for place in (path, path / "raw")):
+        if _idx_file(holder, "train", "images").is_file():
             named = holder.resolve().parent if holder.resolve().name == "raw" else holder.resolve()
             found.append(Downloaded(IDX_FOLDERS.get(named.name, ""), holder, _idx))
         if (holder / "data_batch_1").is_file():
@@ -81,17 +82,18 @@ def _present(file: Path) -> Path:
 def _idx(folder: Path) -> Read:
     splits = {}
     for split, prefix in (("train", "train"), ("test", "t10k")):
-        files = [_idx_file(folder, prefix, kind) or _present(folder / f"{prefix}-{kind}") for kind in ("images", "labels")]
-        pixels, labels = (_idx_array(file, dimensions) for file, dimensions in zip(files, (3, 1), strict=True))
+        files = [_idx_file(folder, prefix, kind) for kind in ("images", "labels")]
+        pixels, labels = (_idx_array(_present(file), dimensions) for file, dimensions in zip(files, (3, 1), strict=True))
         splits[split] = _samples(pixels[..., None], labels.tolist(), files[0])
-    return splits, ()
+    digits = all(sample.label < 10 for samples in splits.values() for sample in samples)
+    return splits, DIGITS if digits else ()
 
 
-def _idx_file(folder: Path, prefix: str, kind: str) -> Path | None:
-    """`train-images-idx3-ubyte` or `train-images.idx3-ubyte`, perhaps compressed."""
+def _idx_file(folder: Path, prefix: str, kind: str) -> Path:
+    """`train-images-idx3-ubyte` or `train-images.idx3-ubyte`, perhaps compressed: what is there, or the first if none is."""
     stem, ending = f"{prefix}-{kind}", f"idx{3 if kind == 'images' else 1}-ubyte"
     files = [folder / f"{stem}{dot}{ending}{packed}" for packed in ("", ".gz") for dot in "-."]
-    return next((file for file in files if file.is_file()), None)
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def _idx_array(file: Path, dimensions: int) -> np.ndarray:
@@ -151,6 +153,10 @@ def _unpickle(file: Path) -> dict[str, Any]:
     try:
         with _present(file).open("rb") as stream:
             found = _Unpickler(stream, encoding="latin1").load()
+        if not isinstance(found, dict):
+            raise ValueError("no dictionary")  # noqa: TRY004, TRY301 (told below, as all that is wrong with it)
+        found = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
+        return {key: value.pixels() if isinstance(value, _Array) else value for key, value in found.items()}
     except _Foreign as error:
         raise UsageError(f"{file} asks for {error}, which no data set needs: do not use it, download it again") from error
     except UsageError:
@@ -158,10 +164,6 @@ def _unpickle(file: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle raises whatever its broken steps do
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UsageError(f"{file} cannot be read ({reason}): download it again") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"{file} holds no dictionary: download it again")
-    plain = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in found.items()}
-    return {key: value.pixels() if isinstance(value, _Array) else value for key, value in plain.items()}
 
 
 class _Foreign(Exception):
@@ -218,7 +220,7 @@ STAND_INS = {
 
 
 def _svhn(folder: Path) -> Read:
-    return {split: _svhn_part(_present(folder / f"{split}_32x32.mat")) for split in ("train", "test")}, ()
+    return {split: _svhn_part(_present(folder / f"{split}_32x32.mat")) for split in ("train", "test")}, DIGITS
 
 
 def _svhn_part(file: Path) -> list[Sample]:

@@ -1,13 +1,6 @@
 """Data sets: what comes out of the real formats, and what is said about files that cannot be used."""
 
 import contextlib
-import io
-import json
-import os
-import subprocess
-import sys
-import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,58 +13,13 @@ from PIL import Image
 
 from onward.errors import UsageError
 from onward.lab import memory
-from onward.lab.data import DATASETS, ON_HUB, Split, load
-from onward.lab.encoded import Sample, decode, from_table
-from tests.lab.fake_hub import serve
-
-CLASSES = ["cat", "dog", "owl"]
-
-
-def pictures(count: int, mode: str = "L", size: tuple[int, int] = (6, 5), seed: int = 0) -> list[Image.Image]:
-    shape = (count, size[1], size[0]) + ((3,) if mode == "RGB" else ())
-    return [Image.fromarray(pixels) for pixels in np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)]
-
-
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def write_parquet(path: Path, images: list, labels: list, *, names: list[str] | None = CLASSES, **columns) -> None:
-    """A file as the hub stores it; `names=None` leaves the description of the features out."""
-    encoded = [{"bytes": png(image) if isinstance(image, Image.Image) else image, "path": None} for image in images]
-    image_type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    table = pa.table({"image": pa.array(encoded, image_type), "label": labels, **columns})
-    if names is not None:
-        features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-        features |= {column: {"dtype": "int64", "_type": "Value"} for column in columns}
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
-
-
-def write_classes(folder: Path, counts: dict[str, int], **options) -> None:
-    for seed, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for index, picture in enumerate(pictures(count, seed=seed, **options)):
-            picture.save(folder / name / f"{index:03}.png")
+from onward.lab.data import Split, load
+from tests.lab.image_files import CLASSES, pictures, png, refusal, write_classes, write_parquet, write_parts
 
 
 @pytest.fixture
 def parquet(tmp_path: Path) -> Path:
-    write_parquet(tmp_path / "train-00000-of-00001.parquet", pictures(9), [0, 1, 2] * 3)
-    write_parquet(tmp_path / "test-00000-of-00001.parquet", pictures(3, seed=1), [2, 1, 0])
-    return tmp_path
-
-
-def refusal(*args, **options) -> str:
-    """The one sentence with which loading is refused."""
-    with pytest.raises(UsageError) as caught:
-        load(*args, **options)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return write_parts(tmp_path)
 
 
 # ---- digits
@@ -186,111 +134,6 @@ def test_a_subset_is_fixed_and_drawn_from_everywhere(tmp_path):
     assert set(data.train.labels.tolist()) == {0, 1, 2}
 
 
-@pytest.mark.parametrize("first", ["L", "LA", "I", "RGB", "RGBA", "P"])
-def test_every_kind_of_image_gets_colour_if_any_has_it_whichever_is_first(tmp_path, first):
-    grey = Image.new("L", (4, 4), 100)
-    transparent = Image.new("P", (4, 4), 0)
-    transparent.putpalette([100, 100, 100])
-    transparent.info["transparency"] = bytes([0])
-    kinds = [grey.convert(mode) for mode in ("L", "RGB", "RGBA", "LA", "P")] + [transparent]
-    kinds += [Image.fromarray(np.full((4, 4), 100 * 256 + 7, np.uint16))]
-    start = Image.fromarray(np.full((4, 4), 100 * 256, np.uint16)) if first == "I" else grey.convert(first)
-    images = [start, *kinds]
-    for part in ("train", "test"):
-        write_parquet(tmp_path / f"{part}.parquet", images, [0, 1] * 4, names=None)
-    data = load("digits", tmp_path)
-    assert data.shape == (3, 4, 4)
-    assert data.train.images.unique().tolist() == [100]
-
-
-@pytest.mark.parametrize("coloured", [0, 7, 12, 19, None])
-@pytest.mark.parametrize("most", ["whole", "a quarter", "nothing"])
-def test_one_image_in_colour_makes_all_of_them_coloured_and_keeps_their_pixels(tmp_path, monkeypatch, coloured, most):
-    """Wherever it stands, in memory and encoded, and where grey images fit into memory but coloured ones do not."""
-    images = pictures(20)
-    expected = [np.asarray(image)[None].repeat(1 if coloured is None else 3, axis=0) for image in images]
-    if coloured is not None:
-        images[coloured] = pictures(20, "RGB")[coloured]
-        expected[coloured] = np.asarray(images[coloured]).transpose(2, 0, 1)
-    write_parquet(tmp_path / "train.parquet", images[:15], [0, 1, 2] * 5)
-    write_parquet(tmp_path / "test.parquet", images[15:], [0, 1, 2, 0, 1])
-    room = {"whole": 10**9, "a quarter": 4 * 20 * 30, "nothing": 100}[most]
-    monkeypatch.setattr("onward.lab.data.memory.physical", lambda: room)
-    monkeypatch.setattr("onward.lab.folder._read_parquet", lambda file, mapped: pq.read_table(file))
-    data = load("digits", tmp_path)
-    assert data.shape[0] == (1 if coloured is None else 3)
-    assert isinstance(data.train.images, torch.Tensor) == (most == "whole" or (most == "a quarter" and coloured is None))
-    for split, start in ((data.train, 0), (data.test, 15)):
-        for row in range(len(split)):
-            assert np.array_equal(split.images[torch.tensor([row])][0], expected[start + row])
-
-
-def test_a_subset_without_the_coloured_images_has_the_shape_of_the_whole(tmp_path):
-    images = pictures(20)
-    write_parquet(tmp_path / "test.parquet", images[:2], [0, 1])
-    for coloured in (4, 11):
-        some = [*images]
-        some[coloured] = pictures(1, "RGB")[0]
-        write_parquet(tmp_path / "train.parquet", some, [0, 1] * 10)
-        assert {load("digits", tmp_path, train_samples=count).shape for count in (2, 5, 20)} == {(3, 5, 6)}
-
-
-@pytest.mark.parametrize("turn", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
-def test_photographs_stand_upright_as_the_hub_library_has_them(turn, kind):
-    datasets = pytest.importorskip("datasets")
-    tag = Image.Exif()
-    tag[0x0112] = turn
-    buffer = io.BytesIO()
-    pictures(1, "RGB", size=(9, 4))[0].save(buffer, kind, exif=tag)
-    table = pa.table({"image": [{"bytes": buffer.getvalue(), "path": None}], "label": [0]})
-    theirs = np.asarray(datasets.Image().decode_example({"bytes": buffer.getvalue(), "path": None}))
-    assert theirs.shape[:2] == ((4, 9) if turn < 5 else (9, 4))
-    ours = decode(from_table(table, "a.parquet")[0], 10**9)
-    assert np.array_equal(ours[0].permute(1, 2, 0), theirs)
-
-
-def test_a_damaged_exif_tag_turns_nothing(tmp_path):
-    tag = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x01\0\x06\0\0\0\0\0\0"  # a direction in words
-    for index, name in enumerate(("cat", "dog") * 5):
-        (tmp_path / name).mkdir(exist_ok=True)
-        pictures(1)[0].save(tmp_path / name / f"{index}.jpg", exif=tag if index % 3 else b"Exif\0\0nothing at all")
-    assert load("digits", tmp_path).shape == (1, 5, 6)
-
-
-def test_greys_of_sixteen_bits_keep_the_upper_eight(tmp_path):
-    values = np.arange(30, dtype=np.uint16).reshape(5, 6) * 2000
-    for kind in ("TIFF", "PNG", "PPM"):
-        Image.fromarray(values).save(tmp_path / "image", kind)
-        assert np.array_equal(decode([Sample(tmp_path / "image", 0, "")], 10**9)[0, 0], values // 256)
-
-
-@pytest.mark.parametrize(
-    ("kind", "scale", "message"),
-    [
-        (np.int32, 1, "32-bit pixels have no fixed range"),
-        (np.float32, 1, "floating-point pixels have no fixed range"),
-        (np.uint16, 5, "none of its 16-bit pixels is above 145, so all would turn black"),
-        (np.uint16, 0, None),  # black is black
-    ],
-)
-def test_pixels_without_a_fixed_range_are_refused(tmp_path, kind, scale, message):
-    write_classes(tmp_path, {"cat": 5, "dog": 5})
-    path = tmp_path / "dog" / "005.tiff"
-    Image.fromarray((np.arange(30).reshape(5, 6) * scale).astype(kind)).save(path)
-    if message is None:
-        assert len(load("digits", tmp_path).train) == 9
-    else:
-        assert refusal("digits", tmp_path) == f"{path} does not decode as an image ({message}): replace or remove it"
-
-
-def test_bilevel_images_become_black_and_white(tmp_path):
-    images = [Image.new("1", (4, 4), value) for value in (0, 1)]
-    for part in ("train", "test"):
-        write_parquet(tmp_path / f"{part}.parquet", images, [0, 1], names=None)
-    assert load("digits", tmp_path).train.images.flatten(1).unique(dim=1).flatten().tolist() == [0, 255]
-
-
 # ---- data sets that do not fit in memory, or have no one size
 
 
@@ -355,6 +198,23 @@ def test_a_test_part_without_labels_is_passed_over(parquet):
     data = load("digits", parquet)
     assert data.test.labels.tolist() == [1, 1, 2]
     assert np.array_equal(data.test.images[0, 0], np.asarray(pictures(3, seed=5)[0]))
+
+
+@pytest.mark.parametrize("labels", ["none", "missing", "null"])
+def test_a_test_part_without_a_label_is_passed_over_whatever_stands_for_none(parquet, labels):
+    path = parquet / "test-00000-of-00001.parquet"
+    table = {"image": [png(picture) for picture in pictures(2)]}
+    kinds = {"none": {}, "missing": {"label": pa.array([None, None], pa.int64())}, "null": {"label": [None, None]}}
+    pq.write_table(pa.table(table | kinds[labels]), path)
+    if labels == "none":
+        assert (
+            refusal("digits", parquet)
+            == f"{path} has no column of labels (columns: image): name the one with the classes 'label'"
+        )
+    else:
+        assert "the test part of data set" in refusal("digits", parquet)
+    write_parquet(parquet / "dev.parquet", pictures(3, seed=5), [1, 1, 2])
+    assert load("digits", parquet).test.labels.tolist() == [1, 1, 2]
 
 
 # ---- what cannot be used
@@ -522,61 +382,6 @@ def test_more_samples_than_there_are(parquet, name):
     for asked in (available + 1, 0, -5):
         expected = f"--subset.train {asked}: data set {known} has {available} train images, ask for 1 to {available}"
         assert refusal("digits", path, train_samples=asked) == expected
-
-
-# ---- the hub
-
-SCRIPT = """
-import sys, time
-from onward.errors import UsageError
-from onward.lab.data import load
-for name in sys.argv[1:]:
-    start = time.perf_counter()
-    try:
-        data = load(name)
-        print(name, data.shape, len(data.train), len(data.test), *data.class_names)
-    except UsageError as error:
-        print(error)
-    assert time.perf_counter() - start < 10
-"""
-
-
-def load_elsewhere(home: Path, endpoint: str, *names: str, **environment: str) -> tuple[list[str], str]:
-    """Load in a process of its own, for the hub's client reads its settings when imported; gives lines and noise."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **environment}
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *names]
-    root = Path(__file__).parents[2]
-    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True, timeout=60)
-    return result.stdout.splitlines(), result.stderr
-
-
-def test_known_names_are_those_with_a_source():
-    assert set(DATASETS) == {"digits", *ON_HUB}
-
-
-def test_without_a_network_and_a_cache_one_sentence_comes_within_ten_seconds(tmp_path):
-    start = time.perf_counter()
-    lines, noise = load_elsewhere(tmp_path, "http://127.0.0.1:9", "mnist", "someone/something")
-    assert time.perf_counter() - start < 20  # two of them, and the imports
-    assert noise == ""
-    assert [line.partition(" does not answer")[0] for line in lines] == [
-        f"data set {name} is not in the cache {tmp_path / 'datasets'} and the Hugging Face hub at http://127.0.0.1:9"
-        for name in ("ylecun/mnist", "someone/something")
-    ]
-    assert all(line.endswith("or class folders of images with --data-dir") for line in lines)
-
-
-def test_a_data_set_comes_from_the_hub_once_and_from_its_cache_afterwards(parquet, tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    files = {f"data/{file.name}": file.read_bytes() for file in parquet.iterdir()}
-    with serve("someone/animals", files) as endpoint:
-        lines, _ = load_elsewhere(home, endpoint, "someone/animals", "someone/animals:wild", "someone/plants")
-    assert lines[0] == "someone/animals (1, 5, 6) 9 3 cat dog owl"
-    assert lines[1].startswith("data set someone/animals:wild cannot be had from the Hugging Face hub (BuilderConfig 'wild'")
-    assert lines[2].startswith("data set someone/plants cannot be had from the Hugging Face hub (")
-    lines, noise = load_elsewhere(home, "http://127.0.0.1:9", "someone/animals", HF_HUB_OFFLINE="1")
-    assert lines == ["someone/animals (1, 5, 6) 9 3 cat dog owl"]
-    assert noise == ""
 
 
 # ---- the digest

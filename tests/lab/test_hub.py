@@ -1,0 +1,81 @@
+"""Data sets from the Hugging Face hub, or from a stand-in for it."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onward.lab.data import DATASETS, ON_HUB
+from onward.lab.encoded import decode, from_table
+from tests.lab.fake_hub import serve
+from tests.lab.image_files import pictures, write_classes, write_parts
+
+SCRIPT = """
+import sys, time
+from onward.errors import UsageError
+from onward.lab.data import load
+for name in sys.argv[1:]:
+    start = time.perf_counter()
+    try:
+        data = load(name)
+        print(name, data.shape, len(data.train), len(data.test), *data.class_names)
+    except UsageError as error:
+        print(error)
+    assert time.perf_counter() - start < 10
+"""
+
+
+def load_elsewhere(home: Path, endpoint: str, *names: str, **environment: str) -> tuple[list[str], str]:
+    """Load in a process of its own, for the hub's client reads its settings when imported; gives lines and noise."""
+    environment = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **environment}
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *names]
+    root = Path(__file__).parents[2]
+    result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True, timeout=60)
+    return result.stdout.splitlines(), result.stderr
+
+
+def test_known_names_are_those_with_a_source():
+    assert set(DATASETS) == {"digits", *ON_HUB}
+
+
+def test_without_a_network_and_a_cache_one_sentence_comes_within_ten_seconds(tmp_path):
+    start = time.perf_counter()
+    lines, noise = load_elsewhere(tmp_path, "http://127.0.0.1:9", "mnist", "someone/something")
+    assert time.perf_counter() - start < 20  # two of them, and the imports
+    assert noise == ""
+    assert [line.partition(" does not answer")[0] for line in lines] == [
+        f"data set {name} is not in the cache {tmp_path / 'datasets'} and the Hugging Face hub at http://127.0.0.1:9"
+        for name in ("ylecun/mnist", "someone/something")
+    ]
+    assert all(line.endswith("or class folders of images with --data-dir") for line in lines)
+
+
+def test_a_data_set_comes_from_the_hub_once_and_from_its_cache_afterwards(tmp_path, tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    files = {f"data/{file.name}": file.read_bytes() for file in write_parts(tmp_path).iterdir()}
+    with serve("someone/animals", files) as endpoint:
+        lines, _ = load_elsewhere(home, endpoint, "someone/animals", "someone/animals:wild", "someone/plants")
+    assert lines[0] == "someone/animals (1, 5, 6) 9 3 cat dog owl"
+    assert lines[1].startswith("data set someone/animals:wild cannot be had from the Hugging Face hub (BuilderConfig 'wild'")
+    assert lines[2].startswith("data set someone/plants cannot be had from the Hugging Face hub (")
+    lines, noise = load_elsewhere(home, "http://127.0.0.1:9", "someone/animals", HF_HUB_OFFLINE="1")
+    assert lines == ["someone/animals (1, 5, 6) 9 3 cat dog owl"]
+    assert noise == ""
+
+
+def test_an_image_folder_of_the_hub_library_is_read(tmp_path):
+    """Its rows name files in the cache instead of holding bytes."""
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    write_classes(tmp_path / "pets" / "train", {"cat": 3, "dog": 3}, mode="RGB")
+    table = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "pets"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    samples, names = from_table(table.with_format("arrow")[:], "someone/pets (train)")
+    assert (names, [sample.label for sample in samples]) == (("cat", "dog"), [0, 0, 0, 1, 1, 1])
+    assert np.array_equal(decode(samples, 10**9)[4].permute(1, 2, 0), np.asarray(pictures(3, "RGB", seed=1)[1]))
