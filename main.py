@@ -8,24 +8,34 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 try:
     from onward.lab.command import guarded
     from onward.lab.config import Train
-    from onward.lab.dialects import fdfa, flg
-    from onward.lab.train import train
+    from onward.lab.dialects import commands, fdfa, flg
 except KeyboardInterrupt:  # they take seconds
     print("interrupted", file=sys.stderr)
     sys.exit(130)
 
 
+def dialect(arguments: Sequence[str]) -> ModuleType:
+    """The code whose command line it is."""
+    given = {argument.partition("=")[0] for argument in arguments}
+    only_theirs = flg.parser()._option_string_actions.keys() - fdfa.parser()._option_string_actions.keys()
+    return flg if given & only_theirs else fdfa
+
+
 def translate(arguments: Sequence[str] | None = None) -> Train:
     """The configuration that a command line of either code means."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = {argument.partition("=")[0] for argument in arguments}
-    only_theirs = flg.parser()._option_string_actions.keys() - fdfa.parser()._option_string_actions.keys()
-    return (flg if given & only_theirs else fdfa).translate(arguments)
+    return dialect(arguments).translate(arguments)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train as a command line of either code means."""
+    commands.run(dialect(arguments).read(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: train(translate())))
+    sys.exit(guarded(lambda: run(sys.argv[1:])))

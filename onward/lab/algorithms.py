@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import re
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -17,7 +18,7 @@ from onward.cuts import check_names
 from onward.errors import UsageError, unknown
 from onward.estimators.base import Loss
 from onward.estimators.forward_gradient import OF_HEADS
-from onward.heads import default_width
+from onward.heads import PredSim, default_width
 from onward.lab import models
 from onward.lab.blocks import scaled
 from onward.lab.config import Train
@@ -91,7 +92,7 @@ def check(name: str) -> None:
 def build(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
     """The estimator that `config.algorithm` names, of `model`, whose inputs look like the batch `x`.
 
-    Heads are drawn from the global generator.
+    Heads are drawn from the global generator. A network that ends in the chosen kind of head is given it.
 
     Raises:
         UsageError: an unknown algorithm, or an option that it does not have; inputs that are not those of `config.input`.
@@ -99,6 +100,8 @@ def build(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
     check(config.algorithm)
     if config.input and models.parse_shape(config.input) != (shape := tuple(x.shape[1:])):
         raise UsageError(f"--input {config.input}: the inputs are {','.join(map(str, shape))}, leave it out")
+    if config.heads.kind and config.model in models.ENDS_IN_HEAD:
+        _end_in_head(model, config, x)
     return ALGORITHMS[config.algorithm](model, config, x)
 
 
@@ -185,21 +188,34 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
     cuts = check_names(model, config.cuts or onward.default_cuts(model))
     ends = [shared.get(cut, cut) for cut in cuts]
     flat = any(isinstance(layer, nn.Flatten) for end in ends for layer in model.get_submodule(end).modules())
-    kind = config.heads.kind or ("linear" if flat else "cnn")
-    width = default_width(kind, len(cuts)) if config.heads.width is None else config.heads.width
-    made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
-    initialize = models.INITIALIZE.get(config.model)
-    if initialize:
-        for head in made.values():
-            initialize(head)
+    made = _drawn(model, config, x, config.heads.kind or ("linear" if flat else "cnn"), ends)
     heads = {
         cut: made[end] if end == cut else _behind(copy.deepcopy(model.get_submodule(end)), made[end])
         for cut, end in zip(cuts, ends, strict=True)
     }
-    if initialize:
+    if initialize := models.INITIALIZE.get(config.model):
         for head in heads.values():
             head.reset_parameters = partial(initialize, head)  # so heads that are drawn afresh start in the same way
     return heads
+
+
+def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str]) -> dict[str, nn.Module]:
+    """A head of that kind for the output of each of these modules, as wide as the configuration says, with the network's
+    kind of initial weights."""
+    width = default_width(kind, len(ends)) if config.heads.width is None else config.heads.width
+    made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
+    if initialize := models.INITIALIZE.get(config.model):
+        for head in made.values():
+            initialize(head)
+    return made
+
+
+def _end_in_head(model: nn.Module, config: Train, x: Tensor) -> None:
+    """Put a head of the chosen kind in the place of the network's classifier; of predsim, its own classifier."""
+    last = models.ENDS_IN_HEAD[config.model]
+    (head,) = _drawn(model, config, x, config.heads.kind, [f"output.{last}"]).values()
+    head = head.classify if isinstance(head, PredSim) else head
+    model.output = nn.Sequential(OrderedDict({last: model.output.get_submodule(last), "head": head}))
 
 
 def _behind(block: nn.Module, head: nn.Module) -> nn.Module:

@@ -148,6 +148,8 @@ INITIALIZE = dict.fromkeys(("resnet18-8b", "resnet18-16b", "resnet18-2b", "small
 """How the heads of a network start, where not as PyTorch's modules do."""
 HEADS_BEHIND = {"resnet18-2b": {"block1": "output.block2"}}
 """Of a network, cuts whose head starts with a copy of another block."""
+ENDS_IN_HEAD = {"resnet18-2b": "block2"}
+"""Of a network, the part of its output block behind which a kind of head, if one is chosen, takes the classifier's place."""
 
 
 def check(name: str) -> None:

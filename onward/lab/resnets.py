@@ -1,7 +1,8 @@
 """ResNet-18 and its relatives, cut into blocks as Fournier et al. cut them.
 
 Every network is an `nn.Sequential` of `block1`, `block2`, ... and `output`: the last block, and with it the last head (batch
-norm, global average, linear layer). Weights start Kaiming uniform, biases at 0.01.
+norm, global average, linear layer; of resnet18-2b a chosen kind of head, see `models.ENDS_IN_HEAD`). Weights start Kaiming
+uniform, biases at 0.01.
 
 Source: Fournier et al., "Can Forward Gradient Match Backpropagation?", ICML 2023.
 """
@@ -60,13 +61,14 @@ def resnet18_2b(shape: Shape, classes: int, *, width: float = 1.0, downsample: s
 
 
 def resnet18_16b(shape: Shape, classes: int, *, width: float = 1.0) -> nn.Sequential:
-    """ResNet-18 without its skip connections, in 16 blocks of one convolution (the first: two).
+    """ResNet-18 without its skip connections, in 16 blocks of one convolution (the first: two, or the stem of larger images).
 
     >>> list(dict(resnet18_16b((3, 32, 32), 10, width=0.1).named_children()))[-2:]
     ['block15', 'output']
     """
     widths = [scaled(channels, width) for channels in (64, 128, 256, 512) for _ in range(4)]
-    blocks = [nn.Sequential(*_stem(shape, widths[0]), *_convolution(widths[0], widths[0]))]
+    small = max(shape[1:]) <= STEM_SIZE
+    blocks = [nn.Sequential(*_stem(shape, widths[0]), *(_convolution(widths[0], widths[0]) if small else []))]
     for number, (before, after) in enumerate(pairwise(widths), start=2):
         blocks.append(nn.Sequential(*_convolution(before, after, stride=2 if number in (5, 9, 13) else 1)))
     return _with_classifier(blocks, widths[-1], classes)

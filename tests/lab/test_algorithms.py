@@ -111,3 +111,23 @@ def test_a_head_costs_less_than_a_tenth_of_its_block(name: str) -> None:
         with torch.no_grad(), FlopCounterMode(display=False) as counted:
             head(h)
         assert 0 < counted.get_total_flops() < 0.1 * (end - start)
+
+
+@pytest.mark.parametrize("kind", [None, "cnn", "mlp", "linear", "predsim"])
+def test_resnet18_2b_ends_in_the_head_that_is_chosen(kind: str | None) -> None:
+    """If none is, its classifier is that of the other residual networks, whatever heads its hidden block has."""
+    torch.manual_seed(0)
+    model = models.build("resnet18-2b", (3, 8, 8), 5, Network(width=0.1))
+    block = model.output.block2
+    config = Train(algorithm="bp", model="resnet18-2b", network=Network(width=0.1), heads=Heads(kind, 10 if kind else None))
+    estimator = build(model, config, torch.zeros(2, 3, 8, 8))
+    assert estimator.model.output.block2 is block
+    names = [name for name, _ in estimator.model.output.named_children()]
+    assert names == (["block2", "head"] if kind else ["block2", "norm", "pool", "flatten", "linear"])
+    if kind in ("cnn", "mlp"):
+        width = 4 if kind == "cnn" else 1  # a tenth of 10 each, and a cnn head pools to 2x2
+        assert [m.in_features for m in model.output.modules() if isinstance(m, nn.Linear)][-1] == width
+    assert estimator(torch.zeros(2, 3, 8, 8)).shape == (2, 5)
+    step = estimator.estimate(torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 2, 4]))
+    assert step.loss.isfinite()
+    assert all(p.grad is not None for p in estimator.model.parameters())

@@ -10,19 +10,29 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import nn
+from torch.nn import functional as F
 
+import main
 from main import translate
 from onward.errors import UsageError
 from onward.lab.batches import Transform
 from onward.lab.config import Feedback, ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
+from onward.lab.data import ImageData
+from onward.lab.dialects import commands, fdfa, flg
+from onward.lab.run_folder import settings
+from onward.lab.train import TrainingFailed, prepare
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = Train(algorithm="fdfa", model="mlp", data="mnist", epochs=100, batch_size=64, lr=1e-4, schedule=Schedule(gamma=0.95))
@@ -96,29 +106,39 @@ def test_a_choice_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_command_runs_in_full(tmp_path: Path) -> None:
-    for split, number in (("train", 6), ("test", 3)):
-        for digit in range(4):
-            folder = tmp_path / "images" / split / str(digit)
-            folder.mkdir(parents=True)
-            for index in range(number):
-                image = Image.new("L", (28, 28), color=20 * index)
-                image.paste(255, (7 * digit, 0, 7 * digit + 7, 28))
-                image.save(folder / f"{index}.png")
+    write_digits(tmp_path / "images", train=6, test=3)
     line = next(iter(README))
     small = "--data-dir images --epochs 5 --batch-size 8 --lr 1e-3 --seed 1"
-    done = subprocess.run(
-        [sys.executable, ROOT / "main.py", *shlex.split(f"{line} {small}")[2:]],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    done = start(f"{line} {small}".partition("main.py")[2], tmp_path)
+    _, said = done.communicate()
+    assert (done.returncode, said) == (0, "")
     (folder,) = (tmp_path / "results" / "FDFA").iterdir()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 5
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] / 2
     assert rows[-1]["test_accuracy"] == 100
+
+
+def write_digits(folder: Path, **counts: int) -> None:
+    """Class folders of grey images of 28x28 pixels."""
+    for split, number in counts.items():
+        for digit in range(4):
+            (folder / split / str(digit)).mkdir(parents=True)
+            for index in range(number):
+                image = Image.new("L", (28, 28), color=20 * index)
+                image.paste(255, (7 * digit, 0, 7 * digit + 7, 28))
+                image.save(folder / split / str(digit) / f"{index}.png")
+
+
+def start(line: str, folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *shlex.split(line)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_ctrl_c_while_it_imports(tmp_path: Path) -> None:
@@ -174,8 +194,22 @@ FLG = {
         PAPER, algorithm="local", heads=Heads("predsim"), forward_gradient=ForwardGradient()
     ),
     "python main.py --algorithm avg-weight-fast --guess random": replace(
-        PAPER, forward_gradient=fg(guess="random", space="avg-weight")
+        PAPER,
+        cuts=("block1", "block2", "block3", "block4", "block5", "block6", "block7"),
+        forward_gradient=fg(guess="random", space="avg-weight"),
     ),
+    "python main.py --algo avg-weight-fast": replace(PAPER, forward_gradient=fg(space="avg-weight")),
+    "python main.py --algo generic --space activation": replace(PAPER, forward_gradient=fg(space="activation")),
+    "python main.py --arch resnet18-16b --downsample avg-pool": replace(PAPER, model="resnet18-16b"),
+    "python main.py --aux_type cnn --auxnet cnn --pool_size 2 --auxnet.n_layers 3": replace(PAPER, heads=Heads("cnn")),
+    "python main.py --auxnet linear --h_channel 0": replace(PAPER, heads=Heads("linear")),
+    "python main.py --algo std --h_channel 0 --n_layers 5 --pool_size 1": replace(
+        PAPER, algorithm="bp", forward_gradient=ForwardGradient()
+    ),
+    "python main.py --weight_init kaiming-uniform": PAPER,
+    "python main.py --scheduler linear --total_iters 9 --n_epoch 9": replace(PAPER, epochs=9, schedule=Schedule("linear")),
+    "python main.py --scheduler onecycle --step_per_epoch_time_bs 45000": replace(PAPER, lr=0.1, schedule=Schedule("onecycle")),
+    "python main.py --entity us": PAPER,
     "python main.py --target sum --guess ntk --space activation-2 --eps 1e-3": replace(
         PAPER, forward_gradient=fg(target="sum", guess="ntk", space="activation-2", eps=1e-3)
     ),
@@ -256,8 +290,16 @@ def test_every_name_of_a_target_and_a_guess(space: str) -> None:
             "--algo fg-tgt-e2e-guess-localgrad-activity-map: use std, localonly",
         ),
         ("--algo fg-tgt-end-guess-local-weight", "with a TARGET out of e2e, global, local, above, sum, a GUESS out of "),
-        ("--algo bp", "--algo bp: use std, localonly, or fg-tgt-TARGET-guess-GUESS-SPACE"),
+        ("--algo bp", "--algo bp: use std, localonly, avg-weight-fast, generic, or fg-tgt-TARGET-guess-GUESS-SPACE"),
         ("--optimizer adam --momentum 0.9", "--momentum 0.9 is for --optimizer sgd: give both or neither"),
+        ("--auxnet cnn --h_channel 0", "^--h_channel 0 makes each head as wide as its block there"),
+        ("--auxnet.h_channel 0", "^--auxnet.h_channel 0 makes each head as wide as its block there"),
+        ("--aux_type cnn", "^--aux_type cnn beside --auxnet mlp gives .*: use --auxnet cnn alone"),
+        ("--aux_type generic", "^--aux_type generic beside --auxnet mlp gives .*: use --auxnet mlp alone"),
+        ("--pool_size 4", "^--pool_size 4: it is 2 in every mlp head here, leave it out"),
+        ("--auxnet cnn --auxnet.n_layers 1", "^--auxnet.n_layers 1: it is 3 in every cnn head here, leave it out"),
+        ("--scheduler linear --total_iters 10", "^--total_iters 10: linear takes the whole run here, 100 epochs: leave it out"),
+        ("--weight_init ones", "^--weight_init ones: networks and heads start kaiming-uniform here, leave it out"),
     ],
 )
 def test_a_command_of_flg_without_a_meaning(arguments: str, message: str) -> None:
@@ -274,6 +316,10 @@ def test_a_command_of_flg_without_a_meaning(arguments: str, message: str) -> Non
         ("--n-layers=0", "argument --n-layers: 0: use a whole number of at least 1"),
         ("--batch-size -1", "argument --batch-size: -1: use a whole number of at least 1"),
         ("--batch-size many", "many: use a whole number of at least 1"),
+        ("--dataset cifar10", "argument --dataset: cifar10 is ForwardLocalGradient's name for it, and no other flag is that"),
+        ("--dataset cifar10", "use CIFAR10; or, for its command line, give one of its flags too, such as --arch resnet18"),
+        ("--data fashion-mnist", "use FashionMNIST; or"),
+        ("--dataset svhn", "no other flag is that code's: for its command line, give one of its flags too"),
         ("--dataset=CIFAR10 --path here", "use cifar10; or, for FDFA's command line, --data-dir instead of --path"),
     ],
 )
@@ -330,7 +376,7 @@ def write_cifar10(folder: Path, **counts: int) -> None:
 def test_the_readme_command_of_flg_trains(tmp_path: Path) -> None:
     """Word for word, on a narrow network, for two epochs, with CIFAR-10's format in a folder."""
     write_cifar10(tmp_path, train=64, test=20)
-    small = f"--path {tmp_path} --n_epoch 2 --batchsize 16 --widen_factor 0.07 --histogram --save_model"
+    small = f"--path {tmp_path} --n_epoch 2 --batchsize 16 --widen_factor 0.125 --histogram --save_model"
     done = subprocess.run(
         [sys.executable, "-u", ROOT / "main.py", *shlex.split(f"{README_OF_FLG} {small}")[3:]],
         cwd=tmp_path,
@@ -347,5 +393,308 @@ def test_the_readme_command_of_flg_trains(tmp_path: Path) -> None:
     assert list(rows[0]["heads"]) == [f"block{number}" for number in range(1, 8)]
     assert all(rows[1]["heads"][cut]["loss"] < rows[0]["heads"][cut]["loss"] for cut in rows[0]["heads"])
     weights = torch.load(folder / "weights-2.pt", weights_only=True)
-    assert weights["block1.0.weight"].shape == (4, 3, 3, 3)
+    assert weights["block1.0.weight"].shape == (8, 3, 3, 3)
     assert len((folder / "alignment.jsonl").read_text().splitlines()) == 3
+
+
+Make = Callable[..., ImageData]
+
+
+@pytest.mark.parametrize("line", ["--algorithm avg-weight-fast --guess random", "--guess random --space avg-weight"])
+@pytest.mark.parametrize("arch", flg.ARCHITECTURES)
+def test_beside_random_directions_the_last_block_learns_from_its_exact_gradient(images: Make, line: str, arch: str) -> None:
+    """Its classifier was trained by noise."""
+    config = translate([*line.split(), "--arch", arch, "--widen_factor", "0.0625", "--batchsize", "8"])
+    run = prepare(config, images(train=8, channels=3, size=8))
+    x, y = next(run.training_batches(1))
+    model = run.estimator.model
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    F.cross_entropy(model(x), y).backward()
+    exact = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.load_state_dict(state)
+    model.zero_grad()
+    run.estimator.estimate(x, y)
+    for name, p in model.named_parameters():
+        if name.startswith("output."):
+            torch.testing.assert_close(p.grad, exact[name])
+    assert not torch.allclose(model.block1[0].weight.grad, exact["block1.0.weight"])
+
+
+@pytest.mark.parametrize("auxnet", ["cnn", "mlp", "linear", "predsim"])
+@pytest.mark.parametrize("algo", ["std", "localonly", "generic"])
+def test_resnet18_2b_ends_in_the_chosen_head(images: Make, algo: str, auxnet: str) -> None:
+    line = f"--algo {algo} --arch resnet18-2b --auxnet {auxnet} --widen_factor 0.125 --batchsize 8"
+    run = prepare(translate(line.split()), images(train=8, channels=3, size=8))
+    block, head = run.estimator.model.output
+    assert [type(part).__name__ for part in block] == ["Residual"] * 2
+    kinds = [type(module).__name__ for module in head.modules() if not list(module.children())]
+    assert (
+        kinds
+        == {
+            "cnn": ["Conv2d", "BatchNorm2d", "ReLU"] * 4 + ["AdaptiveAvgPool2d", "Flatten", "Linear"],
+            "mlp": ["AdaptiveAvgPool2d", "Flatten"] + ["Linear", "BatchNorm1d", "ReLU"] * 3 + ["Linear"],
+            "linear": ["BatchNorm2d", "AdaptiveAvgPool2d", "Flatten", "Linear"],
+            "predsim": ["AdaptiveAvgPool2d", "Flatten", "Linear"],
+        }[auxnet]
+    )
+    last = [module for module in head.modules() if isinstance(module, nn.Linear)][-1]
+    assert (last.bias == 0.01).all()
+    assert last.in_features == {"cnn": 4 * 32 // 8, "mlp": 1024 // 8, "linear": 4 * 128 // 8, "predsim": 16 * 4 * 4}[auxnet]
+    x, y = next(run.training_batches(1))
+    run.estimator.estimate(x, y)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in run.estimator.parameters())
+
+
+TOLD = {
+    # of FDFA's code
+    "--conv --n-layers 3": ["--n-layers has no effect: --conv is a network of its own, of four layers"],
+    "--dataset CIFAR100 --conv": ["--conv has no effect: CIFAR100 is trained on AlexNet"],
+    "--train-mode BP --b-lr 1 --feedback 0": [
+        "--b-lr has no effect: BP has no feedback that learns",
+        "--feedback-decay has no effect: BP has no feedback that learns",
+    ],
+    "--dry-run --epochs 3": ["--epochs has no effect: --dry-run is one batch"],
+    "--train-mode DKP --b-lr 1 --n-layers 4 --lr 3": [],
+    # of ForwardLocalGradient
+    "--scheduler onecycle --lr 0.1": ["--lr has no effect: the rates of onecycle are given by --maxlr"],
+    "--scheduler onecycle --optimizer.lr 0.1": ["--optimizer.lr has no effect: the rates of onecycle are given by --maxlr"],
+    "--arch small-net --factor 0.1": ["--factor has no effect: it is for --scheduler plateau"],
+    "--scheduler plateau --gamma 0.1": ["--gamma has no effect: it is for --scheduler steplr"],
+    "--scheduler constant --scheduler.step_size 3": ["--scheduler.step_size has no effect: it is for --scheduler steplr"],
+    "--algo fg-tgt-e2e-guess-localgrad-weight --algorithm std --target sum --guess random --space weight": [
+        f"{flag} has no effect: --algo fg-tgt-e2e-guess-localgrad-weight says it"
+        for flag in ("--algorithm", "--target", "--guess", "--space")
+    ],
+    "--algo avg-weight-fast --algorithm std --space weight --target local": [
+        "--algorithm has no effect: --algo avg-weight-fast says it",
+        "--space has no effect: avg-weight-fast is avg-weight",
+    ],
+    "--algorithm localonly --eps 1 --guess ntk": [
+        "--guess has no effect: localonly is no forward gradient",
+        "--eps has no effect: localonly is no forward gradient",
+    ],
+    "--guess local --noise_type gaussian": ["--noise_type has no effect: it is of random guesses"],
+    "--space sign-weight --eps 1e-3": ["--eps has no effect: this estimate is not divided by a length"],
+    "--space weight --eps 1e-3": [],
+    "--guess random --space activation --auxnet cnn": ["--auxnet has no effect: no head is trained"],
+    "--algo std --auxnet linear --auxnet.h_channel 32": [
+        "--auxnet has no effect: no head is trained",
+        "--auxnet.h_channel has no effect: no head is trained",
+    ],
+    "--algo std --auxnet linear --arch resnet18-2b": [],
+    "--auxnet linear --h_channel 32": ["--h_channel has no effect: a linear head has no hidden layers"],
+    "--auxnet predsim --pool_size 0": ["--pool_size has no effect: a predsim head pools to 2,048 features"],
+    "--arch resnet18 --image_size_over_32": ["--image_size_over_32 has no effect: the stem follows the size of the images"],
+    "--arch resnet18-16b --downsample avg-pool": ["--downsample has no effect: resnet18-16b has no skip connections"],
+    "--num-workers 4 --dim 3": [
+        "--num-workers has no effect: images are kept in memory, or decoded by threads",
+        "--dim has no effect: nothing reads it there either",
+    ],
+    "--entity us": ["--entity has no effect: without --status nothing is logged to Weights & Biases"],
+    "--entity us --status": [],
+    "--arch resnet18 --dataset mnist --augmentation standard": [
+        "--augmentation has no effect: images of mnist are never augmented"
+    ],
+    "--widen_factor 0.3 --auxnet cnn": [
+        "--widen_factor 0.3: that code rounds channels down, here they go to the nearest: 77 for 76, 154 for 153, 10 for 9"
+    ],
+    "--widen_factor 0.5": [],
+    "--widen_factor 0.5 --arch small-net": [
+        "--widen_factor 0.5: that code leaves small-net as it is, and narrows its heads alone"
+    ],
+    "--arch resnet18-2b --downsample avg-pool --widen_factor 2": [
+        "--widen_factor 2: that code leaves resnet18-2b as it is, and narrows its heads alone",
+        "--downsample avg-pool: that code leaves resnet18-2b as it is",
+    ],
+    "--arch resnet18-16b --auxnet cnn --auxnet.h_channel 32": [
+        "--h_channel 32: that code makes it 16 with resnet18-16b, whatever is asked for"
+    ],
+}
+
+
+@pytest.mark.parametrize(("line", "told"), TOLD.items())
+def test_a_flag_without_effect_is_told(line: str, told: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    translate(line.split())
+    assert sorted(capsys.readouterr().err.splitlines()) == sorted(told)
+
+
+def test_the_gpu_that_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert translate(["--device", "3"]).device == "cpu"
+    assert capsys.readouterr().err == "--device has no effect: there is no GPU here\n"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert translate(["--device", "1"]).device == "cuda:1"
+    with pytest.raises(UsageError, match=r"^--device 3: the GPUs here have the numbers 0 to 1$"):
+        translate(["--device", "3"])
+
+
+def test_the_entity_of_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_ENTITY", "others")
+    seen = []
+    monkeypatch.setattr(commands, "train", lambda config: seen.append(os.environ["WANDB_ENTITY"]))
+    for line in (["--entity", "us"], ["--entity", "us", "--status"]):
+        main.run(line)
+    assert seen == ["others", "us"]
+
+
+@pytest.mark.parametrize("short", ["--dataset", "--data", "--dat", "--da", "--datas"])
+def test_fdfas_flag_for_the_data_may_be_shortened_as_there(short: str) -> None:
+    assert translate([short, "CIFAR10"]).data == "cifar10"
+    assert translate([f"{short}=CIFAR10", "--data-dir", "here"]).data_dir == "here"
+
+
+# ---- what goes wrong is told in the command line's own words
+
+
+def all_settings(dialect: Any) -> list[str]:
+    """A sentence on every flag of `onward train`, as a user of the dialect gets it."""
+    names = dialect.read([]).flags
+    return [commands.reworded(f"--{name} 3: leave it out", names) for name in commands._settings(Train)]
+
+
+@pytest.mark.parametrize("dialect", [fdfa, flg])
+def test_no_sentence_names_a_flag_that_is_not_there(dialect: Any) -> None:
+    known = dialect.parser()._option_string_actions
+    sentences = all_settings(dialect)
+    assert len(sentences) > 50
+    flags = [sentence.split()[0] for sentence in sentences if sentence.startswith("--")]
+    assert len(flags) > 10
+    assert set(flags) <= known.keys()
+    assert "`onward train`'s checkpoint-every 3: leave it out" in sentences
+
+
+@pytest.mark.parametrize(
+    ("dialect", "said", "meant"),
+    [
+        (flg, "--network.width 0: use a positive number", "--widen_factor 0: use a positive number"),
+        (flg, "a smaller --batch-size, or", "a smaller --optimizer.batchsize, or"),
+        (flg, "another folder with --out, or replace it with --overwrite", "another folder with --log-dir, or take it away"),
+        (flg, "onward train --resume results/x goes on", "onward train --resume results/x goes on"),
+        (flg, "give torchrun --nproc-per-node 2, or --device cpu", "give torchrun --nproc-per-node 2, or hide the GPUs with"),
+        (fdfa, "give torchrun --nproc-per-node 2, or --device cpu", "give torchrun --nproc-per-node 2, or --no-cuda"),
+        (fdfa, "it needs 10x10, enlarge them with --transform.size 28", "it needs 10x10, enlarge them, or leave out --conv"),
+        (fdfa, "the disk, or wait longer with --data-timeout", "the disk, or copy the images to another"),
+        (fdfa, "start the run anew with --overwrite", "start the run anew"),
+        (fdfa, "--lr-grid and --lr.", "--lr-grid and --lr."),
+    ],
+)
+def test_sentences_in_own_words(dialect: Any, said: str, meant: str) -> None:
+    assert commands.reworded(said, dialect.read([]).flags).startswith(meant)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--epochs 0", "^--epochs 0: use at least 1"),
+        ("--b-lr -1", "^--b-lr -1.0: use at least 0"),
+        ("--gamma 0", "^--gamma 0.0: use a positive number"),
+        ("--weight-decay -1", "^--weight-decay -1.0: use at least 0"),
+        ("--feedback-decay -1", "^--feedback-decay -1.0: use at least 0"),
+        ("--test-batch-size 0", "^--test-batch-size 0: use at least 1"),
+        ("--arch resnet18 --n_epoch 0", "^--n_epoch 0: use at least 1"),
+        ("--auxnet.h_channel -3", "^--auxnet.h_channel -3: use at least 1"),
+        ("--auxnet linear --h_channel -3", "^--h_channel -3: use at least 1"),
+        ("--widen_factor -1", "^--widen_factor -1.0: use a positive number"),
+        ("--widen_factor 2e4", "^--widen_factor 20000.0: use a positive number, at most 10000"),
+        ("--batchsize 0", "^--batchsize 0: use at least 1"),
+        ("--optimizer.wd -1", "^--optimizer.wd -1.0: use at least 0"),
+        ("--scheduler plateau --factor 0", "^--factor 0.0: use a positive number"),
+        ("--scheduler onecycle --maxlr -1", "^--maxlr -1.0: use at least 0"),
+        ("--scheduler linear --end_factor -1", "^--end_factor -1.0: use at least 0"),
+        ("--num_train_sample -1", "^--num_train_sample -1: use at least 1"),
+        ("--arch resnet18 --image_size -1", "^--image_size -1: use at least 1"),
+        ("--eps_norm -1", "^--eps_norm -1.0: use at least 0"),
+        ("--arch resnet18 --seed -1", "^--seed -1: use at least 0"),
+    ],
+)
+def test_a_value_out_of_range_is_told_with_the_flag_that_was_given(line: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        translate(line.split())
+
+
+def test_what_stops_a_run_is_told_in_own_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for raised, kind, message in (
+        (UsageError("another --data-dir"), UsageError, "another --path"),
+        (TrainingFailed("lower --lr"), TrainingFailed, "lower --optimizer.lr"),
+        (TimeoutError("no --epochs"), OSError, "no --n_epoch"),
+        (MemoryError(), TrainingFailed, "out of memory .*: use a smaller --optimizer.batchsize, or a smaller network"),
+        (RuntimeError("something else about --lr"), RuntimeError, "something else about --lr"),
+        (BrokenPipeError("--lr"), BrokenPipeError, "^--lr$"),
+    ):
+
+        def fails(config: Train, error: Exception = raised) -> None:
+            raise error
+
+        monkeypatch.setattr(commands, "train", fails)
+        with pytest.raises(kind, match=message):
+            main.run(["--arch", "small-net"])
+    assert not list(tmp_path.iterdir())  # nothing was written, so nothing is left
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for flag in ("--train-mode=BP", "--arch=small-net"):
+        with pytest.raises(UsageError, match=r"cannot be written to .*: choose another folder with --log-dir$"):
+            main.run([flag, "--log-dir", str(tmp_path / "file")])
+
+
+def test_small_images_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        for digit in range(2):
+            (tmp_path / "images" / split / str(digit)).mkdir(parents=True)
+            for index in range(2):
+                Image.new("L", (8, 8)).save(tmp_path / "images" / split / str(digit) / f"{index}.png")
+    with pytest.raises(UsageError, match=r"^cnn on 8x8 images: it needs 10x10, enlarge them, or leave out --conv$"):
+        main.run(["--conv", "--data-dir", "images"])
+
+
+# ---- folders
+
+
+def test_runs_that_start_in_the_same_second_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "240131_235959")
+    write_digits(tmp_path / "images", train=2, test=1)
+    for _ in range(3):
+        main.run(["--train-mode", "BP", "--data-dir", "images", "--batch-size", "8", "--epochs", "1", "--no-cuda"])
+    folders = sorted((tmp_path / "results" / "BP").iterdir())
+    assert [folder.name for folder in folders] == ["240131_235959", "240131_235959-2", "240131_235959-3"]
+    for folder in folders:
+        assert settings(folder).out == str(folder.relative_to(tmp_path))
+        assert f"written to {folder.relative_to(tmp_path)}\n" in capsys.readouterr().out or folder != folders[0]
+
+
+def test_runs_that_start_at_once(tmp_path: Path) -> None:
+    write_digits(tmp_path / "images", train=2, test=1)
+    line = "--train-mode BP --data-dir images --batch-size 8 --epochs 1 --no-cuda"
+    runs = [start(line, tmp_path) for _ in range(3)]
+    for run in runs:
+        _, said = run.communicate()
+        assert (run.returncode, said) == (0, "")
+    assert len(list((tmp_path / "results" / "BP").glob("*/metrics.jsonl"))) == 3
+
+
+# ---- parts of the data
+
+
+def test_more_images_than_there_are_are_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path, train=24, test=12)
+    small = f"--algo std --path {tmp_path} --arch small-net --widen_factor 0.0625 --n_epoch 1 --batchsize 8 --augmentation none"
+    main.run(f"{small} --num_train_sample 16 --num_test_sample 1000 --log-dir first".split())
+    main.run(f"{small} --num_train_sample 50000 --log-dir second".split())
+    first, second = (settings(next(Path(name).glob("*/*"))) for name in ("first", "second"))
+    assert (first.subset, second.subset) == (Subset(16, None), Subset(None, None))
+
+
+def test_a_dry_run_of_few_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_digits(tmp_path / "images", train=2, test=1)
+    main.run(["--dataset=MNIST", "--train-mode=DFA", "--data-dir", "images", "--dry-run", "--no-cuda"])
+    (folder,) = Path("results/DFA").iterdir()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1

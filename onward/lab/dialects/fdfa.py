@@ -7,15 +7,39 @@ from __future__ import annotations
 
 import argparse
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from onward.lab.batches import Transform
 from onward.lab.config import Feedback, ForwardGradient, Network, Optimizer, Schedule, Subset, Train
+from onward.lab.data import DATASETS
+from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
 
 DATA = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist", "CIFAR10": "cifar10", "CIFAR100": "cifar100"}
 ALGORITHMS = {"BP": "bp", "DFA": "dfa", "DKP": "dkp", "FDFA": "fdfa", "FwdGrad": "fg"}
+FLAGS = {
+    "--batch-size": "--batch-size",
+    "--data-dir": "--data-dir",
+    "--device cpu": "--no-cuda",
+    "--epochs": "--epochs",
+    "--feedback.decay": "--feedback-decay",
+    "--feedback.lr": "--b-lr",
+    "--log-interval": "--log-interval",
+    "--lr": "--lr",
+    "--network.layers": "--n-layers",
+    "--optimizer.weight-decay": "--weight-decay",
+    "--out": "--log-dir",
+    "--schedule.gamma": "--gamma",
+    "--seed": "--seed",
+    "--subset.train": "--batch-size",
+    "--test-batch-size": "--test-batch-size",
+    # No flag of this code changes the size of images.
+    "enlarge them with --transform.size 28": "enlarge them, or leave out --conv",
+    "give the size that they are to have, for example --transform.size 224": "bring them to one size",
+}
+"""Of `onward train`'s flags, and of phrases with one, what this code has in that place."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -24,7 +48,12 @@ def parser() -> argparse.ArgumentParser:
         description="The FDFA paper's command line. `onward train` offers more.",
         epilog="For the command line of ForwardLocalGradient give one of its flags too: --arch resnet18 --help.",
     )
-    flags.add_argument("--dataset", choices=DATA, default="MNIST", help="CIFAR100 is trained on AlexNet (default: MNIST)")
+    flags.add_argument(
+        "--dataset", type=_dataset, choices=DATA, default="MNIST", help="CIFAR100 is trained on AlexNet (default: MNIST)"
+    )
+    # What --dataset may be shortened to there, where no other flag begins like that.
+    short: dict[str, object] = {"dest": "dataset", "type": _dataset, "choices": DATA, "default": argparse.SUPPRESS}
+    flags.add_argument("--data", "--dat", "--da", **short, help=argparse.SUPPRESS)
     flags.add_argument("--data-dir", metavar="DIR", help="read the images from this folder")
     flags.add_argument("--train-mode", choices=ALGORITHMS, default="FDFA", help="FwdGrad perturbs weights (default: FDFA)")
     flags.add_argument("--conv", action="store_true", help="train the convolutional network")
@@ -51,32 +80,71 @@ def _at_least_one(text: str) -> int:
     return int(text)
 
 
-def translate(arguments: Sequence[str] | None = None) -> Train:
-    """The configuration that a command line of the FDFA code means."""
-    asked = parser().parse_args(arguments)
+def _dataset(name: str) -> str:
+    if name in DATASETS and name not in DATA:
+        own = next((f"use {theirs}; or, " for theirs, here in DATA.items() if here == name), "")
+        raise argparse.ArgumentTypeError(
+            f"{name} is ForwardLocalGradient's name for it, and no other flag is that code's: {own}for its command line, give "
+            "one of its flags too, such as --arch resnet18"
+        )
+    return name
+
+
+def read(arguments: Sequence[str] | None = None) -> Command:
+    """What a command line of the FDFA code means.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = parser()
+    asked = flags.parse_args(arguments)
     forward_gradient = asked.train_mode == "FwdGrad"
     cifar100 = asked.dataset == "CIFAR100"
     batch_size = asked.batch_size or (128 if cifar100 else 64)
     layers = asked.n_layers or (1 if forward_gradient else 2)
     model = "alexnet" if cifar100 else "cnn" if asked.conv else "mlp"
-    return Train(
-        algorithm=ALGORITHMS[asked.train_mode],
-        model=model,
-        data=DATA[asked.dataset],
-        data_dir=asked.data_dir,
-        epochs=1 if asked.dry_run else asked.epochs,
-        batch_size=batch_size,
-        test_batch_size=asked.test_batch_size,
-        lr=asked.lr if asked.lr is not None else 1e-3 if forward_gradient else 1e-4,
-        seed=asked.seed if asked.seed >= 0 else random.randrange(2**31),
-        device="cpu" if asked.no_cuda else "auto",
-        out=str(Path(asked.log_dir) / asked.train_mode / time.strftime("%y%m%d_%H%M%S")),
-        log_interval=asked.log_interval,
-        network=Network(layers=layers) if model == "mlp" else Network(),
-        optimizer=Optimizer(weight_decay=asked.weight_decay),
-        schedule=Schedule(gamma=asked.gamma),
-        feedback=Feedback(lr=asked.b_lr, decay=asked.feedback_decay),
-        forward_gradient=ForwardGradient(space="avg-weight") if forward_gradient else ForwardGradient(),
-        transform=Transform(augment="resized-crop-flip", size=224) if cifar100 else Transform(),
-        subset=Subset(train=batch_size) if asked.dry_run else Subset(),
-    )
+    with in_own_words(FLAGS):
+        config = Train(
+            algorithm=ALGORITHMS[asked.train_mode],
+            model=model,
+            data=DATA[asked.dataset],
+            data_dir=asked.data_dir,
+            epochs=1 if asked.dry_run else asked.epochs,
+            batch_size=batch_size,
+            test_batch_size=asked.test_batch_size,
+            lr=asked.lr if asked.lr is not None else 1e-3 if forward_gradient else 1e-4,
+            seed=asked.seed if asked.seed >= 0 else random.randrange(2**31),
+            device="cpu" if asked.no_cuda else "auto",
+            out=str(Path(asked.log_dir) / asked.train_mode / time.strftime("%y%m%d_%H%M%S")),
+            log_interval=asked.log_interval,
+            network=Network(layers=layers) if model == "mlp" else Network(),
+            optimizer=Optimizer(weight_decay=asked.weight_decay),
+            schedule=Schedule(gamma=asked.gamma),
+            feedback=Feedback(lr=asked.b_lr, decay=asked.feedback_decay),
+            forward_gradient=ForwardGradient(space="avg-weight") if forward_gradient else ForwardGradient(),
+            transform=Transform(augment="resized-crop-flip", size=224) if cifar100 else Transform(),
+            subset=Subset(train=batch_size) if asked.dry_run else Subset(),
+        )
+    return Command(config, FLAGS, tuple(no_effect(given(flags, arguments), _reasons(asked))))
+
+
+def _reasons(asked: argparse.Namespace) -> dict[str, str]:
+    """Why flags have no effect beside others, by what they set."""
+    reasons = {}
+    if asked.dataset == "CIFAR100":
+        reasons |= dict.fromkeys(("conv", "n_layers"), "CIFAR100 is trained on AlexNet")
+    elif asked.conv:
+        reasons["n_layers"] = "--conv is a network of its own, of four layers"
+    if asked.train_mode not in ("DKP", "FDFA"):
+        reasons |= dict.fromkeys(("b_lr", "feedback_decay"), f"{asked.train_mode} has no feedback that learns")
+    if asked.dry_run:
+        reasons["epochs"] = "--dry-run is one batch"
+    return reasons
+
+
+def translate(arguments: Sequence[str] | None = None) -> Train:
+    """The configuration that a command line of the FDFA code means; what its user has to know is printed."""
+    command = read(arguments)
+    command.tell()
+    return command.config

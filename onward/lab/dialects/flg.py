@@ -1,13 +1,15 @@
 """The command line of ForwardLocalGradient, the code of "Can Forward Gradient Match Backpropagation?".
 
 Source of the dialect: the README and args.py of github.com/streethagore/ForwardLocalGradient (Fournier et al. 2023). The README
-and the code spell several flags differently, and none of the README's commands parse there; here both spellings do.
+and the code spell several flags differently, and none of the README's commands parse there; here both spellings do. What that
+code does otherwise, and where this differs: docs/papers.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +17,19 @@ from pathlib import Path
 import torch
 
 from onward.errors import UsageError
+from onward.estimators.forward_gradient import OF_HEADS
 from onward.lab.batches import Transform
+from onward.lab.blocks import scaled
 from onward.lab.config import ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
 from onward.lab.data import DATASETS
 from onward.lab.dialects import fdfa
+from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
 
 ARCHITECTURES = {"resnet18": "resnet18-8b"} | {
     name: name for name in ("resnet18-8b", "resnet18-16b", "resnet18-2b", "small-net")
 }
+HIDDEN_BLOCKS = {"resnet18-8b": 7, "resnet18-16b": 15, "resnet18-2b": 1, "small-net": 5}
+ALGORITHMS = {"std": "bp", "localonly": "local", "avg-weight-fast": "fg", "generic": "fg"}
 TARGETS = {"e2e": "global"} | {name: name for name in ("global", "local", "above", "sum")}
 GUESSES = {"localgrad": "local", **TARGETS} | {name: name for name in ("random", "ntk", "fixed-ntk", "feedback")}
 WEIGHT_SPACES = ("weight", "avg-weight", "span-weight", "sign-weight", "random-sign-weight", "f-weight")
@@ -32,7 +39,22 @@ SPACES = {name: name for name in (*WEIGHT_SPACES, "activation", "activation-2", 
     "span-activity": "span-activation",
     "f-activity": "f-activation",
 }
+PROJECTIONS = ("weight", "avg-weight", "activation", "activation-2")
+"""Spaces where something is divided by a squared length."""
 SCHEDULERS = {"steplr": "step", "plateau": "plateau", "onecycle": "onecycle", "linear": "linear", "constant": "constant"}
+OF_SCHEDULER = {
+    "gamma": "steplr",
+    "step_size": "steplr",
+    "factor": "plateau",
+    "patience": "plateau",
+    "maxlr": "onecycle",
+    "step_per_epoch_time_bs": "onecycle",
+    "start_factor": "linear",
+    "end_factor": "linear",
+    "total_iters": "linear",
+}
+WEIGHTS = ("xavier-uniform", "xavier-normal", "kaiming-uniform", "kaiming-normal", "normal", "uniform", "ones", "zeros")
+HEADS = ("mlp", "cnn", "linear", "predsim")
 IMAGENET = Transform(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), augment="resized-crop-flip", size=224)
 CIFAR = Transform(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), augment="crop-flip")
 TRANSFORMS = {
@@ -43,11 +65,58 @@ TRANSFORMS = {
     "imagenet32": Transform(IMAGENET.mean, IMAGENET.std, IMAGENET.augment, size=32),
 }
 OF_OTHERS = Transform(mean=0.0, std=1.0)
-WITHOUT_EFFECT = ("--num-workers", "--prefetch-factor", "--checkpoint_time", "--dim", "--num_block")
+WITHOUT_EFFECT = {
+    "num_workers": "images are kept in memory, or decoded by threads",
+    "prefetch_factor": "images are kept in memory, or decoded by threads",
+    "checkpoint_time": "nothing reads it there either",
+    "dim": "nothing reads it there either",
+    "num_block": "nothing reads it there either",
+    "image_size_over_32": "the stem follows the size of the images",
+    "step_per_epoch_time_bs": "the schedule counts the steps of the run itself",
+}
+FLAGS = {
+    "--align-every": "histogram",
+    "--batch-size": "batchsize",
+    "--data": "dataset",
+    "--data-dir": "path",
+    "--device": "device",
+    "--epochs": "n_epoch",
+    "--forward-gradient.eps": "eps",
+    "--heads.kind": "auxnet",
+    "--heads.width": "h_channel",
+    "--log-interval": "log_freq",
+    "--lr": "lr",
+    "--network.downsample": "downsample",
+    "--network.width": "widen_factor",
+    "--optimizer.momentum": "momentum",
+    "--optimizer.name": "optimizer",
+    "--optimizer.weight-decay": "wd",
+    "--out": "log_dir",
+    "--save-weights": "save_model",
+    "--schedule.end": "end_factor",
+    "--schedule.gamma": "gamma",
+    "--schedule.name": "scheduler",
+    "--schedule.patience": "patience",
+    "--schedule.start": "start_factor",
+    "--schedule.step-size": "step_size",
+    "--seed": "seed",
+    "--subset.test": "num_test_sample",
+    "--subset.train": "num_train_sample",
+    "--transform.augment": "augmentation",
+    "--transform.size": "image_size",
+    "--wandb": "status",
+    "--wandb-name": "run_name",
+    "--wandb-project": "project",
+}
+"""Of `onward train`'s flags, what this code's flag for the same sets."""
+PHRASES = {
+    "or --device cpu": "or hide the GPUs with CUDA_VISIBLE_DEVICES=",
+    "use cpu, or auto": "use another one, or hide the GPUs with CUDA_VISIBLE_DEVICES=",
+}
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of ForwardLocalGradient, and `--seed`."""
+    """The flags of ForwardLocalGradient, and `--seed` and `--log-dir`."""
     flags = argparse.ArgumentParser(
         description="ForwardLocalGradient's command line. `onward train` offers more.", allow_abbrev=False
     )
@@ -57,8 +126,8 @@ def parser() -> argparse.ArgumentParser:
         flags.add_argument(f"--{part}.{name}", f"--{name}", dest=name, **options)
 
     add = flags.add_argument
-    add("--algo", metavar="NAME", help="std, localonly, or fg-tgt-TARGET-guess-GUESS-SPACE (default: as the next four say)")
-    add("--algorithm", choices=["std", "localonly", "avg-weight-fast", "generic"], default="generic")
+    add("--algo", metavar="NAME", help="a name of --algorithm, or fg-tgt-TARGET-guess-GUESS-SPACE (default: as the next say)")
+    add("--algorithm", choices=ALGORITHMS, default="generic")
     add("--target", choices=TARGETS, default="global", help="(default: global)")
     add("--guess", choices=GUESSES, default="local", help="(default: local)")
     add("--space", choices=[*SPACES, "constrained-weight"], default="weight", help="(default: weight)")
@@ -67,9 +136,11 @@ def parser() -> argparse.ArgumentParser:
     add("--arch", choices=ARCHITECTURES, default="resnet18-8b", help="(default: resnet18-8b)")
     add("--downsample", choices=["conv", "avg-pool"], default="conv", help="(default: conv)")
     add("--widen_factor", type=float, default=1.0, metavar="W", help="(default: 1)")
-    add("--weight_init", choices=["kaiming-uniform"], help=argparse.SUPPRESS)
-    add("--auxnet", choices=["mlp", "cnn", "linear", "predsim"], default="mlp", help="(default: mlp)")
+    add("--weight_init", choices=WEIGHTS, default="kaiming-uniform", help="kaiming-uniform is the only one here")
+    add("--auxnet", choices=HEADS, default="mlp", help="(default: mlp)")
     nested("auxnet", "h_channel", type=int, metavar="N", help="(default: 32 of cnn, 1024 of mlp; half with resnet18-16b)")
+    for flag in ("aux_type", "pool_size", "n_layers"):
+        nested("auxnet", flag, type=str if flag == "aux_type" else int, help=argparse.SUPPRESS)
     add("--n_epoch", type=int, metavar="N", help="(default: 100; imagenet32: 70)")
     add("--optimizer", choices=["sgd", "adam"], default="sgd", help="(default: sgd)")
     nested("optimizer", "batchsize", type=int, metavar="N", help="(default: 128; adam: 512)")
@@ -82,8 +153,10 @@ def parser() -> argparse.ArgumentParser:
     nested("scheduler", "factor", type=float, help="of plateau (default: 0.2)")
     nested("scheduler", "patience", type=int, default=15, metavar="N", help="of plateau, in epochs (default: 15)")
     nested("scheduler", "maxlr", type=float, default=0.1, metavar="LR", help="of onecycle, instead of lr (default: 0.1)")
+    nested("scheduler", "step_per_epoch_time_bs", help=argparse.SUPPRESS)
     nested("scheduler", "start_factor", type=float, default=1.0, metavar="F", help="of linear (default: 1)")
     nested("scheduler", "end_factor", type=float, default=0.0, metavar="F", help="of linear (default: 0)")
+    nested("scheduler", "total_iters", type=float, help=argparse.SUPPRESS)
     names = [name for name in DATASETS if name != "digits"]
     add("--dataset", type=_dataset, choices=names, default="cifar10", help="(default: cifar10)")
     add("--path", default="", metavar="DIR", help="read the images from this folder")
@@ -103,10 +176,12 @@ def parser() -> argparse.ArgumentParser:
     add("--status", action="store_true", help="log to Weights & Biases")
     add("--project", default="Forward Gradient", help="of Weights & Biases (default: Forward Gradient)")
     add("--run_name", default="default-name", help="of Weights & Biases (default: default-name)")
+    add("--entity", help="of Weights & Biases")
     add("--device", type=int, default=0, metavar="N", help="number of the GPU, where there is one (default: 0)")
     add("--log-freq", type=int, default=39, metavar="N", help="steps between two logged losses (default: 39)")
+    add("--log-dir", default="results", metavar="DIR", help="(default: results)")
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    for flag in WITHOUT_EFFECT:
+    for flag in ("--num-workers", "--prefetch-factor", "--checkpoint_time", "--dim", "--num_block"):
         add(flag, help=argparse.SUPPRESS)
     return flags
 
@@ -120,78 +195,100 @@ def _dataset(name: str) -> str:
     return name
 
 
-def translate(arguments: Sequence[str] | None = None) -> Train:
-    """The configuration that a command line of ForwardLocalGradient means.
+def read(arguments: Sequence[str] | None = None) -> Command:
+    """What a command line of ForwardLocalGradient means.
 
     Raises:
-        UsageError: a name that has no meaning.
+        UsageError: a name that has no meaning, a value out of its range, or one that only that code has.
     """
-    asked = parser().parse_args(arguments)
-    algorithm, forward_gradient = _named(asked) if asked.algo else _spelled_out(asked)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    flags = parser()
+    asked = flags.parse_args(arguments)
+    spelled = {action.dest: action.option_strings[0] for action in flags._actions} | given(flags, arguments)
+    algorithm, forward_gradient = _algorithm(asked)
     model = ARCHITECTURES[asked.arch]
+    heads = model == "resnet18-2b" or algorithm == "local"  # whether any are trained
+    heads |= algorithm == "fg" and bool({forward_gradient.target, forward_gradient.guess} & OF_HEADS)
     sgd = asked.optimizer == "sgd"
-    if asked.momentum is not None and not sgd:
-        raise UsageError(f"--momentum {asked.momentum} is for --optimizer sgd: give both or neither")
-    lr = (0.05 if sgd else 1e-3) if asked.lr is None else asked.lr
-    transform = TRANSFORMS.get(asked.dataset, OF_OTHERS)
+    epochs = (70 if asked.dataset == "imagenet32" else 100) if asked.n_epoch is None else asked.n_epoch
+    gpus = torch.cuda.device_count()
+    _check(asked, spelled, epochs, gpus)
+    if heads:
+        _check_heads(asked, spelled)
     method = [asked.auxnet, forward_gradient.target, forward_gradient.guess, forward_gradient.space]
     method = {"fg": method, "local": ["local", asked.auxnet], "bp": ["std"]}[algorithm]
-    return Train(
-        algorithm=algorithm,
-        model=model,
-        data=asked.dataset,
-        data_dir=asked.path or None,
-        epochs=(70 if asked.dataset == "imagenet32" else 100) if asked.n_epoch is None else asked.n_epoch,
-        batch_size=(128 if sgd else 512) if asked.batchsize is None else asked.batchsize,
-        lr=asked.maxlr if asked.scheduler == "onecycle" else lr,
-        seed=asked.seed,
-        device=f"cuda:{asked.device}" if torch.cuda.is_available() else "cpu",
-        out=str(Path("results") / "-".join([model, *method]) / time.strftime("%y%m%d_%H%M%S")),
-        save_weights=asked.save_model,
-        align_every=int(asked.histogram),
-        wandb=asked.status,
-        wandb_project=asked.project,
-        wandb_name=asked.run_name,
-        log_interval=asked.log_freq,
-        network=Network(width=asked.widen_factor, downsample=asked.downsample),
-        optimizer=Optimizer(
-            name=asked.optimizer,
-            momentum=(0.9 if asked.momentum is None else asked.momentum) if sgd else 0.0,
-            weight_decay=(5e-4 if sgd else 1e-6) if asked.wd is None else asked.wd,
-        ),
-        schedule=_schedule(asked),
-        heads=Heads(kind=asked.auxnet, width=asked.h_channel),
-        forward_gradient=forward_gradient,
-        transform=Transform(
-            transform.mean,
-            transform.std,
-            augment=transform.augment if asked.augmentation == "standard" else "none",
-            size=asked.image_size or transform.size,
-        ),
-        subset=Subset(train=asked.num_train_sample or None, test=asked.num_test_sample or None),
-    )
+    names = {flag: spelled[name] for flag, name in FLAGS.items()}
+    names |= PHRASES
+    if asked.scheduler == "onecycle":
+        names["--lr"] = spelled["maxlr"]
+    if asked.scheduler == "plateau":
+        names["--schedule.gamma"] = spelled["factor"]
+    transform = TRANSFORMS.get(asked.dataset, OF_OTHERS)
+    with in_own_words(names):
+        config = Train(
+            algorithm=algorithm,
+            model=model,
+            cuts=_cuts(model, forward_gradient) if algorithm == "fg" else None,
+            data=asked.dataset,
+            data_dir=asked.path or None,
+            epochs=epochs,
+            batch_size=(128 if sgd else 512) if asked.batchsize is None else asked.batchsize,
+            lr=asked.maxlr if asked.scheduler == "onecycle" else (0.05 if sgd else 1e-3) if asked.lr is None else asked.lr,
+            seed=asked.seed,
+            device=f"cuda:{asked.device}" if gpus else "cpu",
+            out=str(Path(asked.log_dir) / "-".join([model, *method]) / time.strftime("%y%m%d_%H%M%S")),
+            save_weights=asked.save_model,
+            align_every=int(asked.histogram),
+            wandb=asked.status,
+            wandb_project=asked.project,
+            wandb_name=asked.run_name,
+            log_interval=asked.log_freq,
+            network=Network(width=asked.widen_factor, downsample="conv" if model == "resnet18-16b" else asked.downsample),
+            optimizer=Optimizer(
+                name=asked.optimizer,
+                momentum=(0.9 if asked.momentum is None else asked.momentum) if sgd else 0.0,
+                weight_decay=(5e-4 if sgd else 1e-6) if asked.wd is None else asked.wd,
+            ),
+            schedule=_schedule(asked),
+            heads=Heads(kind=asked.auxnet, width=asked.h_channel or None),
+            forward_gradient=forward_gradient,
+            transform=Transform(
+                transform.mean,
+                transform.std,
+                augment=transform.augment if asked.augmentation == "standard" else "none",
+                size=asked.image_size or transform.size,
+            ),
+            subset=Subset(train=asked.num_train_sample or None, test=asked.num_test_sample or None),
+        )
+        told = no_effect(given(flags, arguments), _reasons(asked, config, heads, gpus)) + _differences(asked, config, heads)
+    environment = {"WANDB_ENTITY": asked.entity} if asked.entity and asked.status else {}
+    return Command(config, names, tuple(told), environment)
 
 
-def _named(asked: argparse.Namespace) -> tuple[str, ForwardGradient]:
-    """What the README's --algo means: std, localonly, or a forward gradient."""
-    if asked.algo in ("std", "localonly"):
-        return {"std": "bp", "localonly": "local"}[asked.algo], ForwardGradient()
+def translate(arguments: Sequence[str] | None = None) -> Train:
+    """The configuration that a command line of ForwardLocalGradient means; what its user has to know is printed."""
+    command = read(arguments)
+    command.tell()
+    return command.config
+
+
+def _algorithm(asked: argparse.Namespace) -> tuple[str, ForwardGradient]:
+    """What --algo means, or --algorithm, --target, --guess and --space: an algorithm, and which forward gradient."""
+    name = asked.algo or asked.algorithm
+    if ALGORITHMS.get(name) in ("bp", "local"):
+        return ALGORITHMS[name], ForwardGradient()
+    if name == "avg-weight-fast":
+        return "fg", _forward_gradient(asked.target, asked.guess, "avg-weight", asked, unbiased=True)
+    if name == "generic":
+        return "fg", _forward_gradient(asked.target, asked.guess, asked.space, asked)
     targets, guesses, spaces = ("|".join(names) for names in (TARGETS, GUESSES, [*SPACES, "constrained-weight"]))
-    parts = re.fullmatch(f"fg-tgt-({targets})-guess-({guesses})-({spaces})", asked.algo)
+    parts = re.fullmatch(f"fg-tgt-({targets})-guess-({guesses})-({spaces})", name)
     if parts is None:
         raise UsageError(
-            f"--algo {asked.algo}: use std, localonly, or fg-tgt-TARGET-guess-GUESS-SPACE with a TARGET out of "
+            f"--algo {name}: use {', '.join(ALGORITHMS)}, or fg-tgt-TARGET-guess-GUESS-SPACE with a TARGET out of "
             f"{', '.join(TARGETS)}, a GUESS out of {', '.join(GUESSES)} and a SPACE out of {', '.join(SPACES)}"
         )
     return "fg", _forward_gradient(*parts.groups(), asked)
-
-
-def _spelled_out(asked: argparse.Namespace) -> tuple[str, ForwardGradient]:
-    """What the code's --algorithm, --target, --guess and --space mean."""
-    if asked.algorithm in ("std", "localonly"):
-        return {"std": "bp", "localonly": "local"}[asked.algorithm], ForwardGradient()
-    fast = asked.algorithm == "avg-weight-fast"
-    return "fg", _forward_gradient(asked.target, asked.guess, "avg-weight" if fast else asked.space, asked, unbiased=fast)
 
 
 def _forward_gradient(
@@ -222,3 +319,104 @@ def _schedule(asked: argparse.Namespace) -> Schedule:
         "linear": {"start": asked.start_factor, "end": asked.end_factor},
     }
     return Schedule(SCHEDULERS[asked.scheduler], **settings.get(asked.scheduler, {}))
+
+
+def _cuts(model: str, forward_gradient: ForwardGradient) -> tuple[str, ...] | None:
+    """Every hidden block's output, where the library's default would be none: that code's last block learns from its exact
+    gradient also beside random directions of all weights."""
+    if (forward_gradient.guess, forward_gradient.space) != ("random", "avg-weight"):
+        return None
+    return tuple(f"block{number}" for number in range(1, HIDDEN_BLOCKS[model] + 1))
+
+
+def _check(asked: argparse.Namespace, spelled: dict[str, str], epochs: int, gpus: int) -> None:
+    """Refuse values that only that code has, and those that no code could use."""
+    if asked.momentum is not None and asked.optimizer != "sgd":
+        raise UsageError(f"{spelled['momentum']} {asked.momentum} is for --optimizer sgd: give both or neither")
+    if asked.weight_init != "kaiming-uniform":
+        raise UsageError(f"--weight_init {asked.weight_init}: networks and heads start kaiming-uniform here, leave it out")
+    if asked.scheduler == "linear" and asked.total_iters not in (None, epochs):
+        raise UsageError(
+            f"{spelled['total_iters']} {asked.total_iters:g}: linear takes the whole run here, {epochs} epochs: leave it out"
+        )
+    if gpus and not 0 <= asked.device < gpus:
+        raise UsageError(f"--device {asked.device}: the GPUs here have the numbers 0 to {gpus - 1}")
+
+
+def _check_heads(asked: argparse.Namespace, spelled: dict[str, str]) -> None:
+    """Refuse what only that code's heads can be."""
+    kind = asked.auxnet
+    if asked.aux_type not in (None, kind):
+        known = asked.aux_type if asked.aux_type in HEADS else kind
+        raise UsageError(
+            f"{spelled['aux_type']} {asked.aux_type} beside --auxnet {kind} gives one kind of head the sizes of another there: "
+            f"use --auxnet {known} alone"
+        )
+    if asked.h_channel == 0 and kind in ("cnn", "mlp"):
+        raise UsageError(
+            f"{spelled['h_channel']} 0 makes each head as wide as its block there; here all heads are of one width: give it"
+        )
+    fixed = {"cnn": {"pool_size": 2, "n_layers": 3}, "mlp": {"pool_size": 2, "n_layers": 3}, "linear": {"pool_size": 2}}
+    for name, value in fixed.get(kind, {}).items():
+        if getattr(asked, name) not in (None, value):
+            raise UsageError(f"{spelled[name]} {getattr(asked, name)}: it is {value} in every {kind} head here, leave it out")
+
+
+def _reasons(asked: argparse.Namespace, config: Train, heads: bool, gpus: int) -> dict[str, str]:
+    """Why flags have no effect, at all or beside others, by what they set."""
+    reasons = dict(WITHOUT_EFFECT)
+    name = asked.algo or asked.algorithm
+    if asked.algo:
+        reasons["algorithm"] = f"--algo {name} says it"
+    if config.algorithm != "fg":
+        reasons |= dict.fromkeys(("target", "guess", "space", "noise_type", "eps"), f"{name} is no forward gradient")
+    elif name.startswith("fg-"):
+        reasons |= dict.fromkeys(("target", "guess", "space"), f"--algo {name} says it")
+    elif name == "avg-weight-fast":
+        reasons["space"] = f"{name} is avg-weight"
+    fg = config.forward_gradient
+    if config.algorithm == "fg" and fg.guess != "random":
+        reasons["noise_type"] = "it is of random guesses"
+    if config.algorithm == "fg" and (fg.space not in PROJECTIONS or (fg.guess == "random" and fg.scaling == "unbiased")):
+        reasons["eps"] = "this estimate is not divided by a length"
+    kind = asked.auxnet
+    if not heads:
+        reasons |= dict.fromkeys(("auxnet", "aux_type", "h_channel", "pool_size", "n_layers"), "no head is trained")
+    elif kind in ("linear", "predsim"):
+        reasons |= dict.fromkeys(("h_channel", "n_layers"), f"a {kind} head has no hidden layers")
+    if heads and kind == "predsim":
+        reasons["pool_size"] = "a predsim head pools to 2,048 features"
+    reasons |= {flag: f"it is for --scheduler {own}" for flag, own in OF_SCHEDULER.items() if own != asked.scheduler}
+    if asked.scheduler == "onecycle":
+        reasons["lr"] = "the rates of onecycle are given by --maxlr"
+    if config.model == "resnet18-16b":
+        reasons["downsample"] = "resnet18-16b has no skip connections"
+    if TRANSFORMS.get(asked.dataset, OF_OTHERS).augment == "none":
+        reasons["augmentation"] = f"images of {asked.dataset} are never augmented"
+    if not asked.status:
+        reasons |= dict.fromkeys(("project", "run_name", "entity"), "without --status nothing is logged to Weights & Biases")
+    if not gpus:
+        reasons["device"] = "there is no GPU here"
+    return reasons
+
+
+def _differences(asked: argparse.Namespace, config: Train, heads: bool) -> list[str]:
+    """A line for each flag that makes another network here than there."""
+    told, factor, kind = [], asked.widen_factor, asked.auxnet
+    if config.model in ("resnet18-2b", "small-net"):
+        if factor != 1:
+            told.append(f"--widen_factor {factor:g}: that code leaves {config.model} as it is, and narrows its heads alone")
+        if asked.downsample == "avg-pool":
+            told.append(f"--downsample avg-pool: that code leaves {config.model} as it is")
+    numbers = [64, 128, 256, 512] if config.model in ("resnet18-8b", "resnet18-16b") else []
+    if heads and kind in ("cnn", "mlp"):
+        usual = {"cnn": 32, "mlp": 1024}[kind] // (2 if config.model == "resnet18-16b" else 1)
+        if config.model == "resnet18-16b" and asked.h_channel not in (None, usual):
+            told.append(f"--h_channel {asked.h_channel}: that code makes it {usual} with resnet18-16b, whatever is asked for")
+        numbers.append(asked.h_channel or usual)
+    differing = [f"{scaled(n, factor)} for {int(n * factor)}" for n in numbers if scaled(n, factor) != int(n * factor)]
+    if differing:
+        told.append(
+            f"--widen_factor {factor:g}: that code rounds channels down, here they go to the nearest: {', '.join(differing)}"
+        )
+    return told
