@@ -98,6 +98,13 @@ def test_no_seed_draws_one() -> None:
     assert min(seeds) >= 0
 
 
+def test_several_processes_have_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert translate(["--seed", "3"]).seed == 3
+    with pytest.raises(UsageError, match="--seed -1 would draw another seed in each of 2 processes: give one of at least 0"):
+        translate([])
+
+
 def test_a_choice_that_does_not_exist(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         translate(["--train-mode", "BPP"])

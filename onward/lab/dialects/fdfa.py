@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from onward.errors import UsageError
+from onward.lab import processes
 from onward.lab.batches import Transform
 from onward.lab.config import Feedback, ForwardGradient, Network, Optimizer, Schedule, Subset, Train
 from onward.lab.data import DATASETS
@@ -94,7 +96,7 @@ def read(arguments: Sequence[str] | None = None) -> Command:
     """What a command line of the FDFA code means.
 
     Raises:
-        UsageError: a value out of its range.
+        UsageError: a value out of its range, or no seed for several processes.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = parser()
@@ -104,6 +106,8 @@ def read(arguments: Sequence[str] | None = None) -> Command:
     batch_size = asked.batch_size or (128 if cifar100 else 64)
     layers = asked.n_layers or (1 if forward_gradient else 2)
     model = "alexnet" if cifar100 else "cnn" if asked.conv else "mlp"
+    if asked.seed < 0 and (count := processes.asked_for()) > 1:
+        raise UsageError(f"--seed {asked.seed} would draw another seed in each of {count} processes: give one of at least 0")
     with in_own_words(FLAGS):
         config = Train(
             algorithm=ALGORITHMS[asked.train_mode],
