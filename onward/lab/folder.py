@@ -303,18 +303,35 @@ def _endings() -> set[str]:
 
 
 def _refuse_parts_as_classes(root: Path, samples: list[Sample]) -> None:
-    """Two "classes" with the same folders in them are parts, or folds, whose names say nothing of it."""
+    """Parts, folds and whole data sets are no classes, whatever their names; what their folders are called tells."""
+    first: dict[str, set[str]] = {}  # of each class: the folders in it, and the folders at the bottom, which hold its images
     below: dict[str, set[str]] = {}
     for holder in {os.path.dirname(sample.file) for sample in samples}:  # noqa: PTH120
         name, *inner = Path(holder).relative_to(root).parts
+        first.setdefault(name, set()).update(inner[:1])
         below.setdefault(name, set()).update(inner[-1:])
-    for first, second in combinations([name for name in sorted(below) if len(below[name]) > 1], 2):
-        if below[first] <= below[second] or below[second] <= below[first]:
-            same = ", ".join(sorted(below[first] & below[second])[:3])
+    nested = [name for name in sorted(below) if len(below[name]) > 1]
+    for one, other in combinations(nested, 2):
+        if below[one] <= below[other] or below[other] <= below[one]:
+            same = _some(below[one] & below[other])
             raise UsageError(
-                f"{root / first} and {root / second} hold folders of the same names ({same}): name them train and test if they "
+                f"{root / one} and {root / other} hold folders of the same names ({same}): name them train and test if they "
                 "are parts of a data set, or put the images right into them if they are classes"
             )
+    for name in nested:
+        if len(beside := below[name] & (below.keys() - {name})) > 1:
+            raise UsageError(
+                f"{root / name} holds folders of the same names as those beside it ({_some(beside)}): if it is a part of the "
+                "data set, put those beside it into a folder called train, or test"
+            )
+        parts = {part for part in first[name] if _part(part)}
+        if len({_part(part) in PARTS["train"] for part in parts}) == 2:
+            held = f"{root / name} holds parts of a data set ({_some(parts)})"
+            raise UsageError(f"{held}, not the images of a class: give it as the data folder")
+
+
+def _some(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:3])
 
 
 # ---- what is left out

@@ -132,6 +132,25 @@ def test_classes_that_hold_the_same_class_folders_are_refused(tmp_path, parts):
     )
 
 
+def test_a_test_part_beside_the_classes_of_the_training_part_is_no_class(tmp_path):
+    for place in (tmp_path, tmp_path / "test"):
+        fill(place, "cat", "dog")
+    assert refusal("digits", tmp_path) == (
+        f"{tmp_path / 'test'} holds folders of the same names as those beside it (cat, dog): if it is a part of the data set, "
+        "put those beside it into a folder called train, or test"
+    )
+
+
+def test_a_data_set_is_no_class(tmp_path):
+    for name, classes in (("pets", ("cat", "dog")), ("vehicles", ("bus", "car"))):
+        for part in ("train", "val"):
+            fill(tmp_path / name / part, *classes)
+        message = (
+            f"{tmp_path / 'pets'} holds parts of a data set (train, val), not the images of a class: give it as the data folder"
+        )
+        assert refusal("digits", tmp_path) == message
+
+
 def test_classes_may_hold_folders_of_their_own_and_one_of_the_same_name(tmp_path):
     for name, kinds in (("cat", ("tabby", "siamese")), ("dog", ("husky", "pug"))):
         fill(tmp_path / "nested" / name, *kinds)
