@@ -181,7 +181,9 @@ def _parquet(folder: Path, entries: list[os.DirEntry[str]]) -> tuple[dict[str, l
     for file, names_of_file in class_names.items():
         if names_of_file != names_of_first:
             raise UsageError(f"{first} and {file} name their classes differently: give files of one data set")
-    _tell_left_out(folder, "their names are of no part", [file for part in parts if not _part(part) for file in parts[part]])
+    left = [file for part in parts if not _part(part) for file in parts[part]]
+    left += [Path(entry.path) for entry in _walk(folder) if _is_image(entry)]
+    _tell_left_out(folder, "only parquet files with the name of a part are read", left)
     return splits, names_of_first
 
 

@@ -208,11 +208,15 @@ def test_a_class_of_nothing_else_is_refused(tmp_path):
     )
 
 
-def test_parquet_files_of_no_part_are_named(tmp_path, caplog):
+def test_parquet_files_of_no_part_and_images_beside_them_are_named(tmp_path, caplog):
     for name in ("train", "test", "extra", "unlabelled-0"):
         write_parquet(tmp_path / f"{name}.parquet", pictures(3), [0, 1, 2])
+    fill(tmp_path / "pictures", "cat", count=3)
     load("digits", tmp_path)
-    assert left_out(caplog).endswith("2 left out (their names are of no part): 2 .parquet (extra.parquet, ...)")
+    assert left_out(caplog).endswith(
+        "5 left out (only parquet files with the name of a part are read): 2 .parquet (extra.parquet, ...), "
+        "3 .png (pictures/cat/0.png, ...)"
+    )
 
 
 # ---- links
