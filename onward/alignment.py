@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onward.cuts import cut_graph, default_cuts, same_randomness
+from onward.cuts import cut_graph, default_cuts
 from onward.directions import draw, seed_of
 from onward.errors import UsageError
 from onward.estimators.backprop import Backprop
-from onward.estimators.base import Estimator, Loss, as_rows, call, compute_loss, device_of
+from onward.estimators.base import Estimator
 from onward.estimators.feedback import Feedback
 from onward.per_sample import parameters_behind
+from onward.replay import Replay
+from onward.run import Loss, as_rows, call, compute_loss, leaves, output_error
 
 
 class Agreement(NamedTuple):
@@ -75,7 +77,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
         raise UsageError(f"estimates={estimates}: compare at least 1 with the true gradient")
     cuts = tuple(estimator.cuts or (default_cuts(estimator.model) if cuts is None else cuts))
     learner = copy.deepcopy(estimator)
-    again = same_randomness(device_of(estimator.model))
+    again = Replay(estimator.model)
     try:
         with again:
             truth = _true_gradients(estimator.model, cuts, estimator.loss, x, y)
@@ -93,7 +95,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
         feedback: list[Agreement | None] = [None] * len(cuts)
         if isinstance(matrices := getattr(learner, "feedback", None), Feedback):
             with again:
-                jacobians = _mean_jacobians(estimator.model, cuts, x, estimator.seed)
+                jacobians = _mean_jacobians(estimator, cuts, x, y)
             feedback = [_compare(b.detach().view(1, -1), j.view(1, -1)) for b, j in zip(matrices, jacobians, strict=True)]
     finally:
         with again:
@@ -194,8 +196,8 @@ def _true_gradients(model: nn.Module, cuts: Sequence[str], loss: Loss, x: Any, y
     names = {p: name for name, p in model.named_parameters() if p.requires_grad}
     blocks: list[list[str]] = []
     placed: set[nn.Parameter] = set()
-    for output in [*outputs, logits]:
-        fresh = [p for p in parameters_behind(output) if p not in placed]
+    for ends in [*([h] for h in outputs), leaves(logits)]:
+        fresh = [p for p in parameters_behind(*ends) if p not in placed]
         blocks.append([names[p] for p in fresh])
         placed.update(fresh)
     with torch.enable_grad():
@@ -205,14 +207,14 @@ def _true_gradients(model: nn.Module, cuts: Sequence[str], loss: Loss, x: Any, y
     return _Truth(signals, parameters, blocks)
 
 
-def _mean_jacobians(model: nn.Module, cuts: Sequence[str], x: Any, seed: int) -> list[Tensor]:
+def _mean_jacobians(estimator: Estimator, cuts: Sequence[str], x: Any, y: Any) -> list[Tensor]:
     """The mean over samples of dz_n/dh_{k,n}, (C x d_k), at each cut: one backward pass for each output.
 
     Random signs tell each sample's own derivative from what it does to others through batch statistics; of that, some noise is
     left, a part in N of the whole.
     """
-    outputs, logits = _run(copy.deepcopy(model), cuts, x)
-    z = as_rows(logits)
+    outputs, output = _run(copy.deepcopy(estimator.model), cuts, x)
+    z, seed = as_rows(output_error(estimator.loss, output, y).at), estimator.seed
     signs = draw(
         (len(z), 1), seed=seed_of(seed, "jacobian"), step=0, block=0, noise="rademacher", dtype=z.dtype, device=z.device
     )
@@ -226,7 +228,7 @@ def _mean_jacobians(model: nn.Module, cuts: Sequence[str], x: Any, seed: int) ->
     return [torch.stack(row) for row in rows]
 
 
-def _run(model: nn.Module, cuts: Sequence[str], x: Any) -> tuple[list[Tensor], Tensor]:
+def _run(model: nn.Module, cuts: Sequence[str], x: Any) -> tuple[list[Tensor], Any]:
     """The network's outputs at the cuts and at its end, with the whole graph."""
     outputs: list[Tensor] = []
 

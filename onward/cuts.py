@@ -7,11 +7,14 @@ crosses it: blocks learn from error signals delivered to their outputs, and from
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from onward.errors import UsageError, unknown
 
@@ -140,13 +143,15 @@ def check_names(model: nn.Module, cuts: Sequence[str]) -> tuple[str, ...]:
 
 
 @contextmanager
-def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver) -> Iterator[None]:
+def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entered: bool = False) -> Iterator[None]:
     """Within the block, ``deliver(k, h)`` takes the output h of the k-th named module, and its result goes on in its place.
 
-    Modules that are :class:`Elsewhere` are passed over.
+    Modules that are :class:`Elsewhere` are passed over. A block that runs again because a backward pass recomputes it
+    (activation checkpointing) is left alone. Full backward hooks of a cut module see the error signal that is delivered to h;
+    or what arrives at ``deliver``'s result, where that has a graph (``entered``).
 
-    Raises :class:`onward.UsageError` where a cut's output is not a tensor, or a cut module runs more than once, in another
-    order than the cuts were named in, or not at all.
+    Raises :class:`onward.UsageError` where a cut's output is not a tensor, where it runs hidden from autograd, or where a cut
+    module runs more than once, in another order than the cuts were named in, or not at all.
 
     >>> import torch
     >>> from torch import nn
@@ -158,14 +163,15 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver) -> Iterat
     """
     here = {name: k for k, name in enumerate(cuts) if not isinstance(model.get_submodule(name), Elsewhere)}
     order, done = list(here), list[str]()
+    with_gradients = torch.is_grad_enabled()
+    handles = _guard_group_norms(model) if with_gradients else []
+    watching: dict[str, BackwardHook] = {}
 
-    def hook(k: int, name: str) -> Callable[..., Tensor]:
-        def deliver_output(module: nn.Module, args: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor):
-                raise UsageError(
-                    f"the output of cut {name!r} ({type(module).__name__}) is a {type(output).__name__}, not a tensor: "
-                    "cut at a module that returns one tensor"
-                )
+    def hook(k: int, name: str) -> Callable[..., Tensor | None]:
+        def deliver_output(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+            if torch._C._current_graph_task_id() != -1:  # a backward pass recomputes the block
+                return None
+            _check_output(name, module, output, with_gradients)
             if name in done:
                 raise UsageError(
                     f"cut {name!r} ({type(module).__name__}) runs more than once in a forward pass: cut at a module that "
@@ -176,13 +182,34 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver) -> Iterat
                     f"cut {name!r} ran before cut {order[len(done)]!r}: name the cuts in the order in which they run"
                 )
             done.append(name)
-            return deliver(k, output)
+            watched = watching.pop(name, None)
+            h = output if watched is None or not output.requires_grad else watched.setup_output_hook(output)
+            # Where the block runs under checkpointing, what is done about its output does not.
+            saving = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if saving else nullcontext():
+                return deliver(k, h)
 
         return deliver_output
 
-    handles = [model.get_submodule(name).register_forward_hook(hook(k, name)) for name, k in here.items()]
+    def watch(name: str) -> Callable[..., Any]:
+        """PyTorch binds a module's full backward hooks to what the module returns, which is cut off: bind them to h."""
+
+        def bind(module: nn.Module, args: Any) -> Any:
+            if not with_gradients or torch._C._current_graph_task_id() != -1:
+                return None
+            watching[name] = BackwardHook(module, module._get_backward_hooks()[0], module._get_backward_pre_hooks())
+            return watching[name].setup_input_hook(args)
+
+        return bind
+
+    for name, k in here.items():
+        module = model.get_submodule(name)
+        if not entered and (module._backward_pre_hooks or (module._backward_hooks and module._is_full_backward_hook)):
+            handles.append(module.register_forward_pre_hook(watch(name)))
+        handles.append(module.register_forward_hook(hook(k, name)))
     try:
-        yield
+        with _open_checkpoints():
+            yield
         if len(done) < len(order):
             raise UsageError(
                 f"cut {order[len(done)]!r} did not run in this forward pass: cut at a module that the network calls "
@@ -193,66 +220,79 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver) -> Iterat
             handle.remove()
 
 
-class BypassCheck:
-    """Find out, from the graphs of one pass, whether every cut is the only way forward.
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
-    A graph node that is not a parameter and is reached from more than one block carries gradient around the cut between
-    them. (A tied weight is reached from several blocks by right.) So does the output of an earlier block, where that was
-    passed on with a graph (:func:`enter`).
+
+def _check_output(name: str, module: nn.Module, output: Any, with_gradients: bool) -> None:
+    """Raise a :class:`onward.UsageError` where a cut's output cannot be cut, or runs where no cut can be made."""
+    where = f"cut {name!r} ({type(module).__name__})"
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"the output of {where} is a {type(output).__name__}, not a tensor: cut at a module that returns one tensor"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UsageError(
+            f"{where} runs inside a torch.func transform (grad, jvp, vmap, ...), where its graph belongs to the transform and "
+            "cannot be cut: cut outside of it, or use Backprop"
+        )
+    if not with_gradients or torch.is_grad_enabled():
+        return
+    if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():  # so it is inside a Function's forward
+        raise UsageError(
+            f"{where} runs inside a torch.autograd.Function, which hides its graph and would backpropagate across the cut: if "
+            "this is activation checkpointing, choose use_reentrant=False (in transformers "
+            'gradient_checkpointing_kwargs={"use_reentrant": False}) or leave it out; else cut outside of the function'
+        )
+    if any(p.requires_grad for p in module.parameters()):
+        raise UsageError(
+            f"{where} has parameters to train and runs with gradients off (torch.no_grad, torch.inference_mode), so none would "
+            "reach them: take it out of that, or freeze it by requires_grad_(False) and leave out the cut"
+        )
+
+
+class _OpenCheckpoint:
+    """In the place of ``torch.utils.checkpoint.CheckpointFunction``, which hides the graph of what it runs."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
+@contextmanager
+def _open_checkpoints() -> Iterator[None]:
+    """Within the block PyTorch's reentrant activation checkpointing works as the one that is not: the same numbers, in the same
+    memory, from a graph that can be cut."""
+    hiding = torch.utils.checkpoint.CheckpointFunction
+    torch.utils.checkpoint.CheckpointFunction = _OpenCheckpoint  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.utils.checkpoint.CheckpointFunction = hiding  # type: ignore[misc]
+
+
+def _guard_group_norms(model: nn.Module) -> list[RemovableHandle]:
+    """Hooks that keep PyTorch's CPU kernel for the backward pass of group norm from crashing.
+
+    aten::native_group_norm_backward, channels last, writes the gradient of its input even where none was asked for (PyTorch
+    2.13; the kernels of the other layers, in every layout and with every gradient left out, do not). A network that is
+    trained by backpropagation asks for it everywhere but at its own input; behind a cut nobody does, and a sweep that wants
+    some gradients of a block need not either. Contiguous inputs have another kernel.
     """
 
-    def __init__(self, model: nn.Module, cuts: Sequence[str], remedy: str = "") -> None:
-        self._model, self._cuts, self._remedy = model, cuts, remedy
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._owner: dict[Any, int] = {}
+    def contiguous(layer: nn.Module, args: Any) -> Any:
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.device.type == "cpu" and not x.is_contiguous():
+            return (x.contiguous(), *args[1:])
+        return None
 
-    def visit(self, k: int, output: Tensor) -> None:
-        """Take in block k through its output, before the graph is freed; raise where it reaches into an earlier block."""
-        shared: dict[int, Any] = {}
-        pending, mine = [output.grad_fn], set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in mine or hasattr(node, "variable"):
-                continue
-            mine.add(node)
-            earlier = self._owner.setdefault(node, k)
-            if earlier != k:
-                shared.setdefault(earlier, node)
-                continue
-            pending.extend(following for following, _ in node.next_functions)
-        for earlier, node in sorted(shared.items()):
-            reached = self._modules_behind(node)
-            if not reached and node.name() == _ENTERED:
-                raise UsageError(
-                    f"cut {self._cuts[earlier]!r} is bypassed: what comes after it also uses the output of cut "
-                    f"{self._cuts[earlier - 1]!r} by another path (a skip connection?), and a sweep from block to block would "
-                    "miss that path. Cut where everything passes, such as at the end of the residual block, or use "
-                    "engine='forward'"
-                )
-            if not reached:  # computed from no parameter: nothing to leak
-                continue
-            compiled = any(isinstance(m, torch._dynamo.eval_frame.OptimizedModule) for m in self._model.modules())
-            after = f"cut {self._cuts[k]!r}" if k < len(self._cuts) else "the output"
-            raise UsageError(
-                f"cut {self._cuts[earlier]!r} is bypassed: {', '.join(reached)} "
-                f"{'is' if len(reached) == 1 else 'are'} also reached from {after} by another path (a skip connection?), so "
-                "gradients would be backpropagated around the cut. Cut where everything passes, such as at the end of the "
-                f"residual block{self._remedy}"
-                + (". What is compiled as a whole has one graph: compile its blocks instead" if compiled else "")
-            )
+    if model not in _group_norms:
+        _group_norms[model] = [layer for layer in model.modules() if isinstance(layer, nn.GroupNorm)]
+    return [layer.register_forward_pre_hook(contiguous) for layer in _group_norms[model]]
 
-    def _modules_behind(self, node: Any) -> list[str]:
-        found, pending, seen = [], [node], set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                name = self._names.get(id(node.variable))
-                found += [] if name is None else [name.rpartition(".")[0] or name]
-            pending.extend(following for following, _ in node.next_functions)
-        return sorted(set(found))
+
+_group_norms: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
+"""Those of a network, which is not searched for them in every pass."""
 
 
 class _Enter(torch.autograd.Function):
@@ -265,59 +305,7 @@ class _Enter(torch.autograd.Function):
         return None, None
 
 
-_ENTERED = "_EnterBackward"
-
-
 def enter(h: Tensor) -> Tensor:
     """The same memory as a block's output with a fresh graph: not a leaf, so what follows may overwrite it in place."""
-    start = torch.zeros((), requires_grad=True)
-    return _Enter.apply(start, h.detach())
-
-
-@contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Within the block the network works on copies of its buffers: a second pass that must not move running statistics.
-
-    >>> import torch
-    >>> norm = torch.nn.BatchNorm1d(2)
-    >>> with frozen_statistics(norm):
-    ...     _ = norm(torch.randn(4, 2))
-    >>> int(norm.num_batches_tracked)
-    0
-    """
-    held = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    for module, buffers in held:
-        for name, buffer in buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.clone()
-    try:
-        yield
-    finally:
-        for module, buffers in held:
-            module._buffers.update(buffers)
-
-
-class same_randomness:
-    """Let several passes draw the same random numbers (dropout masks): each ``with`` block starts from the state at creation.
-
-    >>> import torch
-    >>> again = same_randomness(torch.device("cpu"))
-    >>> with again:
-    ...     first = torch.rand(2)
-    >>> with again:
-    ...     second = torch.rand(2)
-    >>> torch.equal(first, second)
-    True
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device if device.type == "cuda" else None
-        self._cpu = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if self._device else self._cpu
-
-    def __enter__(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._device:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-
-    def __exit__(self, *failure: Any) -> None:
-        pass
+    with torch.enable_grad():  # a frozen block may run without gradients; what follows it does not
+        return _Enter.apply(torch.zeros((), requires_grad=True), h.detach())

@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from onward.errors import UsageError, unknown
 from onward.per_sample import PerSample, Rows
+from onward.run import samples_of
 from onward.spaces import OF_SAMPLES
 from onward.synchronised import synchronise
 
@@ -67,11 +67,6 @@ class Shard:
     def gather_rows(self, gradients: PerSample, guesses: int) -> PerSample:
         """The samples of all shards: their targets' gradients and those of that many guesses."""
         return gradients
-
-
-def samples_of(x: Any) -> int:
-    """How many samples an input has: the first dimension of its first tensor."""
-    return next((leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
 class ProcessShard(Shard):

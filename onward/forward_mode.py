@@ -8,18 +8,20 @@ a block needs to differentiate itself and the directional derivatives that direc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from onward.errors import UsageError
-from onward.forward_rules import RULES, Rule, by_forward_ad
+from onward.forward_rules import RULES, Rule, by_forward_ad, constant
 
 _KEY = "_onward_tangents"  # the attribute under which a tensor carries (mode, tangents)
+_UNKNOWN: Any = object()  # in the place of tangents: there is one, and nobody has followed it
 
 # In-place operations that overwrite: with values that depend on no tangent, and with their argument.
 _OVERWRITES = {"zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
@@ -31,11 +33,17 @@ class Tangents(TorchDispatchMode):
 
     For y = f(x) and a tangent t set on x, ``get(y)`` is the Jacobian-vector product J_f(x) t, with the shape, strides and
     dtype of y, or None where y does not depend on x. ``directions`` tangents travel side by side, in one primal pass.
-    Tensors keep their autograd graph if gradients are enabled; tangents never have one. ``torch.no_grad()`` does not stop a
-    tangent and ``.detach()`` does, as in PyTorch's own forward mode. Running statistics are updated once. A
-    :class:`torch.autograd.Function` is differentiated through its forward.
+    Tensors keep their autograd graph if gradients are enabled; tangents never have one. What stops a gradient stops a
+    tangent: ``.detach()``, and ``torch.no_grad()`` inside the ``with`` block (around it, it does not, as in PyTorch's own
+    forward mode). Running statistics are updated once. A :class:`torch.autograd.Function` is differentiated through its
+    forward.
 
-    Raises :class:`onward.UsageError` naming the operation, where one has no forward derivative.
+    What autograd saves for a backward pass keeps no tangent, which would last as long as the graph. With ``through_gradients``
+    it does, so that tangents go through gradients that the network takes inside its forward (``torch.autograd.grad`` with
+    ``create_graph=True``); for passes that build no other graph.
+
+    Raises :class:`onward.UsageError` naming the operation, where one has no forward derivative; and in ``get``, where a tensor
+    comes from such a gradient, and tangents do not go through it.
 
     >>> import torch, onward
     >>> x = torch.tensor([0.0, 1.0])
@@ -46,10 +54,15 @@ class Tangents(TorchDispatchMode):
     tensor([2., 0.])
     """
 
-    def __init__(self, directions: int = 1) -> None:
+    def __init__(self, directions: int = 1, *, through_gradients: bool = False) -> None:
         super().__init__()
         self.directions = directions
+        self.through_gradients = through_gradients
         self._parameters: list[Tensor] = []
+        self._latest: dict[int, Any] = {}  # the tangents of the latest operation's outputs, by where these lie
+        self._unpacked: dict[Any, tuple[Tensor, Any]] = {}  # of a backward pass inside: saved tensors and their tangents
+        self._following = False
+        self._unpacking = False
 
     def set(self, tensor: Tensor, *tangents: Tensor) -> None:
         """Give ``tensor`` its tangents, one for each direction; they become ours (in-place operations may write to them)."""
@@ -67,7 +80,23 @@ class Tangents(TorchDispatchMode):
     def get(self, tensor: Tensor, direction: int = 0) -> Tensor | None:
         """The tangent of ``tensor`` in one direction, or None where it does not depend on any tensor that was given one."""
         held = self._held(tensor)
+        if held is _UNKNOWN:
+            raise UsageError(
+                "a gradient is taken inside the network's forward (torch.autograd.grad), and no tangent goes through it while "
+                "blocks keep their graphs: use low_memory=True, an estimator that needs no forward mode (DFA, DKP, LocalLoss, "
+                "ForwardGradient with engine='reverse'), or cut the network so that this lies in its first block"
+            )
         return None if held is None else held[direction]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block nothing carries a tangent, and gradients may be taken."""
+        self._following = False
+        try:
+            with _disable_current_modes():
+                yield
+        finally:
+            self._following = True
 
     def __enter__(self) -> Tangents:
         # A rule may need autograd's forward mode for one operation: remember how dispatch looks outside of this mode.
@@ -75,13 +104,16 @@ class Tangents(TorchDispatchMode):
         self._settings = (torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole encoder layer
         torch.set_autocast_cache_enabled(False)  # a cached cast of a weight has no tangent
-        self._saving = torch.autograd.graph.saved_tensors_hooks(_pack, _unpack)
+        self._saving = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._saving.__enter__()
+        self._stops = torch.is_grad_enabled()
+        self._following = True
         super().__enter__()
         return self
 
     def __exit__(self, *failure: Any) -> None:
         super().__exit__(*failure)
+        self._following = False
         self._saving.__exit__(*failure)
         torch.backends.mha.set_fastpath_enabled(self._settings[0])
         torch.set_autocast_cache_enabled(self._settings[1])
@@ -89,13 +121,29 @@ class Tangents(TorchDispatchMode):
         for parameter in self._parameters:
             parameter.__dict__.pop(_KEY, None)
         self._parameters.clear()
+        self._unpacked.clear()
+        self._latest = {}
+        del self._saving  # which refers to this mode
+        if isinstance(failure[1], RuntimeError) and "saved tensor hooks" in str(failure[1]):
+            raise UsageError(
+                "forward mode cannot follow torch.func transforms (grad, vjp, jacrev, ...) inside a network's forward: use "
+                "torch.autograd.grad there with an estimator that needs no forward mode (DFA, DKP, LocalLoss, engine='reverse')"
+            ) from failure[1]
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._latest = {}
+        unpacking, self._unpacking = self._unpacking, False
+        if unpacking and func.overloadpacket is torch.ops.aten.detach:  # by autograd, of what it has just unpacked
+            return func(*args, **(kwargs or {}))
+        if self._stops and _gradients_are_off():
+            return self._stopped(func, args, kwargs)
         held = [self._held_by(argument) for argument in args]
         named = [name for name, value in kwargs.items() if self._held_by(value) is not None]
+        if any(entry is _UNKNOWN for entry in held) or any(self._held_by(kwargs[name]) is _UNKNOWN for name in named):
+            return self._unfollowed(func, args, kwargs)
         if (named or any(held)) and _has_out(func):
             return self._into_out(func, types, args, kwargs)
         if named:
@@ -115,10 +163,29 @@ class Tangents(TorchDispatchMode):
         tangents = self._apply(rule, func, args, kwargs, out, held, generator_state)
         if isinstance(out, Tensor):
             self._give(out, tangents, func, held)
+            if rule is constant and func.is_view:  # .detach(), whose memory may be known to have a tangent
+                out.__dict__[_KEY] = (self, None)
         elif isinstance(out, (tuple, list)):  # and not a Python number, which depends on no tangent
             for index, part in enumerate(out):
                 if isinstance(part, Tensor):
                     self._give(part, [None if t is None else t[index] for t in tangents], func, held)
+        return out
+
+    def _stopped(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run an operation for which gradients are off: for what comes after, its result is a constant."""
+        out = func(*args, **kwargs)
+        if func.is_view:  # which would else be taken for a part of what carries a tangent
+            for part in out if isinstance(out, (list, tuple)) else [out]:
+                part.__dict__[_KEY] = (self, None)
+        return out
+
+    def _unfollowed(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run an operation on what has a tangent that nobody knows: so has its result, unless it depends on no tangent."""
+        out = func(*args, **kwargs)
+        if RULES.get(func.overloadpacket) is not constant:
+            for part in out if isinstance(out, (list, tuple)) else [out]:
+                if isinstance(part, Tensor) and _is_continuous(part):
+                    part.__dict__[_KEY] = (self, _UNKNOWN)
         return out
 
     def _apply(
@@ -163,6 +230,7 @@ class Tangents(TorchDispatchMode):
                 tangent = fit
             fitted.append(tangent)
         self._attach(out, fitted)
+        self._latest[_address(out)] = fitted
 
     def _into_out(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         """Compute without ``out=``, then write value and tangent into it."""
@@ -217,12 +285,37 @@ class Tangents(TorchDispatchMode):
             else:
                 old.copy_(new)
 
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int, Any]:
+        """What autograd saves in place of a tensor: the same memory without the tangent, which so dies with the tensor itself.
+
+        An operation's own output comes here as another tensor with the same memory.
+        """
+        held = None
+        if self._following:
+            held = self._held(tensor) or self._latest.get(_address(tensor))
+            held = held and (held if self.through_gradients else _UNKNOWN)
+        with torch._C._DisableTorchDispatch():
+            return tensor.detach(), tensor._version, held
+
+    def _unpack(self, saved: tuple[Tensor, int, Any]) -> Tensor:
+        tensor, version, held = saved
+        if tensor._version != version:  # autograd's own check does not see through hooks
+            raise RuntimeError(
+                f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs has been modified by an in-place "
+                "operation"
+            )
+        if held is not None and self._following:  # autograd makes a tensor of its own of it, which has no attribute of ours
+            self._unpacked[_place(tensor)] = (tensor, held)
+            self._unpacking = True
+        return tensor
+
     def _attach(self, tensor: Tensor, tangents: Sequence[Tensor | None]) -> None:
         tensor.__dict__[_KEY] = (self, tuple(tangents))
         if isinstance(tensor, torch.nn.Parameter):
             self._parameters.append(tensor)
 
-    def _held(self, tensor: Tensor) -> tuple[Tensor | None, ...] | None:
+    def _held(self, tensor: Tensor) -> Any:
+        """The tangents that a tensor carries, None, or _UNKNOWN."""
         carried = tensor.__dict__.get(_KEY)
         if carried is not None:
             return carried[1] if carried[0] is self else None
@@ -230,7 +323,11 @@ class Tangents(TorchDispatchMode):
         if base is not None:  # a view: its base may have been given a tangent after the view was taken
             carried = base.__dict__.get(_KEY)
             if carried is not None and carried[0] is self:
+                if carried[1] is None or carried[1] is _UNKNOWN:
+                    return carried[1]
                 return tuple(None if t is None else _same_view(tensor, base, t) for t in carried[1])
+        if self._unpacked and (known := self._unpacked.get(_place(tensor))) is not None:
+            return known[1]
         return None
 
     def _held_by(self, argument: Any) -> Any:
@@ -238,6 +335,8 @@ class Tangents(TorchDispatchMode):
             return self._held(argument)
         if isinstance(argument, (list, tuple)) and argument and any(isinstance(a, Tensor) for a in argument):
             held = [self._held(a) if isinstance(a, Tensor) else None for a in argument]
+            if any(entry is _UNKNOWN for entry in held):
+                return _UNKNOWN
             return held if any(entry is not None for entry in held) else None
         return None
 
@@ -258,19 +357,19 @@ def _contains(tangents: Any, tangent: Tensor) -> bool:
     return tangents is tangent or (isinstance(tangents, list) and any(t is tangent for t in tangents))
 
 
-def _pack(tensor: Tensor) -> tuple[Tensor, int]:
-    """What autograd saves in place of a tensor: the same memory without the tangent, which so dies with the tensor itself."""
-    with torch._C._DisableTorchDispatch():
-        return tensor.detach(), tensor._version
+def _address(tensor: Tensor) -> int:
+    """Where a tensor lies, as far as that can be said."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
-def _unpack(saved: tuple[Tensor, int]) -> Tensor:
-    tensor, version = saved
-    if tensor._version != version:  # autograd's own check does not see through hooks
-        raise RuntimeError(
-            f"a tensor of shape {tuple(tensor.shape)} that the backward pass needs has been modified by an in-place operation"
-        )
-    return tensor
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """What only the same part of the same memory has in common, while that is kept."""
+    return _address(tensor), tensor.shape, tensor.stride() if tensor.layout is torch.strided else None
+
+
+def _gradients_are_off() -> bool:
+    """Whether the network itself has turned gradients off here; a Function's forward, where PyTorch does, does not count."""
+    return not torch.is_grad_enabled() and (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 def _like(tensor: Tensor, tangent: Tensor) -> Tensor:

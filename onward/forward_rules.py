@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from onward.errors import UsageError
 
@@ -39,6 +39,13 @@ def _on_tangent(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     if isinstance(first, list):
         first = [torch.zeros_like(a) if s is None else s for a, s in zip(args[0], first, strict=True)]
     return None if first is None else func(first, *args[1:], **kwargs)
+
+
+def _embedding(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
+    """The row of ``padding_idx`` is a constant: its gradient is left out too."""
+    moved = func(t[0], args[1])
+    padding = args[2] if len(args) > 2 else kwargs.get("padding_idx", -1)
+    return moved if padding < 0 else moved.masked_fill_((args[1] == padding).unsqueeze(-1), 0)
 
 
 def _pad(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
@@ -314,7 +321,6 @@ _LINEAR = [
     "unsafe_split",
     "unsafe_split_with_sizes",
     "unsafe_chunk",
-    "embedding",
 ]
 
 # Functions whose output does not depend smoothly on their argument, and `.detach()`, which by its name stops a tangent.
@@ -363,17 +369,19 @@ _CONSTANT = [
 ]
 
 
-def _constant(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
+def constant(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
+    """The rule of what does not depend on its arguments, or not smoothly: no tangent."""
     return None
 
 
 RULES: dict[Any, Rule] = {
     **{getattr(aten, name): _on_tangent for name in _LINEAR},
-    **{getattr(aten, name): _constant for name in _CONSTANT if hasattr(aten, name)},
+    **{getattr(aten, name): constant for name in _CONSTANT if hasattr(aten, name)},
     **{operation: _backward_kernel(kernel) for operation, kernel in _ELEMENTWISE.items()},
     **dict.fromkeys((aten.mm, aten.bmm, aten.mv, aten.dot, aten.mul), _bilinear),
     **dict.fromkeys((aten.addmm, aten.baddbmm), _addmm),
     aten.constant_pad_nd: _pad,
+    aten.embedding: _embedding,
     aten.masked_fill: _masked_fill,
     **dict.fromkeys((aten.native_batch_norm, aten.cudnn_batch_norm), _batch_norm),
     **dict.fromkeys((aten.max_pool2d_with_indices, aten.adaptive_max_pool2d, aten.fractional_max_pool2d), _gathered(2)),
@@ -448,13 +456,27 @@ def by_forward_ad(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: A
 
     function = _UNFUSED.get(func.overloadpacket, func)
     try:
-        with forward_ad.dual_level(), warnings.catch_warnings():
+        # PyTorch turns its forward mode off inside the forward of an autograd.Function.
+        with forward_ad._set_fwd_grad_enabled(True), forward_ad.dual_level(), warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own, when it first loads its derivatives
             result = function(*(dual(a, s) for a, s in zip(args, t, strict=True)), **kwargs)
-            return tree_map(lambda r: forward_ad.unpack_dual(r).tangent if isinstance(r, Tensor) else None, result)
+            tangents = tree_map(lambda r: forward_ad.unpack_dual(r).tangent if isinstance(r, Tensor) else None, result)
     except (NotImplementedError, RuntimeError) as error:
-        raise UsageError(
-            f"forward mode cannot differentiate the operation {func}: {str(error).splitlines()[0]} "
-            "Replace the module that uses it (onward.validate(model) names the known ones), or cut the network so that it "
-            "lies in the first block."
-        ) from error
+        raise _without_derivative(func, str(error).splitlines()[0]) from error
+    if all(tangent is None for tangent in tree_leaves(tangents)) and _is_differentiable(func, args, kwargs, t):
+        raise _without_derivative(func, "PyTorch's forward mode loses its tangent.")
+    return tangents
+
+
+def _without_derivative(func: Any, reason: str) -> UsageError:
+    return UsageError(
+        f"forward mode cannot differentiate the operation {func}: {reason} Replace the module that uses it "
+        "(onward.validate(model) names the known ones), or cut the network so that it lies in the first block."
+    )
+
+
+def _is_differentiable(func: Any, args: Sequence[Any], kwargs: dict[str, Any], t: list[Any]) -> bool:
+    """Whether the backward pass has a derivative of the operation with respect to an argument that has a tangent."""
+    with torch.enable_grad():
+        asked = [a.detach().requires_grad_() if isinstance(s, Tensor) else a for a, s in zip(args, t, strict=True)]
+        return any(isinstance(r, Tensor) and r.requires_grad for r in tree_leaves(func(*asked, **kwargs)))

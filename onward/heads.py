@@ -11,10 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onward.cuts import check_names, cut_graph, default_cuts, frozen_statistics, same_randomness
+from onward.cuts import check_names, cut_graph, default_cuts
 from onward.directions import seed_of
 from onward.errors import UsageError, unknown
-from onward.estimators.base import Loss, accumulate, as_rows, batch_statistics, call, check_samples, compute_loss, device_of
+from onward.estimators.base import accumulate
+from onward.replay import Replay
+from onward.run import Loss, as_rows, batch_statistics, call, check_samples, compute_loss, detached, device_of
 
 
 def make_heads(
@@ -48,12 +50,14 @@ def make_heads(
         return h
 
     device = device_of(model)
-    again = same_randomness(device)
-    with again, torch.no_grad(), batch_statistics(), frozen_statistics(model), cut_graph(model, cuts, note):
+    with Replay(model).unseen(), torch.no_grad(), batch_statistics(), cut_graph(model, cuts, note):
         output = call(model, x)
+    if not isinstance(output, Tensor):
+        raise UsageError(
+            f"the network returns a {type(output).__name__}, and heads are made for one tensor of outputs: give heads of your "
+            "own that return what the loss takes, {cut: module}"
+        )
     samples, classes = as_rows(output).shape
-    with again:
-        pass  # the pass has drawn nothing
     own = next((p for p in model.parameters() if p.is_floating_point()), None)
     made = {}
     for name, h in zip(cuts, outputs, strict=True):
@@ -203,7 +207,7 @@ class Heads(nn.Module):
             value, z = local_loss(self.by_cut[k], leaf, y, loss)
             signal, *gradients = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True, materialize_grads=True)
         accumulate(parameters, gradients)
-        return signal, value.detach(), z.detach()
+        return signal, value.detach(), detached(z)
 
     @contextmanager
     def randomness(self, k: int, seed: int, step: int) -> Iterator[None]:

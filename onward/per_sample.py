@@ -412,12 +412,17 @@ def record_uses(model: nn.Module) -> Iterator[list[Use]]:
     counts: Counter[nn.Module] = Counter()
 
     def note(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if len(args) == 1 and output.requires_grad and any(True for _ in layer.parameters(recurse=False)):
+        if (
+            len(args) == 1
+            and isinstance(output, Tensor)
+            and output.requires_grad
+            and any(True for _ in layer.parameters(recurse=False))
+        ):
             x = args[0].detach()
             counts[layer] += 1
             uses.append(Use(layer, counts[layer], x, x._version, get_gradient_edge(output), output.shape[0]))
 
-    handles = [layer.register_forward_hook(note) for layer in model.modules() if type(layer) in RULES]
+    handles = [layer.register_forward_hook(note) for layer in model.modules() if type(layer) in RULES and _is_plain(layer)]
     try:
         yield uses
     finally:
@@ -425,15 +430,21 @@ def record_uses(model: nn.Module) -> Iterator[list[Use]]:
             handle.remove()
 
 
-def parameters_behind(output: Tensor) -> dict[nn.Parameter, int]:
-    """The parameters in the graph of a block's output, and in how many places each is used."""
-    following = (node for behind in _graph(output) for node, _ in behind.next_functions)
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether what a layer returns, and the gradient that arrives there, are its own: nothing is hooked in or put over it."""
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return "forward" not in vars(layer) and not any(hooks) and not any(p._backward_hooks for p in layer.parameters())
+
+
+def parameters_behind(*outputs: Tensor) -> dict[nn.Parameter, int]:
+    """The parameters in the graph of a block's outputs, and in how many places each is used."""
+    following = (node for behind in _graph(*outputs) for node, _ in behind.next_functions)
     return Counter(p for node in following if isinstance(p := getattr(node, "variable", None), nn.Parameter))
 
 
-def _graph(output: Tensor) -> Iterator[Any]:
-    """The nodes of the graph behind a tensor."""
-    pending, seen = [output.grad_fn], set()
+def _graph(*outputs: Tensor) -> Iterator[Any]:
+    """The nodes of the graph behind tensors."""
+    pending, seen = [output.grad_fn for output in outputs], set()
     while pending:
         node: Any = pending.pop()
         if node is not None and node not in seen:

@@ -20,13 +20,14 @@ from onward.cuts import Elsewhere
 from onward.directions import seed_of
 from onward.distributed import Shard
 from onward.errors import UsageError
-from onward.estimators.base import Estimator, Step, batch_statistics, device_of, output_error
+from onward.estimators.base import Estimator, Step
 from onward.estimators.feedback import DirectFeedback
 from onward.estimators.forward_gradient import ForwardGradient
 from onward.estimators.local import LocalLoss
 from onward.estimators.signals import OutputError, Passed
 from onward.heads import Heads
 from onward.messages import Mark, Messages
+from onward.run import batch_statistics, device_of, output_error
 
 
 class Stage:
@@ -171,7 +172,7 @@ class Stage:
             if last:
                 signals.append(self._signal(passed, y, slice(first, first + len(h)), whole=mark.left == first == 0))
             else:
-                self._messages.send(self.rank + 1, [passed.output, *passed.tangents], mark)
+                self._messages.send(self.rank + 1, [passed.output, *_of_output(passed)], mark)
             first += len(h)
         estimator.step += 1
         if last:
@@ -183,9 +184,11 @@ class Stage:
         """In the last process: the output error of some samples of a batch, for everybody."""
         if not whole and not isinstance(y, Tensor):
             raise UsageError(f"microbatches={self.microbatches} divides y, a {type(y).__name__}: give a tensor, samples first")
+        if not isinstance(passed.output, Tensor):
+            raise UsageError(f"the network returns a {type(passed.output).__name__}: in a pipeline let it return one tensor")
         share = 1.0 if whole else len(passed.output) / len(y)
-        loss, e = output_error(self.estimator.loss, passed.output, y if whole else y[samples])
-        signal = _Signal(loss * share, e * share, passed.tangents)
+        found = output_error(self.estimator.loss, passed.output, y if whole else y[samples])
+        signal = _Signal(found.loss * share, found.e[0] * share, _of_output(passed))
         for rank in range(self.rank):
             self._messages.send(rank, [signal.loss.view(1), signal.e, *signal.tangents])
         return signal
@@ -199,7 +202,7 @@ class Stage:
         for i, passed in enumerate(batch):
             loss, e, tangents = self._receive_signal() if signals is None else signals[i]
             error = OutputError(e, tangents, passed.directions, len(passed.output) / samples)
-            estimator.learn(passed, error)
+            estimator.learn(passed, error, [passed.output])
             losses.append(loss)
             logits.append(passed.output.detach() if estimator.ends_here else error.e[:0])
         return Step(torch.stack(losses).sum(), torch.cat(logits))
@@ -241,6 +244,11 @@ class Stage:
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             torch.manual_seed(seed_of(self.estimator.seed, self.estimator.step, "masks of the stage", self.rank))
             yield
+
+
+def _of_output(passed: Passed) -> list[Tensor]:
+    """The tangents of what leaves this process, in each direction."""
+    return [moved for (moved,) in passed.tangents([passed.output])]
 
 
 class _Entered(NamedTuple):

@@ -278,12 +278,7 @@ def test_bypass_from_the_first_block_to_a_later_one(estimator: Callable[..., Est
 @EACH_SIGNAL
 def test_what_is_no_bypass(estimator: Callable[..., Estimator]) -> None:
     """A skip between two cuts' own values, the input handed on, and the end of a residual block."""
-    between = estimator(Skip(), ["stem", "body"])
-    if between.engine == "reverse":  # which would sweep from block to block
-        with pytest.raises(UsageError, match=r"cut 'body' is bypassed: .* also uses the output of cut 'stem'"):
-            between.estimate(X, Y)
-    else:
-        between.estimate(X, Y)
+    estimator(Skip(), ["stem", "body"]).estimate(X, Y)
     estimator(Skip(), ["stem"]).estimate(X, Y)
 
     class Input(Skip):

@@ -326,7 +326,6 @@ def test_layer_in_eval_mode_without_graph(name: str) -> None:
 
 SEVERAL_INPUTS: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Tensor]]]] = {
     "Embedding": (lambda: nn.Embedding(5, 3), lambda: [torch.tensor([[0, 2, 2], [4, 1, 0]])]),
-    "Embedding padded": (lambda: nn.Embedding(5, 3, padding_idx=0), lambda: [torch.tensor([0, 2, 2])]),
     "Bilinear": (lambda: nn.Bilinear(3, 4, 2), lambda: [normal(5, 3), normal(5, 4)]),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2), lambda: [normal(3, 2, 4), normal(5, 2, 4), normal(5, 2, 4)]),
     "MultiheadAttention of other sizes": (
@@ -371,6 +370,16 @@ def test_layer_of_several_or_integer_inputs(name: str, where: str) -> None:
     torch.manual_seed(0)
     make, inputs = SEVERAL_INPUTS[name]
     check(make().double(), inputs(), where)
+
+
+def test_the_padding_row_of_an_embedding_is_a_constant() -> None:
+    """As in the backward pass, which leaves it out on purpose."""
+    torch.manual_seed(0)
+    layer, ids = nn.Embedding(5, 3, padding_idx=2).double(), torch.tensor([[0, 2, 2], [4, 2, 1]])
+    with Tangents() as mode:
+        mode.set(layer.weight, t := normal(5, 3))
+        moved = mode.get(layer(ids))
+    assert torch.equal(moved, t[ids] * (ids != 2).unsqueeze(2))
 
 
 @pytest.mark.parametrize("need_weights", [True, False])
@@ -914,6 +923,100 @@ def test_detach_keeps_values_and_gradients() -> None:
         net(x).square().sum().backward()
     for p, q in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p.grad, q.grad)
+
+
+def test_no_grad_inside_stops_a_tangent() -> None:
+    """As it stops a gradient: what is computed there is a constant, views and in-place operations included."""
+    torch.manual_seed(0)
+    x, t = normal(3, 4), normal(3, 4)
+
+    def function(x: Tensor, target: nn.Parameter) -> Tensor:
+        with torch.no_grad():
+            scale = x.abs().max()
+            rows = x[1:]
+            target.mul_(0.5).add_(x.sum(), alpha=0.5)
+        with torch.inference_mode():
+            shift = x.exp()
+        return x / scale + rows.sum() * target + shift.clone()
+
+    with Tangents() as mode:
+        mode.set(x, t.clone())
+        moved = mode.get(function(x, torch.ones(())))
+    leaf = x.clone().requires_grad_()
+    w = normal(3, 4)
+    (true,) = torch.autograd.grad((function(leaf, torch.ones(())) * w).sum(), leaf)
+    torch.testing.assert_close((moved * w).sum(), (true * t).sum())
+    with torch.no_grad(), Tangents() as mode:
+        mode.set(x, t.clone())
+        with torch.no_grad():
+            y = x * 2
+        assert torch.equal(mode.get(y), 2 * t)  # around the mode it says nothing
+
+
+GRADIENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "of a power": lambda h, w: (h**3 * w).sum(),
+    "of a linear layer": lambda h, w: (F.linear(h, w).tanh() * w.sum()).sum(),
+    "of a softmax": lambda h, w: ((h @ w).softmax(1) * h).sum(),
+    "of an exponential": lambda h, w: (h * w.sum()).exp().sum(),
+    "of a view in place": lambda h, w: (h.clone().mul_(w).sin().flatten()[1:] ** 2).sum(),
+    "of a gradient": lambda h, w: torch.autograd.grad((h**4 * w).sum(), h, create_graph=True)[0].square().sum(),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_taken_inside(name: str) -> None:
+    """Followed where asked for, refused where not: the same function, and its derivative by differences."""
+    torch.manual_seed(0)
+    x, w, tx, tw = normal(3, 3), normal(3, 3), normal(3, 3), normal(3, 3)
+
+    def function(x: Tensor, w: Tensor, create_graph: bool = True) -> Tensor:
+        h = x * 1 if x.requires_grad else (x * 1).requires_grad_()
+        return h + torch.autograd.grad(GRADIENTS[name](h, w), h, create_graph=create_graph)[0]
+
+    def ours(create_graph: bool = True, **options: bool) -> Tensor | None:
+        with Tangents(**options) as mode:
+            a, b = x.clone(), w.clone()
+            mode.set(a, tx.clone())
+            mode.set(b, tw.clone())
+            return mode.get(function(a, b, create_graph))
+
+    true = (function(x + STEP * tx, w + STEP * tw) - function(x - STEP * tx, w - STEP * tw)) / (2 * STEP)
+    torch.testing.assert_close(ours(through_gradients=True), true.detach(), rtol=1e-5, atol=1e-6)
+    with pytest.raises(UsageError, match=r"a gradient is taken inside the network's forward .*low_memory=True"):
+        ours()
+    if name != "of a gradient":
+        torch.testing.assert_close(ours(False), tx)  # without a graph of its own it is a constant
+
+
+def test_torch_func_inside_is_refused() -> None:
+    def inside() -> None:
+        with Tangents() as mode:
+            mode.set(x := normal(3), normal(3))
+            torch.func.grad(lambda r: (r**3).sum())(x)
+
+    with pytest.raises(UsageError, match=r"cannot follow torch\.func transforms"):
+        inside()
+
+
+class Inside(torch.autograd.Function):
+    """Runs an operation in a Function's forward, where PyTorch's own forward mode is off."""
+
+    @staticmethod
+    def forward(ctx: Any, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return f(x)
+
+
+@pytest.mark.parametrize("name", ["sin", "abs", "clamp", "pow", "sort", "cumsum", "logsumexp"])
+def test_operations_inside_a_function(name: str) -> None:
+    torch.manual_seed(0)
+    functions = {"clamp": lambda x: x.clamp(-0.5, 0.5), "pow": lambda x: x**3, "sort": lambda x: x.sort(0)[0]}
+    functions |= {"cumsum": lambda x: x.cumsum(0), "logsumexp": lambda x: x.logsumexp(0)}
+    f = functions.get(name) or getattr(torch, name)
+    x, t = normal(5), normal(5)
+    with Tangents() as mode:
+        mode.set(x, t.clone())
+        moved = mode.get(x + Inside.apply(f, x))
+    torch.testing.assert_close(moved, t + torch.func.jvp(f, (x,), (t,))[1])
 
 
 UNSUPPORTED: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Any]]]] = {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from onward.cuts import frozen_statistics
 from onward.errors import UsageError
-from onward.estimators.base import Estimator, Loss, Step, call, compute_loss
+from onward.estimators.base import Estimator, Step
+from onward.replay import Replay
+from onward.run import Loss, call, compute_loss, detached
 
 
 class Backprop(Estimator):
@@ -40,23 +41,33 @@ class Backprop(Estimator):
         loss: Loss = F.cross_entropy,
         checkpoint: bool = False,
         seed: int = 0,
+        check: bool = True,
     ) -> None:
-        super().__init__(model, () if cuts is None and not checkpoint else cuts, loss=loss, seed=seed, uncut=True)
+        cuts = () if cuts is None and not checkpoint else cuts
+        super().__init__(model, cuts, loss=loss, seed=seed, check=check, uncut=True)
         self.checkpoint = checkpoint
         self.engine = "reverse, checkpointed" if checkpoint else "reverse"
 
     def _estimate(self, x: Any, y: Any) -> Step:
         with _checkpointed(self.model, self.cuts) if self.checkpoint else nullcontext():
-            logits = call(self.model, x)
-        loss = compute_loss(self.loss, logits, y)
+            output = call(self.model, x)
+        loss = compute_loss(self.loss, output, y)
         loss.backward()
-        return Step(loss.detach(), logits.detach())
+        return Step(loss.detach(), detached(output))
+
+
+def _recomputed(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What ``run`` makes of its arguments, of which the backward pass will run it again, from the block's buffers of now."""
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), Replay(block, start_of_buffers=True).unseen()
+
+    return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 @contextmanager
 def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
     """Within the block, the network's forward keeps only the outputs of its blocks."""
-    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(model)))
     children = dict(model.named_children())
     if _is_chain(model) and set(cuts) <= set(children):
 
@@ -67,7 +78,7 @@ def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
                 segment.append(child)
                 if name in cuts:
                     before, version = h, h._version
-                    h = again(nn.Sequential(*segment), h)
+                    h = _recomputed(block := nn.Sequential(*segment), block, h)
                     if before._version != version:
                         raise UsageError(
                             f"the block that ends at {name!r} overwrites its input in place, so it cannot run a second time: "
@@ -79,7 +90,7 @@ def _checkpointed(model: nn.Module, cuts: Sequence[str]) -> Iterator[None]:
         forwards: dict[nn.Module, Any] = {model: forward}
     else:
         modules = [model.get_submodule(name) for name in cuts]
-        forwards = {module: partial(again, module.forward) for module in modules}
+        forwards = {module: partial(_recomputed, module, module.forward) for module in modules}
     # A module may have a forward of its own instead of its class's: a compiled one does.
     own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     for module, again_forward in forwards.items():

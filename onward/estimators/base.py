@@ -12,23 +12,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from onward.cuts import BypassCheck, check_names, default_cuts
+from onward.cuts import Elsewhere, check_names, default_cuts
 from onward.directions import seed_of
 from onward.distributed import Shard
 from onward.errors import UsageError, unknown
+from onward.per_sample import parameters_behind
+from onward.probe import Mixing, mixing, mixing_seen, refuse_disagreement
+from onward.run import Loss, batch_statistics, leaves, output_error
+from onward.separation import Separation
 
-Loss = Callable[[Tensor, Any], Tensor]
 ROLES = ("network", "heads", "feedback")
 
 
 class Step(NamedTuple):
-    """What one call of ``estimate`` saw: the batch loss (a scalar) and the network's output, without a graph.
+    """What one call of ``estimate`` saw: the batch loss (a scalar) and all that the network returned, without a graph.
 
     ``heads``: the same two of the head at each cut, by its name, where there are heads.
     """
 
     loss: Tensor
-    logits: Tensor
+    logits: Any
     heads: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
@@ -37,7 +40,10 @@ class Estimator(nn.Module):
 
     ``estimate(x, y)`` adds the estimate to ``.grad`` of every parameter, as ``loss.backward()`` would; calling the estimator
     runs the plain network. ``x`` is one tensor, a tuple of positional inputs, or a dict of keyword inputs, samples first.
-    ``loss(output, y)`` returns a scalar, the mean over samples of a per-sample loss.
+    ``loss(output, y)`` returns a scalar, the mean over samples of a per-sample loss, of all that the network returns.
+
+    The first batch is looked at before it is learned from, for what an estimator takes for granted: that rows are samples, and
+    that forward mode and the backward pass agree. That costs less than three more steps, once; ``check=False`` leaves it out.
     """
 
     engine: str
@@ -48,6 +54,11 @@ class Estimator(nn.Module):
     """Whether the network's last block is in this process (:class:`onward.Stage` divides blocks among processes)."""
     sums_samples = True
     """Whether ``.grad`` is a mean of what this process's samples contribute, which other processes' samples change."""
+    reads_rows = False
+    """Whether the rows of the cuts' outputs have to be samples."""
+    tangents_on: str | None = None
+    """What carries tangents in a step: the cuts' ``"outputs"``, ``"parameters"``, those alone that have ``"gradients"``, or
+    nothing (None)."""
 
     def __init__(
         self,
@@ -56,6 +67,7 @@ class Estimator(nn.Module):
         *,
         loss: Loss = F.cross_entropy,
         seed: int = 0,
+        check: bool = True,
         uncut: bool = False,
     ) -> None:
         super().__init__()
@@ -80,6 +92,8 @@ class Estimator(nn.Module):
         self.seed = int(seed)
         self.step = 0
         self.shard = Shard()
+        self.check = check
+        self._looked = False
         self._separated_for: list[bool] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,6 +101,11 @@ class Estimator(nn.Module):
 
     def estimate(self, x: Any, y: Any) -> Step:
         """Add an estimate of the gradient of ``loss(model(x), y)`` to every ``.grad``; return the loss and the output.
+
+        Hooks run as ``loss.backward()`` would run them where they have something to see: those on the accumulation of a
+        gradient always, full backward hooks of a cut module with the error signal that is delivered to it. Full backward hooks
+        of a module see nothing where no error reaches its output, as in forward gradients of weights without cuts, and hooks
+        on a parameter's gradient (``Tensor.register_hook``) nothing of gradients that are made sample by sample.
 
         Raises :class:`onward.UsageError` where the network, its cuts, or the batch make an estimate impossible.
         """
@@ -96,36 +115,73 @@ class Estimator(nn.Module):
                 "torch.no_grad() and torch.inference_mode()"
             )
         with batch_statistics(), self.shard.averaging(x, self):
+            if self.check and not self._looked:
+                self.look(x, y)
+                self._looked = True
             step = self._estimate(x, y)
         self.step += 1
         loss, *of_heads = self.shard.mean([step.loss, *(value for value, _ in step.heads.values())])
         heads = {cut: (value, z) for (cut, (_, z)), value in zip(step.heads.items(), of_heads, strict=True)}
         return Step(loss, step.logits, heads)
 
+    def look(self, x: Any, y: Any) -> None:
+        """Look at the network with its first batch, before anything is learned from it.
+
+        Raises :class:`onward.UsageError` where the rows of a cut's output are not the samples, or forward mode is wrong.
+        """
+        if any(isinstance(self.model.get_submodule(cut), Elsewhere) for cut in self.cuts):
+            return  # the other blocks are in other processes
+        if self.reads_rows:
+            mixing_seen[self.model] = found = mixing(self.model, [*self.cuts, ""], x)
+            for seen in found:
+                if seen.transposed:
+                    where = f"cut {seen.module!r}" if seen.module else "the network"
+                    raise UsageError(
+                        f"the output of {where} has the samples in its second dimension (changing a sample changes "
+                        "that column, and no row alone): let the network compute with samples first (batch_first=True in "
+                        "recurrent and attention layers)"
+                    )
+            if found:
+                self.tell_mixing(found[0])
+        if self.tangents_on is not None and self.cuts:
+            refuse_disagreement(
+                self.model,
+                self.cuts,
+                x,
+                parameters=self.tangents_on != "outputs",
+                where_gradients_arrive=self.tangents_on == "gradients",
+                who=type(self).__name__,
+            )
+
+    def tell_mixing(self, seen: Mixing) -> None:
+        """Say what it means for the estimate that samples influence one another, if anything."""
+
     def _estimate(self, x: Any, y: Any) -> Step:
         raise NotImplementedError
 
     @contextmanager
-    def separation(self, remedy: str = "") -> Iterator[Callable[[int, Tensor], None]]:
-        """A function that takes each block's output, in order, and raises where a cut is not the only way forward.
+    def separation(self, remedy: str = "") -> Iterator[Callable[..., None]]:
+        """Around a pass that builds graphs: a function that takes the number of each block, in order, and its outputs.
 
-        It looks on the first batch, and again when other parameters are to be trained than then.
+        It raises where a cut is not the only way forward, and where something hides a block's graph. It looks on the first
+        batch, and again when other parameters are to be trained than then.
         """
         trained = [p.requires_grad for p in self.model.parameters()]
         if trained == self._separated_for:
-            yield lambda k, output: None
+            yield lambda k, *outputs: None
             return
-        yield BypassCheck(self.model, self.cuts, remedy).visit
+        with Separation(self.model, self.cuts, remedy) as looking:
+            yield looking.visit
         self._separated_for = trained
 
-    def learn_last(self, output: Tensor, y: Any) -> Tensor:
+    def learn_last(self, output: Any, y: Any) -> Tensor:
         """Give the last block the exact gradient of the loss; returns the loss, 0 where that block is in another process."""
         if not self.ends_here:
-            return output.new_zeros(())
-        check_last_block(self.cuts, output.requires_grad)
-        loss, e = output_error(self.loss, output, y)
-        torch.autograd.backward(output, e.to(output.dtype))
-        return loss
+            return leaves(output)[0].new_zeros(())
+        check_last_block(self.cuts, output)
+        found = output_error(self.loss, output, y)
+        found.backward()
+        return found.loss
 
     def observed(self, k: int, delta: Tensor) -> Tensor:
         """The error signal of block k, shown to ``observe``."""
@@ -167,57 +223,13 @@ class Estimator(nn.Module):
         self.step, self.seed = state["step"], state["seed"]
 
 
-@contextmanager
-def batch_statistics() -> Iterator[None]:
-    """Within the block, batch norm's refusal of a batch of one sample comes with the remedy."""
-    try:
-        yield
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise UsageError(
-            "a batch of one sample has no batch statistics: this network has batch norm, so train it with batches of at "
-            "least 2 samples (drop_last=True in the data loader), or in eval mode"
-        ) from error
+def check_last_block(cuts: Sequence[str], output: Any, entered: bool = False) -> None:
+    """Raise a :class:`onward.UsageError` if the network's last block, whose output this is, has nothing to train.
 
-
-def call(model: Callable[..., Any], x: Any) -> Tensor:
-    """The network's output for one input, a tuple of positional inputs, or a dict of keyword inputs."""
-    match x:
-        case Mapping():
-            out = model(**x)
-        case tuple() | list():
-            out = model(*x)
-        case _:
-            out = model(x)
-    if not isinstance(out, Tensor):
-        raise UsageError(
-            f"the network returned a {type(out).__name__}, not a tensor: wrap it in a module that returns the tensor that "
-            "the loss needs"
-        )
-    return out
-
-
-def compute_loss(loss: Loss, output: Tensor, y: Any) -> Tensor:
-    """``loss(output, y)``, checked: a scalar, of targets that exist; in float32 at least, whatever autocast says."""
-    if output.dtype in (torch.float16, torch.bfloat16):
-        output = output.float()
-    try:
-        with torch.autocast(output.device.type, enabled=False):
-            value = loss(output, y)
-    except IndexError as error:
-        raise UsageError(
-            f"the loss refused the targets: {error} The network has {output.shape[-1]} outputs, so labels run from 0 to "
-            f"{output.shape[-1] - 1}: check the labels, or give the network as many outputs as there are classes"
-        ) from error
-    if value.dim() != 0:
-        raise UsageError(f"the loss has shape {tuple(value.shape)}: it must return a scalar, the mean over samples")
-    return value
-
-
-def check_last_block(cuts: Sequence[str], trains: bool) -> None:
-    """Raise a :class:`onward.UsageError` if the network's last block has nothing to train."""
-    if not trains:
+    ``entered``: it has a graph in any case, as what was passed on to it has one.
+    """
+    ends = leaves(output)
+    if not (parameters_behind(*ends) if entered else any(end.requires_grad for end in ends)):
         where = f"after the cut {cuts[-1]!r} " if cuts else ""
         raise UsageError(
             f"the last block has no parameters to train: nothing {where}requires a gradient. Leave out that cut, or "
@@ -225,63 +237,39 @@ def check_last_block(cuts: Sequence[str], trains: bool) -> None:
         )
 
 
-def check_samples(cut: str, shape: Sequence[int], samples: int, what: str) -> None:
-    """Raise a :class:`onward.UsageError` if the rows of a cut's output are not the samples, which ``what`` needs."""
-    if shape[0] != samples:
-        raise UsageError(
-            f"the output of cut {cut!r} has shape {tuple(shape)} for {samples} samples: {what} needs the sample dimension "
-            "first at every cut and at the output (batch_first=True in recurrent and attention layers; outputs as (N, C, T))"
-        )
-
-
-def output_error(loss: Loss, output: Tensor, y: Any) -> tuple[Tensor, Tensor]:
-    """``loss(output, y)`` and its gradient with respect to the output; in float32 at least, whatever autocast says."""
-    z = output.detach()
-    if z.dtype in (torch.float16, torch.bfloat16):
-        z = z.float()
-    z.requires_grad_()
-    with torch.enable_grad():
-        value = compute_loss(loss, z, y)
-        (e,) = torch.autograd.grad(value, z)
-    return value.detach(), e
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the network's first parameter lives."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def as_rows(output: Tensor) -> Tensor:
-    """The network's output as a matrix, one row per sample."""
-    return output.flatten(1) if output.dim() > 1 else output.unsqueeze(1)
-
-
 @torch.no_grad()
 def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
     """Add each gradient to its parameter's ``.grad``, as a backward pass would; the gradients become ours."""
     taken: set[int] = set()
     for p, gradient in zip(parameters, gradients, strict=True):
-        if gradient is None:
-            continue
-        if p.grad is not None:
-            p.grad.add_(gradient)
-            continue
-        p.grad = gradient.to(p.dtype)
-        if gradient.layout is not torch.strided:
-            continue
-        # autograd.grad gives several parameters the same memory where their gradients are equal, or repeats one element.
-        memory = p.grad.untyped_storage().data_ptr()
-        if memory in taken or 0 in p.grad.stride():
-            p.grad = torch.empty_like(p).copy_(gradient)
-        taken.add(memory)
+        if gradient is not None:
+            _add(p, gradient, taken)
+            for hook in list((p._post_accumulate_grad_hooks or {}).values()):
+                hook(p)
 
 
-def allocate_gradients(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Zeros as ``.grad`` of those that have none; returns them.
+def _add(p: nn.Parameter, gradient: Tensor, taken: set[int]) -> None:
+    if p.grad is not None:
+        p.grad.add_(gradient)
+        return
+    p.grad = gradient.to(p.dtype)
+    if gradient.layout is not torch.strided:
+        return
+    # autograd.grad gives several parameters the same memory where their gradients are equal, or repeats one element.
+    memory = p.grad.untyped_storage().data_ptr()
+    if memory in taken or 0 in p.grad.stride():
+        p.grad = torch.empty_like(p).copy_(gradient)
+    taken.add(memory)
 
-    What outlives a pass comes first, so that it does not lie scattered among what the blocks allocate and free.
+
+def allocate_gradients(module: nn.Module) -> list[nn.Parameter]:
+    """Zeros as ``.grad`` of those of its parameters that have none; returns these.
+
+    What outlives a pass comes first, so that it does not lie scattered among what the blocks allocate and free. Gradients that
+    will be sparse (``nn.Embedding(sparse=True)``) are left to autograd.
     """
-    fresh = [p for p in parameters if p.requires_grad and not is_lazy(p) and p.grad is None]
+    sparse = {id(p) for part in module.modules() if getattr(part, "sparse", False) is True for p in part.parameters()}
+    fresh = [p for p in module.parameters() if p.requires_grad and not is_lazy(p) and p.grad is None and id(p) not in sparse]
     for p in fresh:
         p.grad = torch.zeros_like(p)
     return fresh

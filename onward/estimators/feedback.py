@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from onward.cuts import cut_graph, frozen_statistics, same_randomness
+from onward.cuts import cut_graph
 from onward.directions import NOISES, seed_of
 from onward.errors import UsageError, unknown
-from onward.estimators.base import Loss, as_rows, call, check_samples, device_of
 from onward.estimators.signals import OutputError, SignalEstimator
+from onward.replay import Replay
+from onward.run import Loss, as_rows, call, check_samples
 
 
 class Feedback(nn.ParameterList):
@@ -157,12 +158,14 @@ class DirectFeedback(SignalEstimator):
         loss: Loss = F.cross_entropy,
         low_memory: bool = False,
         seed: int = 0,
+        check: bool = True,
         allow_bypass: bool = False,
     ) -> None:
-        super().__init__(model, cuts, loss=loss, low_memory=low_memory, seed=seed, allow_bypass=allow_bypass)
+        super().__init__(model, cuts, loss=loss, low_memory=low_memory, seed=seed, check=check, allow_bypass=allow_bypass)
         self.feedback = FEEDBACK[self.rule](model, self.cuts, seed)
         self.directions, self.noise = self.feedback.directions, self.feedback.noise
         self.reads_outputs = self.feedback.reads_outputs
+        self.tangents_on = "outputs" if self.directions else None
 
     def initialize(self, x: Any) -> None:
         """Size the feedback matrices by one forward pass over a batch, which changes nothing else."""
@@ -172,12 +175,15 @@ class DirectFeedback(SignalEstimator):
             shapes.append((k, h))
             return h
 
-        again = same_randomness(device_of(self.model))
-        with again, torch.no_grad(), frozen_statistics(self.model), cut_graph(self.model, self.cuts, note):
-            logits = call(self.model, x)
-        with again:
-            for k, h in shapes:
-                self.feedback.sized(k, h, as_rows(logits))
+        with Replay(self.model).unseen(), torch.no_grad(), cut_graph(self.model, self.cuts, note):
+            output = call(self.model, x)
+        if not isinstance(output, Tensor):
+            raise UsageError(
+                f"the network returns a {type(output).__name__}, and only its loss tells which of it has errors: call estimate "
+                "for a first batch instead of initialize, or let the network return one tensor"
+            )
+        for k, h in shapes:
+            self.feedback.sized(k, h, as_rows(output))
 
     def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
         delta = self.feedback.signal(k, h, error)
@@ -237,6 +243,11 @@ class FDFA(DirectFeedback):
 
     With SGD at rate alpha on the feedback this is the moving average of Bacho & Chu, "Low-Variance Forward Gradients using
     Direct Feedback Alignment and Momentum", Neural Networks 2024, equation 13; Adam works as well.
+
+    The matrices follow a Jacobian, which knows nothing of the loss. So a loss that is scaled (``torch.amp.GradScaler``, or
+    ``loss / k`` over k accumulated batches), and whose scale is taken back on every ``.grad``, leaves grad B_k too small by
+    the scaler's factor, or too large by k. Give the matrices an optimizer of their own, without the scaler, and divide their
+    ``.grad`` by k (Adam does not mind either). ``DKP`` learns from e, and follows the loss's scale as the network does.
 
     >>> import torch
     >>> from torch import nn

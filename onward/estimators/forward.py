@@ -10,25 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onward.cuts import Elsewhere, cut_graph, frozen_statistics, same_randomness
+from onward.cuts import Elsewhere, cut_graph
 from onward.directions import draw, seed_of
 from onward.errors import UsageError
-from onward.estimators.base import (
-    Loss,
-    Step,
-    accumulate,
-    allocate_gradients,
-    as_rows,
-    call,
-    check_samples,
-    device_of,
-    forget_unused,
-    output_error,
-)
+from onward.estimators.base import Step, accumulate, allocate_gradients, forget_unused
 from onward.estimators.reverse import accumulate_rows, estimate_samples, through
 from onward.estimators.signals import OutputError, perturb, tangents_of
 from onward.forward_mode import Tangents
 from onward.per_sample import Use, dots, parameters_behind, record_uses, weighted_sum
+from onward.replay import Replay, check_same_output
+from onward.run import Loss, as_rows, call, check_samples, detached, leaves, output_error, without_graph
 
 if TYPE_CHECKING:
     from onward.estimators.forward_gradient import ForwardGradient
@@ -50,24 +41,26 @@ class Measured(NamedTuple):
 
     slopes: dict[Site, Tensor]
     loss: Tensor
-    logits: Tensor
+    output: Any
 
 
 def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
     """One step of ``fg``: passes without a graph, which measure, and one that differentiates block by block."""
-    again = same_randomness(device_of(fg.model))
+    # Weights are measured after the pass that differentiates, which moves running statistics.
+    again = Replay(fg, start_of_buffers=fg.space == "avg-weight" and bool(fg.cuts))
     if not fg.cuts and fg.space == "avg-weight":
         return _without_cuts(fg, x, y, again)
-    fresh = allocate_gradients(fg.parameters())
+    fresh = allocate_gradients(fg)
     error = _output(fg, x, y, again) if fg.feedback is not None else None
     step = (_parameters if fg.space == "avg-weight" else _activations)(fg, x, y, again, error)
     forget_unused(fresh)
     return step
 
 
-def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, error: OutputError | None) -> Step:
+def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: OutputError | None) -> Step:
     """Measure along guesses at the blocks' outputs, then deliver to each block its own, weighted."""
     slopes: dict[Site, Tensor] = {}
+    measured = None
     if fg.space != "random-sign-weight":  # which compares with nothing
         here = [k for k, name in enumerate(fg.cuts) if not isinstance(fg.model.get_submodule(name), Elsewhere)]
         sites = [Site(k, None, i) for k in here for i in range(fg.directions)]
@@ -79,7 +72,8 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
                 return found
             return [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
 
-        slopes = _measure(fg, x, y, again, slots, at_output=inject).slopes
+        measured = _measure(fg, x, y, again, slots, at_output=inject)
+        slopes = measured.slopes
         slopes = {site: slope * _sign(fg, site, slope.shape) for site, slope in slopes.items()}
     of_samples = fg.space in ("activation-2", "random-sign-weight")
     recording: AbstractContextManager[list[Use]] = record_uses(fg.model) if of_samples else nullcontext([])
@@ -106,10 +100,19 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, er
             torch.autograd.backward(h, fg.observed(k, weighted_sum(guesses, weights)))
 
     with recording as uses:
-        return _block_by_block(fg, x, y, again, error, learn, after=uses.clear)
+        step = _block_by_block(fg, x, y, again, error, learn, after=uses.clear)
+    if measured is not None:
+        _check_same(measured.output, step)
+    return step
 
 
-def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, error: OutputError | None) -> Step:
+def _check_same(output: Any, step: Step) -> None:
+    if output is None:  # nothing was measured: nothing trains in the hidden blocks
+        return
+    check_same_output(leaves(output), leaves(step.logits), "use engine='reverse', which runs the network once")
+
+
+def _parameters(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: OutputError | None) -> Step:
     """Find each block's parameter gradients under the guess, then measure along them."""
     members: dict[int, list[nn.Parameter]] = {}
     along: dict[Site, Tensor] = {}
@@ -130,23 +133,23 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: same_randomness, err
                 along[Site(k, names[p], i)] = direction
 
     step = _block_by_block(fg, x, y, again, error, learn)
-    _estimate_along(fg, x, y, again, members, along)
+    _check_same(_estimate_along(fg, x, y, again, members, along).output, step)
     return step
 
 
-def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: same_randomness) -> Step:
+def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: Replay) -> Step:
     """Baydin et al.: one direction for all parameters of the network; nothing is differentiated in reverse."""
     named = {name: p for name, p in fg.model.named_parameters() if p.requires_grad}
     along = {Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()}
     measured = _estimate_along(fg, x, y, again, {0: list(named.values())}, along)
-    return Step(measured.loss, measured.logits.detach())
+    return Step(measured.loss, detached(measured.output))
 
 
 def _estimate_along(
     fg: ForwardGradient,
     x: Any,
     y: Any,
-    again: same_randomness,
+    again: Replay,
     members: Mapping[int, Sequence[nn.Parameter]],
     along: dict[Site, Tensor],
 ) -> Measured:
@@ -171,7 +174,7 @@ def _estimate_along(
         estimated.add(str(site.parameter))
         sites = [site._replace(direction=i) for i in range(fg.directions)]
         directions = [along.pop(s) for s in sites]
-        zero = measured.logits.new_zeros(1)
+        zero = measured.loss.new_zeros(1)
         slopes = [slopes_of[s] * _sign(fg, s, ()) if s in slopes_of else zero for s in sites]
         assert site.parameter is not None
         with torch.no_grad():
@@ -190,7 +193,7 @@ def _block_by_block(
     fg: ForwardGradient,
     x: Any,
     y: Any,
-    again: same_randomness,
+    again: Replay,
     error: OutputError | None,
     learn: Callable[[int, Tensor, Guess], None],
     after: Callable[[], object] = lambda: None,
@@ -215,17 +218,17 @@ def _block_by_block(
         return h.detach()
 
     with again, fg.separation() as check, cut_graph(fg.model, fg.cuts, deliver):
-        logits = call(fg.model, x)
-        check(len(fg.cuts), logits)
-    loss = fg.learn_last(logits, y)
-    return Step(loss, logits.detach(), seen)
+        output = call(fg.model, x)
+        check(len(fg.cuts), *leaves(output))
+    loss = fg.learn_last(output, y)
+    return Step(loss, detached(output), seen)
 
 
 def _measure(
     fg: ForwardGradient,
     x: Any,
     y: Any,
-    again: same_randomness,
+    again: Replay,
     slots: Sequence[Sequence[Site]],
     *,
     at_output: Callable[[Tensor, Sequence[Site]], list[Tensor]] | None = None,
@@ -242,25 +245,24 @@ def _measure(
     names = {p: name for name, p in fg.model.named_parameters()}
     at_once = len(slots) if fg.passes == "one" else _AT_ONCE
     chunks = [slots[start : start + at_once] for start in range(0, len(slots), max(1, at_once))]
-    loss, logits = torch.empty(0), torch.empty(0)
+    loss, output = torch.empty(0), None
     for index, chunk in enumerate(chunks):
-        tangents = Tangents(len(chunk))
+        tangents = Tangents(len(chunk), through_gradients=True)
 
         def read(
-            point: int, criterion: Loss, output: Tensor, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk
+            point: int, criterion: Loss, output: Any, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk
         ) -> Tensor:
-            value, e = output_error(criterion, output, y)
+            found = output_error(criterion, output, y)
             for j, slot in enumerate(chunk):
-                moved = tangents.get(output, j)
-                if moved is not None:
-                    slope = dots(as_rows(e), as_rows(moved).to(e.dtype))
-                    slope = slope if slot[0].parameter is None else slope.sum().view(1)
+                moved = [(e, t) for z, e in zip(found.at, found.e, strict=True) if (t := tangents.get(z, j)) is not None]
+                if moved:
+                    slope = _slope(moved, by_sample=slot[0].parameter is None)
                     for site in slot:
                         if _reads(fg.target, site.block, point, last):
                             if site.parameter is None and site.block in shapes:  # a cut that did not run is told of later
                                 check_samples(fg.cuts[site.block], shapes[site.block], len(slope), "a forward gradient")
                             slopes[site] = slopes[site] + slope if site in slopes else slope
-            return value
+            return found.loss
 
         def enter(k: int, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> None:
             """Give the parameters of block k their tangents."""
@@ -295,17 +297,25 @@ def _measure(
             return passed_on
 
         # The only pass of a network without cuts is the one that moves its running statistics.
-        frozen = nullcontext() if last == 0 and index == len(chunks) - 1 else frozen_statistics(fg)
-        with again, torch.no_grad(), frozen, tangents, cut_graph(fg.model, fg.cuts, deliver):
+        running = again if last == 0 and index == len(chunks) - 1 else again.frozen()
+        with running, without_graph(fg), tangents, cut_graph(fg.model, fg.cuts, deliver):
             enter(min(members, default=0))
-            logits = call(fg.model, x)
-            loss = read(last, fg.loss, logits) if fg.ends_here else logits.new_zeros(())
+            output = call(fg.model, x)
+            loss = read(last, fg.loss, output) if fg.ends_here else leaves(output)[0].new_zeros(())
     for site in {site for slot in slots for site in slot if site.parameter is None} - slopes.keys():
         raise UsageError(
             f"no tangent reached the target's loss from cut {fg.cuts[site.block]!r}: something after it is invisible to "
             "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
         )
-    return Measured(slopes, loss, logits)
+    return Measured(slopes, loss, output)
+
+
+def _slope(moved: Sequence[tuple[Tensor, Tensor]], *, by_sample: bool) -> Tensor:
+    """A loss's derivative along a tangent, from its gradient and the tangent at each output: each sample's, or the sum."""
+    if by_sample:
+        return dots(as_rows([e for e, _ in moved]), as_rows([t.to(e.dtype) for e, t in moved]))
+    parts = [(e * t).sum() if e.dim() == 0 else dots(as_rows(e), as_rows(t.to(e.dtype))).sum() for e, t in moved]
+    return torch.stack(parts).sum().view(1)
 
 
 def _reads(target: str, block: int, point: int, last: int) -> bool:
@@ -336,21 +346,21 @@ def _give(tangents: Tangents, tensor: Tensor, moved: Sequence[Tensor | None]) ->
         tangents.set(tensor, *(torch.zeros_like(tensor) if t is None else t.clone() for t in moved))
 
 
-def _output(fg: ForwardGradient, x: Any, y: Any, again: same_randomness) -> OutputError:
+def _output(fg: ForwardGradient, x: Any, y: Any, again: Replay) -> OutputError:
     """The output error, which a feedback guess starts from, and the tangents that its matrices learn from."""
     assert fg.feedback is not None
-    tangents = Tangents(fg.feedback.directions) if fg.feedback.directions else None
+    tangents = Tangents(fg.feedback.directions, through_gradients=True) if fg.feedback.directions else None
 
     def pass_on(k: int, h: Tensor) -> Tensor:
         passed_on = h.detach()
         if tangents is not None:
-            perturb(tangents, fg.cuts[k], k, h, passed_on, fg.feedback_direction(k, h))
+            perturb(tangents, h, passed_on, fg.feedback_direction(k, h))
         return passed_on
 
-    with again, torch.no_grad(), frozen_statistics(fg), tangents or nullcontext(), cut_graph(fg.model, fg.cuts, pass_on):
-        logits = call(fg.model, x)
-        tangents_out = tangents_of(tangents, fg.cuts, logits)
-    return OutputError(output_error(fg.loss, logits, y)[1], tangents_out, fg.feedback_direction)
+    with again.frozen(), without_graph(fg), tangents or nullcontext(), cut_graph(fg.model, fg.cuts, pass_on):
+        output = call(fg.model, x)
+    found = output_error(fg.loss, output, y)
+    return OutputError(found.e, tangents_of(tangents, fg.cuts, found.at), fg.feedback_direction)
 
 
 def _slots(fg: ForwardGradient, sites: Sequence[Site]) -> list[list[Site]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,11 +15,13 @@ from onward import spaces
 from onward.directions import seed_of
 from onward.errors import UsageError, unknown
 from onward.estimators import forward, reverse
-from onward.estimators.base import Estimator, Loss, Step
+from onward.estimators.base import Estimator, Step
 from onward.estimators.feedback import FEEDBACK
 from onward.estimators.signals import OutputError
 from onward.heads import Heads
 from onward.per_sample import dots, weighted_sum
+from onward.probe import Mixing, padding_rows, slope_is_wrong
+from onward.run import Loss
 
 TARGETS = {
     "global": "the network's loss",
@@ -100,6 +103,7 @@ class ForwardGradient(Estimator):
         orthogonal: bool = False,
         eps: float = 1e-16,
         seed: int = 0,
+        check: bool = True,
     ) -> None:
         if engine == "reverse" and passes is not None:
             raise UsageError(f"passes={passes!r} is for engine='forward', and the engine is 'reverse': leave it out")
@@ -119,7 +123,7 @@ class ForwardGradient(Estimator):
         uncut = space == "avg-weight" and guess == "random" and target == "global"
         if uncut and not cuts:
             cuts = ()
-        super().__init__(model, cuts, loss=loss, seed=seed, uncut=uncut)
+        super().__init__(model, cuts, loss=loss, seed=seed, check=check, uncut=uncut)
         self.target, self.guess, self.space, self.passes = target, guess, space, passes
         self.noise, self.scaling, self.directions, self.orthogonal, self.eps = noise, scaling, directions, orthogonal, eps
         self._check_combination(engine, heads)
@@ -134,6 +138,14 @@ class ForwardGradient(Estimator):
         self.heads = Heads(self.cuts, heads) if heads is not None and trained else None
         self.frozen_heads = Heads(self.cuts, heads, frozen=True) if heads is not None and frozen else None
         self.feedback = FEEDBACK[feedback](model, self.cuts, seed) if guess == "feedback" else None
+        self.reads_rows = space != "avg-weight" or guess == "feedback"
+        if engine == "forward":
+            of_weights = "parameters" if guess == "random" else "gradients"
+            self.tangents_on = of_weights if space == "avg-weight" else "outputs"
+        elif self.feedback is not None and self.feedback.directions:
+            self.tangents_on = "outputs"
+        # Padding never learns; a weight that others use too, as an output layer does, learns through those.
+        self._left_out = {name: row for name, (row, *others) in padding_rows(model).items() if row is not None and not others}
 
     def _check_combination(self, engine: str, heads: Mapping[str, nn.Module] | None) -> None:
         for what, name in (("target", self.target), ("guess", self.guess)):
@@ -177,6 +189,29 @@ class ForwardGradient(Estimator):
                 "forward passes as there are samples: use engine='reverse', or space='activation'"
             )
 
+    def look(self, x: Any, y: Any) -> None:
+        super().look(x, y)
+        if self.cuts or self.tangents_on != "parameters":
+            return
+        wrong = slope_is_wrong(self.model, x, y, self.loss)
+        if wrong is not None:
+            raise UsageError(
+                f"the derivative of the loss along a random direction of the weights is {wrong[0]:.4g} by forward mode and "
+                f"{wrong[1]:.4g} by finite differences: something in the network is invisible to forward mode (NumPy, a custom "
+                "operation; onward.validate with a batch names it). Replace it, use engine='reverse', or check=False if this "
+                "is as you want it"
+            )
+
+    def tell_mixing(self, seen: Mixing) -> None:
+        if self.engine.startswith("forward"):
+            where = f"cut {seen.module!r}" if seen.module else "the network"
+            warnings.warn(
+                f"samples influence one another before the output of {where}: changing half of a batch changes {seen.rows} of "
+                "the other rows there. The forward engine measures each sample's own derivative, which leaves out what a "
+                "sample does to the losses of others: the estimate is biased. engine='reverse' measures both",
+                stacklevel=4,
+            )
+
     @property
     def unbiased(self) -> bool:
         """Whether guesses are scaled by <t, u> alone."""
@@ -204,13 +239,19 @@ class ForwardGradient(Estimator):
         return [self._draw(h.shape, k, 0, h, self.seed, self.shard.first)]
 
     def drawn_weights(self, name: str, p: Tensor, i: int) -> Tensor:
-        """The i-th direction of a parameter, one for the whole batch."""
-        return self._draw(p.shape, name, i, p, self.seed)
+        """The i-th direction of a parameter, one for the whole batch; none where its gradient is left out on purpose."""
+        drawn = self._draw(p.shape, name, i, p, self.seed)
+        if (row := self._left_out.get(name)) is not None:
+            drawn[row] = 0
+        return drawn
 
     def drawn_rows(self, name: str, p: Tensor, k: int, i: int, part: slice) -> Tensor:
         """The i-th direction of a parameter for each of a range of samples."""
         shape = (part.stop - part.start, *p.shape)
-        return self._draw(shape, k, i, p, seed_of(self.seed, name), self.shard.first + part.start)
+        drawn = self._draw(shape, k, i, p, seed_of(self.seed, name), self.shard.first + part.start)
+        if (row := self._left_out.get(name)) is not None:
+            drawn[:, row] = 0
+        return drawn
 
     def coin(self, name: str, k: int, samples: int, like: Tensor) -> Tensor:
         """+1 or -1 for each sample, in units of this shard's guesses."""

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward.cuts import cut_graph
-from onward.estimators.base import Estimator, Loss, Step, allocate_gradients, call, forget_unused
+from onward.estimators.base import Estimator, Step, allocate_gradients, forget_unused
 from onward.heads import Heads
+from onward.run import Loss, call, detached, leaves
 
 
 class LocalLoss(Estimator):
@@ -43,13 +44,14 @@ class LocalLoss(Estimator):
         heads: Mapping[str, nn.Module],
         loss: Loss = F.cross_entropy,
         seed: int = 0,
+        check: bool = True,
     ) -> None:
-        super().__init__(model, cuts, loss=loss, seed=seed)
+        super().__init__(model, cuts, loss=loss, seed=seed, check=check)
         self.heads = Heads(self.cuts, heads)
 
     def _estimate(self, x: Any, y: Any) -> Step:
         seen: dict[str, tuple[Tensor, Tensor]] = {}
-        fresh = allocate_gradients(self.parameters())
+        fresh = allocate_gradients(self)
 
         def deliver(k: int, h: Tensor) -> Tensor:
             check(k, h)
@@ -60,11 +62,11 @@ class LocalLoss(Estimator):
             return h.detach()
 
         with self.separation() as check, cut_graph(self.model, self.cuts, deliver):
-            logits = call(self.model, x)
-            check(len(self.cuts), logits)
-        loss = self.learn_last(logits, y)
+            output = call(self.model, x)
+            check(len(self.cuts), *leaves(output))
+        loss = self.learn_last(output, y)
         forget_unused(fresh)
-        return Step(loss, logits.detach(), seen)
+        return Step(loss, detached(output), seen)
 
     def _roles(self) -> dict[str, list[nn.Parameter]]:
         return {**super()._roles(), "heads": list(self.heads.parameters())}

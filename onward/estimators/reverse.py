@@ -14,10 +14,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from onward import spaces
 from onward.cuts import cut_graph, enter
 from onward.errors import UsageError
-from onward.estimators.base import Step, accumulate, call, check_last_block, output_error
+from onward.estimators.base import Step, accumulate, check_last_block
 from onward.estimators.signals import OutputError, perturb, tangents_of
 from onward.forward_mode import Tangents
 from onward.per_sample import Drawn, PerSample, Use, dots, parameters_behind, per_sample_gradients, record_uses, weighted_sum
+from onward.run import LossGradient, call, detached, leaves, output_error
 
 if TYPE_CHECKING:
     from onward.estimators.forward_gradient import ForwardGradient
@@ -28,16 +29,37 @@ SWEPT = ("global", "above", "sum")  # gradients that reach a block through the b
 class Block(NamedTuple):
     """A hidden block after the forward pass.
 
-    Its output and that output's version; where it was entered; the gradients of its head and of its frozen head; the runs of
-    its layers.
+    Its output and that output's version; the gradients of its head and of its frozen head; the runs of its layers.
     """
 
     h: Tensor
-    entry: GradientEdge | None
     local: Tensor | None
     guesses: list[Tensor] | None
     uses: list[Use]
     version: int
+
+
+class Sweep:
+    """The gradients that reach blocks through the blocks after them, by kind and number of block.
+
+    ``entries`` are the places where what follows a cut was entered: of the next block, or also of later ones, which a skip
+    connection leads to.
+    """
+
+    def __init__(self, kinds: Sequence[str], entries: dict[int, GradientEdge]) -> None:
+        self.kinds, self.entries = kinds, entries
+        self.arrived: dict[str, dict[int, Tensor]] = {kind: {} for kind in kinds}
+
+    def before(self, k: int) -> list[int]:
+        """The cuts that block k may have been entered from."""
+        return [j for j in self.entries if j < k]
+
+    def add(self, kind: str, cuts: Sequence[int], found: Sequence[Tensor | None]) -> None:
+        """Take in what of a block's signal arrives at the entries of earlier cuts."""
+        for k, gradient in zip(cuts, found, strict=True):
+            if gradient is not None:
+                known = self.arrived[kind].get(k)
+                self.arrived[kind][k] = gradient if known is None else known + gradient
 
 
 def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
@@ -47,99 +69,99 @@ def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
     drawn: dict[int, list[Tensor]] = {}
     swept = [kind for kind in dict.fromkeys((fg.target, fg.guess)) if kind in SWEPT]
     of_samples = fg.space in (*spaces.OF_SAMPLES, "activation-2")
-    entry: GradientEdge | None = None
+    sweep = Sweep(swept, {})
 
     def deliver(k: int, h: Tensor) -> Tensor:
-        nonlocal entry
+        check(k, h)
         local, guesses = None, None
         if fg.heads is not None:
             local, *of_head = fg.heads.differentiate(k, h, y, fg.loss, fg.mask_seed, fg.step, learn=True)
             seen[fg.cuts[k]] = (of_head[0], of_head[1])
         if fg.frozen_heads is not None:
             guesses = fg.guesses(k, h, y, None)
-        blocks[k] = Block(h, entry, local, guesses, list(uses), h._version)
+        blocks[k] = Block(h, local, guesses, list(uses), h._version)
         uses.clear()
         passed_on = enter(h) if swept else h.detach()
-        entry = get_gradient_edge(passed_on) if swept else None
+        if swept:
+            sweep.entries[k] = get_gradient_edge(passed_on)
         if tangents is not None:
-            drawn[k] = perturb(tangents, fg.cuts[k], k, h, passed_on, fg.feedback_direction(k, h))
+            drawn[k] = perturb(tangents, h, passed_on, fg.feedback_direction(k, h))
         return passed_on
 
     tangents = Tangents(fg.feedback.directions) if fg.feedback is not None and fg.feedback.directions else None
     recording: AbstractContextManager[list[Use]] = record_uses(fg.model) if of_samples else nullcontext([])
-    with recording as uses, tangents or nullcontext(), cut_graph(fg.model, fg.cuts, deliver):
-        logits = call(fg.model, x)
-        tangents_out = tangents_of(tangents, fg.cuts, logits)
-    with fg.separation() as check:
-        for k, block in blocks.items():
-            check(k, block.h)
-        check(len(fg.cuts), logits)
-    parameters = list(parameters_behind(logits)) if logits.requires_grad else []
-    loss, e = logits.new_zeros(()), logits  # what the sweep starts with, but where the last block is in another process
+    cutting = cut_graph(fg.model, fg.cuts, deliver, entered=bool(swept))
+    with recording as uses, fg.separation() as check, tangents or nullcontext(), cutting:
+        output = call(fg.model, x)
+        check(len(fg.cuts), *leaves(output))
+    ends = leaves(output)
+    found = LossGradient(ends[0].new_zeros(()), [], [], [])  # where the last block is in another process
     if fg.ends_here:
-        check_last_block(fg.cuts, bool(parameters))
-        loss, e = output_error(fg.loss, logits, y)
-    error = OutputError(e, tangents_out, lambda k, h: drawn[k])
-    with torch.autocast(logits.device.type, enabled=False):
-        _sweep(fg, blocks, logits, parameters, entry, swept, error, e.to(logits.dtype), y)
-    return Step(loss, logits.detach(), seen)
+        check_last_block(fg.cuts, output, entered=bool(swept))
+        found = output_error(fg.loss, output, y)
+    error = None
+    if fg.feedback is not None:
+        error = OutputError(found.e, tangents_of(tangents, fg.cuts, found.at), lambda k, h: drawn[k])
+    with torch.autocast(ends[0].device.type, enabled=False):
+        _sweep(fg, blocks, found, sweep, error, y)
+    return Step(found.loss, detached(output), seen)
 
 
 def _sweep(
-    fg: ForwardGradient,
-    blocks: dict[int, Block],
-    logits: Tensor,
-    parameters: list[nn.Parameter],
-    entry: GradientEdge | None,
-    swept: Sequence[str],
-    error: OutputError,
-    e: Tensor,
-    y: Any,
+    fg: ForwardGradient, blocks: dict[int, Block], found: LossGradient, sweep: Sweep, error: OutputError | None, y: Any
 ) -> None:
-    """Fill ``.grad`` from the last block, entered at ``entry``, to the first; each is forgotten when it is done."""
-    if not fg.cuts and fg.space == "avg-weight":  # Baydin et al.: there is no last block
-        _estimate_parameters(fg, parameters, through(logits, e, parameters), None)
+    """Fill ``.grad`` from the last block to the first; each is forgotten when it is done."""
+    trained = [z for z in found.at if z.requires_grad]
+    parameters = list(parameters_behind(*trained))
+    e = [e.to(z.dtype) for z, e in zip(found.at, found.e, strict=True) if z.requires_grad]
+    if not fg.cuts and fg.space == "avg-weight":  # there is no last block
+        _estimate_parameters(fg, parameters, through(trained, e, parameters), None)
         return
-    gradients = through(logits, e, [*parameters, *([entry] if entry else [])])
-    carried: dict[str, Tensor | None] = dict.fromkeys(swept, gradients.pop() if entry else None)
-    accumulate(parameters, gradients)
+    if fg.ends_here:
+        entered = list(sweep.entries)
+        gradients = through(trained, e, [*parameters, *sweep.entries.values()])
+        for kind in sweep.kinds:
+            last = entered[-1:] if kind == "above" else entered
+            sweep.add(kind, last, gradients[len(gradients) - len(last) :])
+        accumulate(parameters, gradients[: len(parameters)])
     while blocks:
         k, block = blocks.popitem()
         if block.h.requires_grad:
-            carried = _learn(fg, k, block, carried, error, y)
+            _learn(fg, k, block, sweep, error, y)
         if fg.feedback is not None:
+            assert error is not None
             _check_kept(fg, k, block)
             with torch.no_grad():
                 fg.feedback.learn(k, block.h.detach(), error)
 
 
-def _learn(
-    fg: ForwardGradient, k: int, block: Block, carried: dict[str, Tensor | None], error: OutputError, y: Any
-) -> dict[str, Tensor | None]:
-    """Fill ``.grad`` of block k, given the swept signals that reach its output; returns what reaches the block before it."""
+def _learn(fg: ForwardGradient, k: int, block: Block, sweep: Sweep, error: OutputError | None, y: Any) -> None:
+    """Fill ``.grad`` of block k, and hand what reaches it on to the blocks before it."""
     h, uses = block.h, block.uses
     parameters = list(parameters_behind(h))
-    carried_on: dict[str, Tensor | None] = {}
+    handed_on: set[str] = set()
 
     def signal(kind: str) -> Tensor:
         if kind == "local":
             assert block.local is not None
             return block.local
-        arriving = carried[kind]
+        arriving = sweep.arrived[kind].get(k)
         if arriving is None:  # nothing after this block depends on it
             arriving = torch.zeros_like(h)
         return arriving if kind != "sum" or block.local is None else arriving + block.local
 
-    def sweep(kind: str, delivered: Tensor, edges: Sequence[Any]) -> list[Tensor | None]:
-        """What of a signal arrives at the edges; notes what of its kind goes on to the block before this one."""
-        entry = [block.entry] if kind in SWEPT and block.entry is not None else []
-        if entry and kind == "above":
-            (carried_on[kind],) = through(h, signal("local"), entry)
-            entry = []
-        found = through(h, delivered, [*edges, *entry])
-        if entry:
-            carried_on[kind] = found.pop()
-        return found
+    def deliver(kind: str, delivered: Tensor, edges: Sequence[Any]) -> list[Tensor | None]:
+        """What of a signal arrives at the edges; takes note of what goes on to earlier blocks."""
+        before = sweep.before(k) if kind in SWEPT and kind not in handed_on else []
+        handed_on.add(kind)
+        if kind == "above":
+            next_before = [j for j in before if j == k - 1]
+            sweep.add(kind, next_before, through(h, signal("local"), [sweep.entries[j] for j in next_before]))
+            before = []
+        found = through(h, delivered, [*edges, *(sweep.entries[j] for j in before)])
+        if before:
+            sweep.add(kind, before, found[len(edges) :])
+        return found[: len(edges)]
 
     target = signal(fg.target)
     drawn_in_weights = fg.guess == "random" and fg.space in (*spaces.OF_SAMPLES, "avg-weight")
@@ -155,11 +177,11 @@ def _learn(
     elif fg.space in (*spaces.OF_SAMPLES, "activation-2"):
         edges = [use.output for use in uses]
     compared = [] if fg.space == "activation-2" else edges  # the target itself is not needed inside the block
-    at_target = sweep(fg.target, target, compared)
+    at_target = deliver(fg.target, target, compared)
     same = fg.guess == fg.target and compared is edges
-    at_guesses = [at_target] if same else [sweep(fg.guess, u, edges) for u in guesses]
+    at_guesses = [at_target] if same else [deliver(fg.guess, u, edges) for u in guesses]
     if not parameters:
-        return carried_on
+        return
     if fg.space == "avg-weight":
         _estimate_parameters(fg, parameters, at_target, None if drawn_in_weights else at_guesses)
     elif fg.space == "activation-2":
@@ -173,10 +195,9 @@ def _learn(
         else:
             delta = weighted_sum(guesses, fg.row_weights([dots(target, u) for u in guesses], guesses))
         torch.autograd.backward(h, fg.observed(k, delta), inputs=parameters)
-        return carried_on
+        return
     if not drawn_in_weights:
         fg.observed(k, guesses[0])
-    return carried_on
 
 
 def accumulate_rows(
@@ -246,7 +267,7 @@ def _estimate_parameters(
         accumulate([p], [fg.along(slopes, along)])
 
 
-def through(h: Tensor, signal: Tensor, edges: Sequence[Any]) -> list[Tensor | None]:
+def through(h: Tensor | Sequence[Tensor], signal: Tensor | Sequence[Tensor], edges: Sequence[Any]) -> list[Tensor | None]:
     """What of a signal at h arrives at each edge of its graph, which is kept."""
     if not edges:
         return []

@@ -13,21 +13,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from onward import directions
-from onward.cuts import cut_graph, frozen_statistics, same_randomness
+from onward.cuts import cut_graph
 from onward.errors import UsageError
-from onward.estimators.base import (
-    Estimator,
-    Loss,
-    Step,
-    allocate_gradients,
-    as_rows,
-    call,
-    check_last_block,
-    device_of,
-    forget_unused,
-    output_error,
-)
+from onward.estimators.base import Estimator, Step, allocate_gradients, check_last_block, forget_unused
 from onward.forward_mode import Tangents
+from onward.replay import Replay, check_same_output
+from onward.run import Loss, as_rows, call, detached, from_rows, leaves, output_error, without_graph
 
 
 class SignalEstimator(Estimator):
@@ -44,6 +35,7 @@ class SignalEstimator(Estimator):
 
     directions = 0  # tangents carried by the forward pass
     noise = "gaussian"
+    reads_rows = True
     reads_outputs = False  # whether a signal depends on the values of the block's output, not only on its shape
 
     def __init__(
@@ -54,9 +46,10 @@ class SignalEstimator(Estimator):
         loss: Loss = F.cross_entropy,
         low_memory: bool = False,
         seed: int = 0,
+        check: bool = True,
         allow_bypass: bool = False,
     ) -> None:
-        super().__init__(model, cuts, loss=loss, seed=seed)
+        super().__init__(model, cuts, loss=loss, seed=seed, check=check)
         if low_memory and allow_bypass:
             raise UsageError("low_memory=True frees each block before the next, which a bypassed cut makes impossible")
         self.low_memory = low_memory
@@ -88,9 +81,9 @@ class SignalEstimator(Estimator):
 
     def _all_at_once(self, x: Any, y: Any) -> Step:
         passed = self.pass_forward(x)
-        loss, e = output_error(self.loss, passed.output, y)
-        self.learn(passed, OutputError(e, passed.tangents, passed.directions))
-        return Step(loss, passed.output.detach())
+        found = output_error(self.loss, passed.output, y)
+        self.learn(passed, OutputError(found.e, passed.tangents(found.at), passed.directions), found.at)
+        return Step(found.loss, detached(passed.output))
 
     def pass_forward(self, x: Any, arrived: Sequence[Tensor] = (), weights: Mapping[str, Tensor] | None = None) -> Passed:
         """The half of a step that needs no signal: run the blocks of this process, and keep their graphs.
@@ -98,44 +91,44 @@ class SignalEstimator(Estimator):
         ``arrived``: the tangents of x, where it is the output of a block elsewhere; ``weights``: what to run with in place of
         the network's parameters.
         """
-        allocate_gradients(self._roles().get("feedback", []))
+        allocate_gradients(getattr(self, "feedback", nn.Module()))
         outputs: dict[int, Tensor] = {}
         versions: dict[int, int] = {}
         drawn: dict[int, list[Tensor]] = {}
 
         def deliver(k: int, h: Tensor) -> Tensor:
+            check(k, h)
             outputs[k], versions[k] = h, h._version
             passed_on = h.detach()
             if tangents is not None:
-                drawn[k] = perturb(tangents, self.cuts[k], k, h, passed_on, self._draw(k, passed_on))
+                drawn[k] = perturb(tangents, h, passed_on, self._draw(k, passed_on))
             return passed_on
 
         tangents = Tangents(self.directions) if self.directions else None
         model = self.model if weights is None else partial(functional_call, self.model, dict(weights))
-        with tangents or nullcontext(), cut_graph(self.model, self.cuts, deliver):
+        looking = nullcontext(_allowed) if self.allow_bypass else self.separation(", or allow it with allow_bypass=True")
+        with looking as check, tangents or nullcontext(), cut_graph(self.model, self.cuts, deliver):
             if tangents is not None and arrived:
                 tangents.set(x, *arrived)
             output = call(model, x)
-            tangents_out = tangents_of(tangents, self.cuts, output)
-        if not self.allow_bypass:
-            with self.separation(", or allow it with allow_bypass=True") as check:
-                for k, h in outputs.items():
-                    check(k, h)
-                check(len(self.cuts), output)
+            check(len(self.cuts), *leaves(output))
         if self.ends_here:
-            check_last_block(self.cuts, output.requires_grad)
+            check_last_block(self.cuts, output)
         if self.reads_outputs:
             self._check_kept(outputs, versions)
-        return Passed(outputs, drawn, output, tangents_out)
+        return Passed(outputs, drawn, output, partial(tangents_of, tangents, self.cuts))
 
-    def learn(self, passed: Passed, error: OutputError) -> None:
-        """The other half: each block takes its signal from what is known at the output, and differentiates itself."""
+    def learn(self, passed: Passed, error: OutputError, at: Sequence[Tensor]) -> None:
+        """The other half: each block takes its signal from what is known at the output, and differentiates itself.
+
+        ``at``: the tensors of the output that the loss depends on.
+        """
         # Nothing has to wait for a later block, so the first blocks, with most to forget and the fewest parameters, go first.
         for k in list(passed.outputs):
             self._differentiate(k, passed.outputs.pop(k), error)
             passed.drawn.pop(k, None)
         if self.ends_here:
-            torch.autograd.backward(passed.output, error.e.view(passed.output.shape).to(passed.output.dtype))
+            torch.autograd.backward(list(at), from_rows(error.e, at))
 
     def _differentiate(self, k: int, h: Tensor, error: OutputError) -> None:
         """Hand block k its error signal, and let it find the gradients of its own parameters."""
@@ -145,22 +138,20 @@ class SignalEstimator(Estimator):
             torch.autograd.backward(h, self.observed(k, delta), retain_graph=self.allow_bypass)
 
     def _block_by_block(self, x: Any, y: Any) -> Step:
-        fresh = allocate_gradients(self.parameters())
-        again = same_randomness(device_of(self.model))
+        fresh = allocate_gradients(self)
+        again = Replay(self.model)
 
         def pass_on(k: int, h: Tensor) -> Tensor:
             passed_on = h.detach()
             if tangents is not None:
-                perturb(tangents, self.cuts[k], k, h, passed_on, self._draw(k, passed_on))
+                perturb(tangents, h, passed_on, self._draw(k, passed_on))
             return passed_on
 
-        tangents = Tangents(self.directions) if self.directions else None
-        with again, torch.no_grad(), frozen_statistics(self.model), tangents or nullcontext():
-            with cut_graph(self.model, self.cuts, pass_on):
-                logits = call(self.model, x)
-            tangents_out = tangents_of(tangents, self.cuts, logits)
-        loss, e = output_error(self.loss, logits, y)
-        error = OutputError(e, tangents_out, self._draw)
+        tangents = Tangents(self.directions, through_gradients=True) if self.directions else None
+        with again.frozen(), without_graph(self.model), tangents or nullcontext(), cut_graph(self.model, self.cuts, pass_on):
+            output = call(self.model, x)
+        found = output_error(self.loss, output, y)
+        error = OutputError(found.e, tangents_of(tangents, self.cuts, found.at), self._draw)
 
         def deliver(k: int, h: Tensor) -> Tensor:
             check(k, h)
@@ -168,12 +159,13 @@ class SignalEstimator(Estimator):
             return h.detach()
 
         with again, self.separation() as check, cut_graph(self.model, self.cuts, deliver):
-            output = call(self.model, x)
-            check(len(self.cuts), output)
-        check_last_block(self.cuts, output.requires_grad)
-        torch.autograd.backward(output, e.to(output.dtype))
+            second = call(self.model, x)
+            check(len(self.cuts), *leaves(second))
+        check_last_block(self.cuts, second)
+        check_same_output(leaves(output), leaves(second), "use the form that runs the network once, low_memory=False")
+        found.backward(second)
         forget_unused(fresh)
-        return Step(loss, logits.detach())
+        return Step(found.loss, detached(output))
 
     def _check_kept(self, outputs: dict[int, Tensor], versions: dict[int, int]) -> None:
         for k, h in outputs.items():
@@ -184,42 +176,44 @@ class SignalEstimator(Estimator):
                 )
 
 
-def perturb(tangents: Tangents, name: str, k: int, h: Tensor, passed_on: Tensor, drawn: list[Tensor]) -> list[Tensor]:
-    """Add directions to the tangents that arrive at the output h of block k; returns the directions."""
+def _allowed(k: int, *outputs: Tensor) -> None:
+    """No check: the user has allowed cuts that are bypassed."""
+
+
+def perturb(tangents: Tangents, h: Tensor, passed_on: Tensor, drawn: list[Tensor]) -> list[Tensor]:
+    """Add directions to the tangents that arrive at the output h of a block; returns the directions.
+
+    Where none arrives, no earlier cut leads here (two towers side by side).
+    """
     arrived = [tangents.get(h, index) for index in range(len(drawn))]
-    if k > 0 and any(t is None for t in arrived):
-        raise UsageError(
-            f"no tangent reached cut {name!r}: something before it is invisible to forward mode, such as .detach(), NumPy, or "
-            "a custom operation: replace it, or leave out the cuts before it"
-        )
     tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn, strict=True)))
     return drawn
 
 
-def tangents_of(tangents: Tangents | None, cuts: Sequence[str], logits: Tensor) -> list[Tensor]:
-    """The tangents of the network's output, one for each direction."""
+def tangents_of(tangents: Tangents | None, cuts: Sequence[str], output: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tangents of each tensor of the network's output, in each direction."""
     if tangents is None or not cuts:
         return []
-    found = [tangents.get(logits, index) for index in range(tangents.directions)]
-    if any(t is None for t in found):
+    found = [[tangents.get(z, index) for z in output] for index in range(tangents.directions)]
+    if all(t is None for of_one in found for t in of_one):
         raise UsageError(
             f"no tangent reached the network's output from cut {cuts[-1]!r}: something after it is invisible to forward mode, "
             "such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
         )
-    return [t for t in found if t is not None]
+    return [[torch.zeros_like(z) if t is None else t for z, t in zip(output, of_one, strict=True)] for of_one in found]
 
 
 class Passed(NamedTuple):
     """What the forward half of a step leaves for the half that learns.
 
     By number of block, the outputs with their graphs and the directions added there; the network's output (in another
-    process's place, that of the last block here) and its tangents.
+    process's place, that of the last block here), and a function that gives the tangents of tensors in it.
     """
 
     outputs: dict[int, Tensor]
     drawn: dict[int, list[Tensor]]
-    output: Tensor
-    tangents: list[Tensor]
+    output: Any
+    tangents: Callable[[Sequence[Tensor]], list[list[Tensor]]]
 
     def directions(self, k: int, h: Tensor) -> list[Tensor]:
         """The directions that were added at the output h of block k."""
@@ -229,14 +223,19 @@ class Passed(NamedTuple):
 class OutputError:
     """What one pass learned at the network's output.
 
-    ``e`` = dL/dz (N x C, already divided by N for a mean loss); ``tangents``, one N x C matrix per direction;
-    ``directions(k, h)``, the directions that were added at the output h of block k. These samples are ``share`` of the batch.
+    ``e`` = dL/dz (N x C, already divided by N for a mean loss; where the loss depends on several outputs, side by side);
+    ``tangents``, one N x C matrix per direction; ``directions(k, h)``, the directions that were added at the output h of block
+    k. These samples are ``share`` of the batch.
     """
 
     def __init__(
-        self, e: Tensor, tangents: Sequence[Tensor], directions: Callable[[int, Tensor], list[Tensor]], share: float = 1.0
+        self,
+        e: Tensor | Sequence[Tensor],
+        tangents: Sequence[Tensor | Sequence[Tensor]],
+        directions: Callable[[int, Tensor], list[Tensor]],
+        share: float = 1.0,
     ) -> None:
         self.e = as_rows(e)
-        self.tangents = [t.reshape(self.e.shape) for t in tangents]
+        self.tangents = [as_rows(t) for t in tangents]
         self.directions = directions
         self.share = share

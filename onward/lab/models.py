@@ -12,7 +12,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -21,11 +21,12 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from onward.cuts import frozen_statistics
 from onward.errors import UsageError, unknown
+from onward.lab import memory
 from onward.lab.blocks import Shape, chain, scaled
 from onward.lab.config import Network
 from onward.lab.resnets import initialize, resnet18_2b, resnet18_8b, resnet18_16b, small_net
+from onward.replay import frozen_statistics
 
 
 def mlp(shape: Shape, classes: int, *, width: float = 1.0, layers: int = 2) -> nn.Sequential:
@@ -254,27 +255,48 @@ def _tried(name: str, path: Path, make: Callable[[], nn.Module], shape: Shape, c
 
 
 def _imported(path: Path) -> ModuleType:
-    """The file as a module, run with its own folder on the import path, as `python file.py` does."""
+    """The file as a module, run with its own folder on the import path, as `python file.py` does.
+
+    It is run anew each time, so that generators of its own start as ever. What it registers with PyTorch may be there only
+    once, however: where it fails the second time and has not changed, the first one is taken.
+    """
     spec = importlib.util.spec_from_file_location(f"{path.stem} (--model)", path)
     module = importlib.util.module_from_spec(spec)
+    source = path.read_bytes()
+    before = sys.modules.get(spec.name)
     sys.modules[spec.name] = module
     if (folder := str(path.resolve().parent)) not in sys.path:
         sys.path.insert(0, folder)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception:
+        if getattr(before, "_source", None) != (path.resolve(), source):
+            raise
+        sys.modules[spec.name] = before
+        return before
+    module._source = path.resolve(), source
     return module
 
 
+def own_errors(name: str, when: str) -> AbstractContextManager[None]:
+    """Tell an error in a network of one's own with its file and line; those of others pass, and those of other networks."""
+    own = _own(name)
+    return _its_own_errors(own[0], when, elsewhere=False) if own else nullcontext()
+
+
 @contextmanager
-def _its_own_errors(path: Path, when: str = "") -> Iterator[None]:
-    """Tell an error of the file with its line."""
+def _its_own_errors(path: Path, when: str = "", *, elsewhere: bool = True) -> Iterator[None]:
+    """Tell an error of the file with its line; one that has come about `elsewhere` too, unless that is off."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         places = [(frame.filename, frame.lineno) for frame in frames]
         if isinstance(error, SyntaxError) and error.filename:
             places.append((error.filename, error.lineno))
         lines = [line for file, line in places if Path(file).resolve() == path.resolve()]
+        if not elsewhere and (not lines or isinstance(error, UsageError) or memory.exhausted(error)):
+            raise
         where = f"{path}, line {lines[-1]}" if lines else str(path)
         said = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
         raise UsageError(f"{where}{when}: {type(error).__name__}: {said}") from error
