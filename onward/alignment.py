@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onward.cuts import cut_graph, default_cuts
+from onward.cuts import cut_graph
 from onward.directions import draw, seed_of
 from onward.errors import UsageError
 from onward.estimators.backprop import Backprop
@@ -19,6 +19,7 @@ from onward.estimators.feedback import Feedback
 from onward.per_sample import parameters_behind
 from onward.replay import Replay
 from onward.run import Loss, as_rows, call, compute_loss, leaves, output_error
+from onward.suggest import default_cuts
 
 
 class Agreement(NamedTuple):

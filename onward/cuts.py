@@ -16,110 +16,11 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.utils.hooks import BackwardHook, RemovableHandle
 
+from onward import source
 from onward.errors import UsageError, unknown
 
 Deliver = Callable[[int, Tensor], Tensor]
 """``deliver(k, h) -> onward``: takes the output of block k, with its graph, and returns what the next block is given."""
-
-_NON_LINEARITIES = tuple(
-    getattr(nn, name)
-    for name in nn.modules.activation.__all__
-    if name not in ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax")
-)
-
-
-def default_cuts(model: nn.Module) -> tuple[str, ...]:
-    """Where a network is cut if its user does not say.
-
-    Of an :class:`torch.nn.Sequential` of blocks: after every child with parameters but the last; of a flat one: after every
-    non-linearity but those of the output block (the layers from the last one with parameters on).
-
-    Raises :class:`onward.UsageError` for any other module, with a proposal if there is one.
-
-    >>> from torch import nn
-    >>> default_cuts(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)))
-    ('1', '3')
-    """
-    cuts = _sequential_cuts(model) if isinstance(model, nn.Sequential) else ()
-    if cuts:
-        return cuts
-    proposed = list(suggest_cuts(model))
-    if not proposed:
-        raise UsageError(
-            f"{type(model).__name__} has no module with parameters but its last, so there is nothing to cut: use plain Backprop"
-        )
-    raise UsageError(
-        f"{type(model).__name__} has no default cuts: name the modules whose outputs end a block, "
-        f"for example cuts={proposed} (onward.suggest_cuts)"
-    )
-
-
-def suggest_cuts(model: nn.Module) -> tuple[str, ...]:
-    """Propose cuts for a network: its blocks, or else its non-linearities, or else its layers, but the last with parameters.
-
-    A proposal only: whether each cut really is the only way forward is checked when the network first runs.
-
-    >>> from torch import nn
-    >>> class Net(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.stages = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)])
-    ...         self.head = nn.Linear(4, 2)
-    >>> suggest_cuts(Net())
-    ('stages.0', 'stages.1')
-    """
-    if isinstance(model, nn.Sequential) and (cuts := _sequential_cuts(model)):
-        return cuts
-    named = [(name, module) for name, module in model.named_modules() if not list(module.children())]
-    blocks = _trained_blocks(model)
-    if len(blocks) > 1:
-        last = [name for name, module in named if _has_parameters(module)][-1]
-        return tuple(blocks[:-1] if last.startswith(f"{blocks[-1]}.") else blocks)
-    return _after_non_linearities(named) or tuple(name for name, module in named if name and _has_parameters(module))[:-1]
-
-
-def _sequential_cuts(model: nn.Sequential) -> tuple[str, ...]:
-    children = list(model.named_children())
-    if any(_is_block(child) for _, child in children):
-        return tuple(name for name, child in children if _has_parameters(child))[:-1]
-    return _after_non_linearities(children)
-
-
-def _after_non_linearities(named: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
-    last = max((i for i, (_, module) in enumerate(named) if _has_parameters(module)), default=0)
-    cuts, anything_to_train = [], False
-    for name, module in named[:last]:
-        if isinstance(module, _NON_LINEARITIES) and (anything_to_train or _has_parameters(module)):
-            cuts.append(name)
-            anything_to_train = False
-        else:
-            anything_to_train = anything_to_train or _has_parameters(module)
-    return tuple(cuts)
-
-
-def _trained_blocks(model: nn.Module, prefix: str = "") -> list[str]:
-    """The blocks with parameters; where there is but one, those that it is made of, if they are several."""
-    blocks = [name for name, module in _blocks(model, prefix) if _has_parameters(module)]
-    if len(blocks) == 1:
-        inside = _trained_blocks(model.get_submodule(blocks[0].removeprefix(prefix)), f"{blocks[0]}.")
-        return inside if len(inside) > 1 else blocks
-    return blocks
-
-
-def _blocks(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, child in model.named_children():
-        if isinstance(child, (nn.Sequential, nn.ModuleList)) and any(_is_block(c) for c in child.children()):
-            yield from _blocks(child, f"{prefix}{name}.")
-        elif _is_block(child):
-            yield prefix + name, child
-
-
-def _is_block(module: nn.Module) -> bool:
-    return any(True for _ in module.children()) and not isinstance(module, nn.MultiheadAttention)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
 
 
 class Elsewhere(nn.Identity):
@@ -129,17 +30,36 @@ class Elsewhere(nn.Identity):
 def check_names(model: nn.Module, cuts: Sequence[str]) -> tuple[str, ...]:
     """The cuts as a tuple, each the name of a different module of ``model``.
 
+    The name of a list that is not called itself, such as an ModuleList, stands for all of its modules; the cuts are then
+    ordered as the network's source mentions them.
+
     Raises :class:`onward.UsageError` naming an unknown cut and the nearest module name, or two names of one module.
+
+    >>> model = nn.Sequential(nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), nn.Linear(2, 2))
+    >>> check_names(model, ["0"])
+    ('0.0', '0.1')
     """
     modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     seen: dict[int, str] = {}
     for name in cuts:
         if name not in modules:
             raise unknown("cut", name, modules)
+    named, cuts = cuts, [one for name in cuts for one in _layers(name, modules[name])]
+    if len(cuts) != len(named) or set(cuts) != set(named):
+        order = source.order(model)
+        cuts.sort(key=order.index)
+    for name in cuts:
         twin = seen.setdefault(id(modules[name]), name)
         if twin != name or list(cuts).count(name) > 1:
             raise UsageError(f"cuts {twin!r} and {name!r} are the same module: name each module once")
     return tuple(cuts)
+
+
+def _layers(name: str, module: nn.Module) -> list[str]:
+    """A module by its name, or those in it if it is a list that is not called itself."""
+    if source.has_forward(module):
+        return [name]
+    return [one for inside, child in module.named_children() for one in _layers(f"{name}.{inside}", child)]
 
 
 @contextmanager
@@ -229,7 +149,8 @@ def _check_output(name: str, module: nn.Module, output: Any, with_gradients: boo
     where = f"cut {name!r} ({type(module).__name__})"
     if not isinstance(output, Tensor):
         raise UsageError(
-            f"the output of {where} is a {type(output).__name__}, not a tensor: cut at a module that returns one tensor"
+            f"the output of {where} is a {type(output).__name__}, not a tensor: cut at a module that returns one tensor "
+            "(onward.suggest_cuts(model, x) finds some)"
         )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UsageError(

@@ -286,8 +286,7 @@ def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statist
             dist.broadcast(held, source, group=group)
             if held.data_ptr() != tensor.data_ptr():
                 tensor.copy_(held)
-    step, seed = numbers.tolist()
-    estimator.set_extra_state({"step": step, "seed": seed})
+    estimator.set_extra_state(numbers)
     estimator.shard = shard
     if statistics == "synchronised":
         synchronise(estimator, shard)

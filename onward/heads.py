@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onward.cuts import check_names, cut_graph, default_cuts
+from onward.cuts import check_names, cut_graph
 from onward.directions import seed_of
 from onward.errors import UsageError, unknown
 from onward.estimators.base import accumulate
 from onward.replay import Replay
 from onward.run import Loss, as_rows, batch_statistics, call, check_samples, compute_loss, detached, device_of
+from onward.suggest import default_cuts
 
 
 def make_heads(
@@ -50,7 +51,7 @@ def make_heads(
         return h
 
     device = device_of(model)
-    with Replay(model).unseen(), torch.no_grad(), batch_statistics(), cut_graph(model, cuts, note):
+    with Replay(model).unseen(), torch.no_grad(), batch_statistics(model), cut_graph(model, cuts, note):
         output = call(model, x)
     if not isinstance(output, Tensor):
         raise UsageError(

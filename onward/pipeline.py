@@ -100,7 +100,7 @@ class Stage:
         The step's loss and logits are the network's in the last process. In the others: with local losses, those of the last
         head there; with direct feedback, the network's loss on the batch that was learned from, and no logits (0 x C).
         """
-        with self._own_randomness(), batch_statistics():
+        with self._own_randomness(), batch_statistics(self.estimator):
             step = self._direct(x, y) if isinstance(self.estimator, DirectFeedback) else self._local(x, y)
         self._messages.end_of_batch()
         return step

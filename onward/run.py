@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -109,13 +111,36 @@ def compute_loss(loss: Loss, output: Any, y: Any) -> Tensor:
             "needs, such as loss=lambda output, y: F.cross_entropy(output['logits'], y)"
         ) from error
     except IndexError as error:
+        if not _is_of_labels(error, output, y):
+            raise
+        classes = _classes(output, y)
+        known = f"The network has {classes} outputs, so labels run from 0 to {classes - 1}: check" if classes else "Check"
         raise UsageError(
-            f"the loss refused the targets: {error} The network has {first.shape[-1]} outputs, so labels run from 0 to "
-            f"{first.shape[-1] - 1}: check the labels, or give the network as many outputs as there are classes"
+            f"the loss refused the targets: {error} {known} the labels, or give the network as many outputs as there are "
+            "classes"
         ) from error
     if value.dim() != 0:
         raise UsageError(f"the loss has shape {tuple(value.shape)}: it must return a scalar, the mean over samples")
     return value
+
+
+def _classes(output: Any, y: Any) -> int | None:
+    """How many classes there are in an output, where that can be told: its second dimension, or its last one."""
+    if not isinstance(output, Tensor) or output.dim() == 0:
+        return None
+    if output.dim() <= 2:
+        return output.shape[-1]
+    if isinstance(y, Tensor) and y.shape == (output.shape[0], *output.shape[2:]):
+        return output.shape[1]
+    return output.shape[-1] if isinstance(y, Tensor) and y.shape == output.shape[:-1] else None
+
+
+def _is_of_labels(error: IndexError, output: Any, y: Any) -> bool:
+    """Whether an error is PyTorch's own of a label out of range, and not of another index in the loss."""
+    if re.search(r"Target -?\d+ is out of bounds", str(error)):
+        return True
+    size = re.search(r"index -?\d+ is out of bounds for dimension \d+ with size (\d+)", str(error))
+    return size is not None and int(size[1]) == _classes(output, y)
 
 
 class LossGradient(NamedTuple):
@@ -197,16 +222,24 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def batch_statistics() -> Iterator[None]:
-    """Within the block, batch norm's refusal of a batch of one sample comes with the remedy."""
+def batch_statistics(owner: nn.Module | None = None) -> Iterator[None]:
+    """Within the block, batch norm's refusal of a batch of one sample says whose it is: the network's, or a head's."""
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
+        frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        norms = [one for one in frames if isinstance(one, nn.modules.batchnorm._BatchNorm)]
+        named = owner.named_modules() if owner is not None and norms else ()
+        name = next((name for name, module in named if module is norms[-1]), "")
+        if name.startswith(("heads.", "frozen_heads.")):
+            whose, also = "the heads have batch norm", "give it heads without (onward.make_heads makes such of kind='predsim')"
+        else:
+            whose, also = "this network has batch norm", "put it in eval mode"
         raise UsageError(
-            "a batch of one sample has no batch statistics: this network has batch norm, so train it with batches of at "
-            "least 2 samples (drop_last=True in the data loader), or in eval mode"
+            f"a batch of one sample has no batch statistics: {whose}, so train with batches of at least 2 samples "
+            f"(drop_last=True in the data loader), or {also}"
         ) from error
 
 

@@ -30,6 +30,11 @@ class Separation(TorchDispatchMode):
         self._owner: dict[Any, int] = {}
         self._hidden: dict[int, str] = {}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled blocks are compiled under it too: PyTorch would leave them uncompiled for good."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -108,3 +108,64 @@ def test_checkpointing_keeps_a_forward_of_ones_own() -> None:
         plain = Backprop(model).estimate(x, y).logits
         for _ in range(2):
             torch.testing.assert_close(Backprop(model, ["0"], checkpoint=True).estimate(x, y).logits, plain)
+
+
+class Cache(dict):
+    """Keys by layer, as a language model keeps them while it writes."""
+
+
+class Cached(nn.Module):
+    """A block that appends to a cache, where it is given one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys, self.values = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, h: torch.Tensor, cache: Cache | None = None, mask: bool = False) -> torch.Tensor:
+        keys = self.keys(h)
+        if cache is not None:
+            keys = cache[self] = torch.cat([cache[self], keys]) if self in cache else keys
+        weights = h @ keys.T
+        return (weights + torch.zeros(len(h), len(h)) if mask else weights.softmax(1) @ torch.ones_like(keys)) @ torch.ones(
+            4 if mask else 3, 3
+        ) + self.values(h)
+
+
+class Writer(nn.Module):
+    def __init__(self, mask: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.head, self.mask = Cached(), Cached(), nn.Linear(3, 2), mask
+
+    def forward(self, h: torch.Tensor, use_cache: bool = True) -> torch.Tensor:
+        cache = Cache() if use_cache else None
+        return self.head(self.second(self.first(h, cache, self.mask), cache, self.mask))
+
+
+@pytest.mark.parametrize("mask", [True, False], ids=["which fails inside", "whose tensors differ"])
+def test_a_cache_that_a_second_run_appends_to(mask: bool) -> None:
+    """And what the sentence advises works."""
+    x, y, model = torch.randn(4, 3), torch.tensor([0, 1, 1, 0]), Writer(mask)
+    with pytest.raises(UsageError, match=r"did not run a second time as it ran the first .* \(use_cache=False") as raised:
+        Backprop(model, ["first", "second"], checkpoint=True).estimate({"h": x}, y)
+    assert "\n" not in str(raised.value)
+    model.zero_grad()
+    plain = copy.deepcopy(model)
+    Backprop(plain).estimate({"h": x}, y)
+    Backprop(model, ["first", "second"], checkpoint=True).estimate({"h": x, "use_cache": False}, y)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_a_failure_of_the_second_run_that_is_not_of_its_own() -> None:
+    class Full(nn.Linear):
+        runs = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.runs += 1
+            if self.runs == 2:
+                raise torch.OutOfMemoryError
+            return super().forward(x)
+
+    model = nn.Sequential(Full(3, 3), nn.Linear(3, 2))
+    with pytest.raises(torch.OutOfMemoryError):
+        Backprop(model, ["0"], checkpoint=True).estimate(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))

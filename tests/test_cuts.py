@@ -1,8 +1,7 @@
-"""Where networks are cut: the default, proposals, and every way in which a cut can be wrong."""
+"""Where networks are cut: every way in which a cut can be wrong."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
@@ -10,10 +9,9 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, headed
+from cases import headed
 from torch import Tensor, nn
 
-import onward
 from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
 
 Linear, Sequential = nn.Linear, nn.Sequential
@@ -22,28 +20,6 @@ X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tens
 
 def block(*extra: nn.Module) -> nn.Module:
     return Sequential(Linear(3, 3), nn.Tanh(), *extra)
-
-
-@pytest.mark.parametrize(
-    ("model", "cuts"),
-    [
-        (lambda: Sequential(block(), block(), Linear(3, 3)), ("0", "1")),
-        (lambda: Sequential(block(), block(), block()), ("0", "1")),
-        (lambda: Sequential(OrderedDict(stem=block(), body=block(), head=Linear(3, 3))), ("stem", "body")),
-        (lambda: Sequential(Linear(3, 3), nn.ReLU(), Linear(3, 3), nn.GELU(), Linear(3, 3)), ("1", "3")),
-        (lambda: Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), Linear(8, 3)), ("2",)),
-        (lambda: Sequential(Linear(3, 3), nn.ReLU(), Linear(3, 3), nn.LogSoftmax(1)), ("1",)),
-        (lambda: Sequential(Linear(3, 3), nn.Tanh(), Linear(3, 1), nn.Sigmoid()), ("1",)),
-        (lambda: Sequential(OrderedDict(a=Linear(3, 3), act=nn.SiLU(), out=Linear(3, 3))), ("act",)),
-        (
-            lambda: Sequential(nn.Flatten(), Linear(3, 3), nn.ReLU(), nn.Dropout(), Linear(3, 3), nn.ReLU(), Linear(3, 3)),
-            ("2", "5"),
-        ),
-    ],
-)
-def test_default_cuts(model: Callable[[], nn.Module], cuts: tuple[str, ...]) -> None:
-    assert onward.default_cuts(model()) == cuts
-    assert DFA(model()).cuts == cuts
 
 
 class Custom(nn.Module):
@@ -59,31 +35,6 @@ class Custom(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("estimator", [DFA, DKP, FDFA, ForwardGradient])
-def test_other_modules_must_say_and_are_told_how(estimator: type) -> None:
-    with pytest.raises(UsageError, match=r"Custom.*cuts") as raised:
-        estimator(Custom())
-    for proposed in onward.suggest_cuts(Custom()):
-        assert proposed in str(raised.value)
-    assert set(onward.suggest_cuts(Custom())) == {"stem", "stage.0", "stage.1"}
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_what_is_suggested_names_modules(case: Case) -> None:
-    model = case.build().model
-    names = dict(model.named_modules())
-    suggestion = onward.suggest_cuts(model)
-    assert isinstance(suggestion, tuple)
-    assert all(name in names for name in suggestion)
-
-
-def test_suggestion_for_a_residual_network_works() -> None:
-    built = CASES[3].build()
-    suggestion = onward.suggest_cuts(built.model)
-    assert suggestion == built.cuts
-    DFA(built.model, suggestion).estimate(built.x, built.y)
-
-
 class Functional(nn.Module):
     """The network of PyTorch's tutorials: non-linearities are functions."""
 
@@ -93,23 +44,6 @@ class Functional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.output(self.second(self.first(x).relu()).relu())
-
-
-def test_suggestion_for_a_network_of_functions() -> None:
-    assert onward.suggest_cuts(Functional()) == ("first", "second")
-    assert DFA(Functional(), onward.suggest_cuts(Functional())).estimate(X, Y).loss > 0
-    assert onward.suggest_cuts(Linear(3, 3)) == ()
-
-
-def test_suggestion_inside_a_single_block() -> None:
-    class Wrapped(nn.Module):
-        def __init__(self, inside: nn.Module) -> None:
-            super().__init__()
-            self.embed, self.inside, self.head = nn.Linear(3, 4), inside, nn.Linear(4, 3)
-
-    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2, enable_nested_tensor=False)
-    assert onward.suggest_cuts(Wrapped(encoder)) == ("inside.layers.0", "inside.layers.1")
-    assert onward.suggest_cuts(Wrapped(Skip(block()))) == ("inside.stem", "inside.body", "inside.skip")
 
 
 def test_a_network_that_is_compiled_as_a_whole_is_refused() -> None:
@@ -122,7 +56,7 @@ def test_a_network_that_is_compiled_as_a_whole_is_refused() -> None:
 def test_without_a_cut_it_would_be_backpropagation(estimator: Callable[..., Estimator]) -> None:
     with pytest.raises(UsageError, match=r"cuts=\[\]: without a cut, \w+ would be backpropagation"):
         estimator(Functional(), [])
-    with pytest.raises(UsageError, match="Sequential has no module with parameters but its last, so there is nothing to cut"):
+    with pytest.raises(UsageError, match="Sequential has no module with parameters to train but its last, so there is"):
         estimator(Sequential(Linear(3, 3)))
 
 

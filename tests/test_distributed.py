@@ -361,3 +361,88 @@ def test_a_process_that_is_gone_is_named_within_a_minute(lost: int, how: signal.
         said, seconds = ended[rank].result
         assert seconds < 60
         assert said == f"process {lost} of 4 failed or no longer answers"
+
+
+def wrapped(kind: str, place: str) -> nn.Module:
+    """A network in a wrapper of PyTorch's, as a whole or in part."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3))
+
+    def wrap(module: nn.Module) -> nn.Module:
+        match kind:
+            case "DataParallel":
+                return nn.DataParallel(module)
+            case "DistributedDataParallel":
+                return nn.parallel.DistributedDataParallel(module)
+            case "FullyShardedDataParallel":
+                from torch.distributed.fsdp import FullyShardedDataParallel
+
+                return FullyShardedDataParallel(module, device_id=torch.device("cpu"))
+        from torch.distributed.fsdp import fully_shard
+
+        return fully_shard(module)
+
+    if place == "whole":
+        return wrap(model)
+    model[0] = wrap(model[0])
+    return model
+
+
+def refuse_wrapped(rank: int, kind: str, place: str, cut: str) -> None:
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    said = rf"is wrapped in {kind}, .* without the wrapper \(model.module\), and call onward.distribute\(estimator\)"
+    makes: list[Callable[[nn.Module], onward.Estimator]] = [
+        lambda m: onward.DFA(m, [cut]),
+        lambda m: onward.FDFA(m, [cut]),
+        lambda m: onward.LocalLoss(m, [cut], heads={cut: nn.Linear(8, 3)}),
+        lambda m: onward.ForwardGradient(m, [cut]),
+        onward.ForwardGradient,
+    ]
+    for make in makes:
+        with pytest.raises(onward.UsageError, match=said):
+            make(wrapped(kind, place))
+    plain = nn.Sequential(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), nn.Linear(8, 3))
+    estimator = onward.DFA(plain)
+    estimator.model = wrapped(kind, place)  # after it was made
+    with pytest.raises(onward.UsageError, match=said):
+        estimator.estimate(x, y)
+    onward.distribute(onward.DFA(plain)).estimate(x, y)
+
+
+@pytest.mark.parametrize("place", ["whole", "part"])
+@pytest.mark.parametrize("kind", ["DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"])
+def test_a_wrapper_that_exchanges_gradients_is_refused(kind: str, place: str) -> None:
+    together(1, refuse_wrapped, kind, place, "module.0" if place == "whole" and kind != "FSDPModule" else "0")
+
+
+def backprop_in_a_wrapper(rank: int) -> list[Tensor]:
+    model = wrapped("DistributedDataParallel", "whole")
+    x, y = torch.arange(32.0).view(8, 4).sin(), torch.tensor([0, 1, 2, 1, 0, 2, 2, 1])
+    half = slice(4 * rank, 4 * rank + 4)
+    onward.Backprop(model).estimate(x[half], y[half])
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_backpropagation_works_in_a_wrapper() -> None:
+    """Which is made for it."""
+    first, second = together(2, backprop_in_a_wrapper)
+    (whole,) = together(1, backprop_whole)
+    torch.testing.assert_close(first, whole)
+    torch.testing.assert_close(second, whole)
+
+
+def backprop_whole(rank: int) -> list[Tensor]:
+    model = wrapped("DistributedDataParallel", "whole").module
+    x, y = torch.arange(32.0).view(8, 4).sin(), torch.tensor([0, 1, 2, 1, 0, 2, 2, 1])
+    onward.Backprop(model).estimate(x, y)
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def seed_and_step(rank: int) -> list[int]:
+    estimator = onward.DFA(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), seed=5 + rank)
+    estimator.step = 3 * (1 - rank)
+    return onward.distribute(estimator).state_dict()["_extra_state"].tolist()
+
+
+def test_seed_and_step_are_those_of_the_first_process() -> None:
+    assert together(2, seed_and_step) == [[3, 5], [3, 5]]

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step
@@ -33,6 +34,8 @@ class Backprop(Estimator):
     torch.Size([8, 4])
     """
 
+    may_be_wrapped = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -52,15 +55,40 @@ class Backprop(Estimator):
         with _checkpointed(self.model, self.cuts) if self.checkpoint else nullcontext():
             output = call(self.model, x)
         loss = compute_loss(self.loss, output, y)
-        loss.backward()
+        try:
+            loss.backward()
+        except CheckpointError as error:
+            raise _second_run_differs(error) from error
         return Step(loss.detach(), detached(output))
+
+
+def _second_run_differs(error: Exception) -> UsageError:
+    return UsageError(
+        f"a block did not run a second time as it ran the first ({str(error).strip().splitlines()[0]}): what it reads, such as "
+        "a cache of keys and values, has changed in between. Switch that off (use_cache=False among the network's inputs), or "
+        "leave out checkpointing"
+    )
+
+
+@contextmanager
+def _second_run(again: Replay) -> Iterator[None]:
+    """Around a block's second run, which fails, where the first did not, because of what is not the same."""
+    try:
+        with again.unseen():
+            yield
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if type(error).__module__ == CheckpointError.__module__:  # which PyTorch stops a second run by, once it has enough
+            raise
+        raise _second_run_differs(error) from error
 
 
 def _recomputed(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What ``run`` makes of its arguments, of which the backward pass will run it again, from the block's buffers of now."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), Replay(block, start_of_buffers=True).unseen()
+        return nullcontext(), _second_run(Replay(block, start_of_buffers=True))
 
     return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 

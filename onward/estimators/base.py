@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
-from onward.cuts import Elsewhere, check_names, default_cuts
+from onward.cuts import Elsewhere, check_names
 from onward.directions import seed_of
 from onward.distributed import Shard
 from onward.errors import UsageError, unknown
@@ -20,6 +22,7 @@ from onward.per_sample import parameters_behind
 from onward.probe import Mixing, mixing, mixing_seen, refuse_disagreement
 from onward.run import Loss, batch_statistics, leaves, output_error
 from onward.separation import Separation
+from onward.suggest import default_cuts
 
 ROLES = ("network", "heads", "feedback")
 
@@ -54,6 +57,8 @@ class Estimator(nn.Module):
     """Whether the network's last block is in this process (:class:`onward.Stage` divides blocks among processes)."""
     sums_samples = True
     """Whether ``.grad`` is a mean of what this process's samples contribute, which other processes' samples change."""
+    may_be_wrapped = False
+    """Whether the network may be wrapped in what exchanges the gradients of ``loss.backward()`` between processes."""
     reads_rows = False
     """Whether the rows of the cuts' outputs have to be samples."""
     tangents_on: str | None = None
@@ -71,6 +76,8 @@ class Estimator(nn.Module):
         uncut: bool = False,
     ) -> None:
         super().__init__()
+        if not self.may_be_wrapped:
+            refuse_wrappers(model)
         self.cuts = default_cuts(model) if cuts is None else check_names(model, cuts)
         if self.cuts and isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
             raise UsageError(
@@ -89,6 +96,8 @@ class Estimator(nn.Module):
             )
         self.model = model
         self.loss = loss
+        if not -(2**63) <= int(seed) < 2**63:
+            raise UsageError(f"seed={seed}: use a whole number that 64 bits hold, from -2**63 to 2**63 - 1")
         self.seed = int(seed)
         self.step = 0
         self.shard = Shard()
@@ -99,6 +108,7 @@ class Estimator(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
+    @_disable_dynamo  # torch.compile(estimator.estimate) runs it as it is: it differentiates blocks, which no graph can hold
     def estimate(self, x: Any, y: Any) -> Step:
         """Add an estimate of the gradient of ``loss(model(x), y)`` to every ``.grad``; return the loss and the output.
 
@@ -109,12 +119,14 @@ class Estimator(nn.Module):
 
         Raises :class:`onward.UsageError` where the network, its cuts, or the batch make an estimate impossible.
         """
+        if not self.may_be_wrapped:  # it may have been wrapped since
+            refuse_wrappers(self)
         if not torch.is_grad_enabled() and self.sums_samples:
             raise UsageError(
                 f"{type(self).__name__} differentiates inside the blocks, and gradients are off here: call estimate outside of "
                 "torch.no_grad() and torch.inference_mode()"
             )
-        with batch_statistics(), self.shard.averaging(x, self):
+        with batch_statistics(self), self.shard.averaging(x, self):
             if self.check and not self._looked:
                 self.look(x, y)
                 self._looked = True
@@ -216,11 +228,32 @@ class Estimator(nn.Module):
     def _roles(self) -> dict[str, list[nn.Parameter]]:
         return {"network": list(self.model.parameters())}
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step, "seed": self.seed}
+    def get_extra_state(self) -> Tensor:
+        """The step and the seed, as a tensor, because some formats (safetensors) hold nothing else."""
+        return torch.tensor([self.step, self.seed], dtype=torch.int64, device="cpu")
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step, self.seed = state["step"], state["seed"]
+    def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
+        """Take what :meth:`get_extra_state` gave, or the dict that it gave once."""
+        self.step, self.seed = (state["step"], state["seed"]) if isinstance(state, Mapping) else state.tolist()
+
+
+def refuse_wrappers(module: nn.Module) -> None:
+    """Raise a :class:`onward.UsageError` where a wrapper would exchange gradients that ``loss.backward()`` fills.
+
+    An estimator fills gradients block by block, in several backward passes or in none: a wrapper would wait for others,
+    exchange them half done, or miss those of heads and feedback.
+    """
+    kinds: list[type] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
+    if fsdp := sys.modules.get("torch.distributed.fsdp"):  # where it was never imported, nothing is wrapped in it
+        kinds += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
+    if not any(isinstance(part, tuple(kinds)) for part in module.modules()):
+        return
+    name, kind = next((n, kind) for n, part in module.named_modules() for kind in kinds if isinstance(part, kind))
+    raise UsageError(
+        f"{repr(name) if name else 'the network'} is wrapped in {kind.__name__}, which exchanges the gradients of "
+        "loss.backward(), and this estimator does not call that: give it the network without the wrapper (model.module), and "
+        "call onward.distribute(estimator) in every process"
+    )
 
 
 def check_last_block(cuts: Sequence[str], output: Any, entered: bool = False) -> None:

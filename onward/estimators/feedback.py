@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ class DirectFeedback(SignalEstimator):
         self.feedback.learn(k, h, error)
         return delta
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
         super().set_extra_state(state)
         self.feedback.seed = self.seed
 

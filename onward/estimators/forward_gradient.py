@@ -331,7 +331,7 @@ class ForwardGradient(Estimator):
                 self.frozen_heads.redraw(k, self.seed, self.step)
         return self._estimate_by(self, x, y)
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
+    def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
         super().set_extra_state(state)
         if self.feedback is not None:
             self.feedback.seed = self.seed
