@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import torch.nn.utils.prune
 from family_reference import with_own_copies
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -381,3 +384,70 @@ def test_a_sparse_embedding_gets_the_gradient_of_a_dense_one(space: str, engine:
         estimator.estimate(torch.randint(7, (5, 3)), torch.randint(3, (5,)))
         gradients.append(model[0][0].weight.grad)
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def _scaled(layer: nn.Linear) -> nn.Module:
+    layer.register_forward_hook(lambda module, args, output: output * 3)
+    return layer
+
+
+def _added(layer: nn.Linear) -> nn.Module:
+    """A low-rank adapter that a library has put over the layer's forward."""
+    plain, low = layer.forward, nn.Linear(layer.in_features, layer.out_features, bias=False).double()
+    layer.low = low
+    layer.forward = lambda x: plain(x.tanh()) * 2 + low(x)
+    return layer
+
+
+def _before(layer: nn.Linear) -> nn.Module:
+    layer.register_forward_pre_hook(lambda module, args: (args[0] ** 2,))
+    return layer
+
+
+def _quantised(layer: nn.Linear) -> nn.Module:
+    """A hook that rounds and lets gradients through."""
+    layer.register_forward_hook(lambda module, args, output: output + ((output * 2).round() / 2 - output).detach())
+    return layer
+
+
+def _masked(layer: nn.Linear) -> nn.Module:
+    layer.weight.register_hook(lambda gradient: gradient * (torch.arange(gradient.shape[1]) > 1))
+    return layer
+
+
+def _pruned(layer: nn.Linear) -> nn.Module:
+    return nn.utils.prune.random_unstructured(layer, "weight", amount=3)
+
+
+def _normed(layer: nn.Linear) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(layer)
+
+
+class _Subclass(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x.sum(-1, keepdim=True)
+
+
+def _subclassed(layer: nn.Linear) -> nn.Module:
+    return _Subclass(layer.in_features, layer.out_features).double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_scaled, _added, _before, _quantised, _masked, _pruned, _normed, _subclassed],
+    ids=lambda change: change.__name__[1:],
+)
+def test_layers_whose_output_is_not_their_own(change: Callable[[nn.Linear], nn.Module]) -> None:
+    """Sum_n <G_n, V_n> V_n in the space of each sample's gradients, with G_n by one backward pass for each sample."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(change(nn.Linear(4, 6).double()), nn.Tanh()), nn.Linear(6, 3).double())
+    x, y = torch.randn(5, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 1, 0])
+    estimator = ForwardGradient(model, space="weight", engine="reverse")
+    estimator.estimate(x, y)
+    found = {name: p.grad for name, p in model[0].named_parameters()}
+    for name, p in model[0].named_parameters():
+        rows = [torch.autograd.grad(F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]) / 5, p)[0] for n in range(5)]
+        estimator.step = 0
+        drawn = estimator.drawn_rows(f"0.{name}", p, 0, 0, slice(0, 5))
+        wanted = sum((g * v).sum() * v for g, v in zip(rows, drawn, strict=True))
+        torch.testing.assert_close(found[name], wanted, msg=name)
