@@ -15,11 +15,10 @@ from onward.errors import UsageError
 from onward.lab import disk, models, report, run_folder
 from onward.lab.compare import failures, images_for, runs_of, train_all
 from onward.lab.config import Align
-from onward.lab.extra import lab_extra
-from onward.lab.plots import save
+from onward.lab.plots import draw, empty, formats, save
 from onward.lab.report import short_names
-from onward.lab.train import TrainingFailed, load_data, prepare, standing
-from onward.lab.train import align as align_run
+from onward.lab.run import TrainingFailed, load_data, prepare, standing
+from onward.lab.run import align as align_run
 
 JSON, MAP, HISTOGRAMS = run_folder.ALIGNED
 KINDS = {"signal": "error signal", "parameters": "parameter gradient", "feedback": "feedback matrix"}
@@ -45,15 +44,15 @@ def align(config: Align) -> list[Entry]:
     """
     if not config.runs and not config.algorithms:
         raise UsageError("--algorithms: name at least one, or a run folder to look at")
+    formats()  # says so now if pictures cannot be drawn
     failed: list[str] = []
     if config.runs:
         _refuse_without_effect(config)
         runs = list({Path(run).resolve(): Path(run) for run in config.runs}.values())
         folder = Path(config.out) if config.out else _default_folder(runs)
         names = short_names(runs)
-        found = [{"label": names[run], **line} for run in runs for line in _of_checkpoint(run, config)]
         with run_folder.claimed(folder, overwrite=True):
-            pass
+            found = [{"label": names[run], **line} for run in runs for line in _of_checkpoint(run, config)]
     else:
         folder = Path(config.out or run_folder.default_path(config, "align"))
         found, failed = _of_training(config, folder)
@@ -63,10 +62,9 @@ def align(config: Align) -> list[Entry]:
     latest = {entry["label"]: entry for entry in found}
     for entry in latest.values():
         show(entry)
-    heat_map(folder / MAP, found)
-    histograms(folder / HISTOGRAMS, latest)
-    said = f"table: {folder / JSON}\npictures: {folder / MAP}, {folder / HISTOGRAMS}"
-    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(*failed, said, sep="\n")
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(*failed, f"table: {folder / JSON}", sep="\n")
+    draw({folder / MAP: lambda path: heat_map(path, found), folder / HISTOGRAMS: lambda path: histograms(path, latest)})
     return found
 
 
@@ -93,7 +91,9 @@ def _of_checkpoint(folder: Path, config: Align) -> list[dict[str, Any]]:
     """What was measured while the run trained, and now at its checkpoint."""
     settings, saved = run_folder.load(folder)
     settings = replace(settings, device=config.device, align_estimates=config.align_estimates)
-    run = prepare(settings, load_data(settings))
+    data = load_data(settings)
+    run_folder.check_data(folder, data, saved)
+    run = prepare(settings, data)
     try:
         epoch = len(standing(saved, settings).rows)
         run.estimator.load_state_dict(saved["estimator"])
@@ -111,7 +111,12 @@ def _of_training(config: Align, folder: Path) -> tuple[list[Entry], list[str]]:
     runs = runs_of(config, config.algorithms, [config.seed], folder)
     with run_folder.claimed(folder, overwrite=True):
         outcomes = train_all(runs, "seed", config.overwrite, images_for(runs, config))
-    found = [{"label": label, **line} for label, (run,) in runs.items() for line in run_folder.read_alignment(Path(run.out))]
+    found = [
+        {"label": label, **line}
+        for label, (run,) in runs.items()
+        if not run_folder.differing(Path(run.out), run)  # one that failed at once has left another in its place
+        for line in run_folder.read_alignment(Path(run.out))
+    ]
     return found, failures(outcomes, "seed")
 
 
@@ -149,13 +154,10 @@ def _cell(agreement: Mapping[str, float | None], key: str) -> str:
 
 def heat_map(path: Path, found: Sequence[Entry]) -> None:
     """The cosines over blocks and epochs: a row of maps for each run, of its error signals and of its parameter gradients."""
-    with lab_extra():
-        from matplotlib.figure import Figure
-
     labels = list(dict.fromkeys(entry["label"] for entry in found))
     kinds = ("signal", "parameters")
     most = max(len(entry["blocks"]) for entry in found)
-    figure = Figure(figsize=(11, len(labels) * (0.9 + 0.28 * most)), layout="constrained")
+    figure = empty(11, len(labels) * (0.9 + 0.28 * most))
     grid = figure.subplots(len(labels), len(kinds), squeeze=False)
     for row, label in zip(grid, labels, strict=True):
         entries = sorted((entry for entry in found if entry["label"] == label), key=lambda entry: entry["epoch"])
@@ -190,15 +192,12 @@ def _cosine(entry: Entry, block: str, kind: str) -> float:
 
 def histograms(path: Path, latest: Mapping[str, Entry]) -> None:
     """For each block, how the samples' cosines are distributed at the last epoch of every run."""
-    with lab_extra():
-        from matplotlib.figure import Figure
-
     blocks = list(
         dict.fromkeys(name for entry in latest.values() for name, block in entry["blocks"].items() if "counts" in block)
     )
     columns = max(1, min(3, len(blocks)))
     rows = max(1, -(-len(blocks) // columns))
-    figure = Figure(figsize=(4.5 * columns, 3 * rows + 0.6), layout="constrained")
+    figure = empty(4.5 * columns, 3 * rows + 0.6)
     figure.suptitle("cosine of each sample's error signal with the true gradient")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid:

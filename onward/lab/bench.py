@@ -8,9 +8,10 @@ How it is measured, so that the figures can be trusted:
 - Time: candidates take turns within one process (A B C A B C ...), so that a slow spell of the machine hits all. A turn builds
   the network afresh, makes two steps that are not timed (the first allocates, the second fills the caches), then several that
   are. Ratios are taken within a turn; the table has their median, least and greatest.
-- Memory: the median over three fresh processes of the growth of the largest resident size over three steps: network, gradients
-  and optimizer are in it, the interpreter and what a first step of any network loads are not. On a GPU, the most that tensors
-  took. `state_bytes` is what outlives a step (parameters, gradients, buffers, feedback, the optimizers' averages).
+- Memory: the median over three fresh processes of the growth of the largest resident size until the third step (but for what
+  the first one takes to look at the network): network, gradients and optimizer are in it, the interpreter and what a first step
+  of any network loads are not. On a GPU, the most that tensors took. `state_bytes` is what outlives a step (parameters,
+  gradients, buffers, feedback, the optimizers' averages).
 - Parts: one more step in each turn, with a clock on every forward pass of the network (`primal`), the rules of forward mode and
   the random directions (`tangent`), every call of autograd's engine (`backward`: gradients inside one block or head, and what
   checkpointing runs again, included) and the optimizers (`optimizer`). `other` is what remains: heads, error signals, feedback,
@@ -55,10 +56,9 @@ from onward import directions
 from onward.errors import UsageError, unknown
 from onward.estimators import forward
 from onward.forward_mode import Tangents
-from onward.lab import algorithms, disk, interrupt, memory, models, plots
+from onward.lab import algorithms, disk, generators, interrupt, memory, models, plots
 from onward.lab.config import Backprop, Bench, Heads, Network, Train
-from onward.lab.extra import lab_extra
-from onward.lab.train import choose_device, describe, make_optimizers
+from onward.lab.run import choose_device, describe, make_optimizers
 
 Row = dict[str, Any]
 BASELINES = ("bp", "bp:checkpoint=true")
@@ -93,6 +93,11 @@ def bench(config: Bench) -> list[Row]:
             raise UsageError(f"{flag} {path}: there is no folder {path.parent}, create it or name another")
         if path and path.is_dir():
             raise UsageError(f"{flag} {path}: this is a folder, name a file in it")
+        if path and (path.is_file() or not path.exists()):
+            try:
+                disk.try_out(path.absolute().parent)
+            except OSError as error:
+                raise UsageError(f"{flag} {path} cannot be written ({error.strerror}): name a file elsewhere") from error
     if picture and picture.suffix.lower() not in (known := plots.formats()):
         raise UsageError(f"--plot {picture}: a picture has a name that ends in one of {', '.join(known)}")
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a path may have brackets in it
@@ -116,11 +121,10 @@ def bench(config: Bench) -> list[Row]:
         else:
             shape = ",".join(map(str, shape_of(config)))
             show(rows, f"{config.model}, input {shape}, batch {config.batch_size}, {environment['device']}", console)
-    if picture:
-        draw_sweep(picture, report["slopes"], rows, config)
-        console.print(f"picture: {picture}")
     if config.json:
         console.print(f"figures: {config.json}")
+    if picture:
+        plots.draw({picture: lambda path: draw_sweep(path, report["slopes"], rows, config)})
     return rows
 
 
@@ -204,7 +208,7 @@ class Learner(NamedTuple):
 
     @classmethod
     def of(cls, config: Train, shape: Sequence[int], classes: int, device: torch.device) -> Learner:
-        torch.manual_seed(config.seed)
+        generators.seed(config.seed)
         model = models.build(config.model, shape, classes, config.network).to(device)
         x = torch.randn(config.batch_size, *shape, device=device)
         estimator = algorithms.build(model, config, x[:2])
@@ -355,7 +359,7 @@ _SHARED = {entry.name for entry in dataclasses.fields(Train)} - {"algorithm", "o
 
 
 def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads: int) -> tuple[int, int]:
-    """Bytes by which memory grew over three steps, and bytes of what outlives a step."""
+    """Bytes by which memory grew until the third step, and bytes of what outlives a step."""
     where = torch.device(device)
     if where.type == "cpu":
         torch.set_num_threads(threads)
@@ -366,7 +370,9 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads
     memory.reset_peak(where)
     before = memory.peak(where)
     learner = Learner.of(config, shape, classes, where)
-    for _ in range(3):
+    learner.step()
+    memory.reset_peak(where)  # the first step looks at the network, too
+    for _ in range(2):
         learner.step()
     return memory.peak(where) - before, learner.state_bytes()
 
@@ -583,10 +589,7 @@ def show_sweep(fits: Sequence[Row], rows: Sequence[Row], config: Bench, device: 
 
 def draw_sweep(path: Path, fits: Sequence[Row], rows: Sequence[Row], config: Bench) -> None:
     """A picture: time and memory over the values of the sweep, each with its line."""
-    with lab_extra():
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    figure = plots.empty(12, 4.5)
     figure.suptitle(f"{config.model}, batch {config.batch_size}" if config.sweep[0] != "batch" else config.model)
     panels = figure.subplots(1, len(MEASURES))
     for axes, (unit, (_, measured)) in zip(panels, MEASURES.items(), strict=True):

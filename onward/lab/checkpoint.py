@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 import pickle
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from onward.errors import UsageError
 from onward.lab import disk
 
+log = logging.getLogger(__name__)
 SEAL = b"\nonward sha256 "
 _SEAL_SIZE = len(SEAL) + 64
 
@@ -40,6 +43,35 @@ def save(path: Path, state: dict[str, Any]) -> None:
         file.write(SEAL + digest.encode())
 
     disk.write_whole(path, write, keep=previous(path))
+
+
+def check(state: dict[str, Any]) -> None:
+    """Say now if such a state could not be saved, or not be read again, for what it holds besides tensors.
+
+    Raises:
+        UsageError: it could not be saved.
+
+    >>> check({"weights": torch.zeros(3), "extra": lambda: 3})
+    Traceback (most recent call last):
+    onward.errors.UsageError: no checkpoint can hold this network's state (...)
+    """
+    held = io.BytesIO()
+    without_numbers = tree_map_only(torch.Tensor, lambda tensor: torch.empty(0), state)
+    try:
+        torch.save(without_numbers, held)
+    except Exception as error:  # whatever pickling something raises
+        reason = str(error).partition("\n")[0]
+        raise UsageError(
+            f"no checkpoint can hold this network's state ({type(error).__name__}: {reason}): let get_extra_state return "
+            "tensors, numbers, texts, and lists and dicts of these"
+        ) from error
+    try:
+        torch.load(io.BytesIO(held.getvalue()), weights_only=True)
+    except pickle.UnpicklingError:
+        log.warning(
+            "this network's state holds more than tensors, numbers and texts (see its get_extra_state), which is not read from "
+            "a file: a run of it cannot be resumed"
+        )
 
 
 def load(path: Path) -> dict[str, Any] | None:

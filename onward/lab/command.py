@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Union
 
 from onward.errors import UsageError
+from onward.lab import surroundings
 from onward.lab.extra import lab_extra
 
 
@@ -27,23 +28,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def guarded(work: Callable[[], object]) -> int:
     """Do the work; what goes wrong is told in one sentence on standard error and by the exit code. A reader that has heard
     enough, as in `onward list | head`, is told nothing: the exit code is that of a program which the signal for it ends."""
-    try:
+    with surroundings.settled():
         try:
-            return _told(work)
-        finally:
-            sys.stdout.flush()
-    except (BrokenPipeError, SystemExit) as stopped:
-        if not isinstance(stopped, BrokenPipeError) and not isinstance(stopped.__context__, BrokenPipeError):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
-        return 128 + signal.SIGPIPE
+            try:
+                return _told(work)
+            finally:
+                sys.stdout.flush()
+        except (BrokenPipeError, SystemExit) as stopped:
+            if not isinstance(stopped, BrokenPipeError) and not isinstance(stopped.__context__, BrokenPipeError):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
+            return 128 + signal.SIGPIPE
 
 
 def _told(work: Callable[[], object]) -> int:
     try:
         with lab_extra():
             from onward.lab import memory
-            from onward.lab.train import TrainingFailed
+            from onward.lab.run import TrainingFailed
         try:
             work()
         except TrainingFailed as error:
@@ -93,6 +95,8 @@ def _run(argv: Sequence[str] | None) -> None:
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if (left := os.environ.get("WORLD_SIZE", "1")) != "1" and processes.asked_for() == 1 and isinstance(asked, Train):
+        print(f"WORLD_SIZE={left} is not from torchrun: this process trains alone", file=sys.stderr)
     if processes.asked_for() > 1 and not isinstance(asked, Train):
         raise UsageError(f"onward {type(asked).__name__.lower()} is one process's work: start it without torchrun")
     match asked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import signal
 import statistics
@@ -20,8 +21,9 @@ from onward.errors import UsageError
 from onward.lab import algorithms, disk, interrupt, models, run_folder
 from onward.lab.config import Compare, Recipe, Train
 from onward.lab.data import ImageData, held_out
-from onward.lab.plots import learning_curves
-from onward.lab.train import Row, TrainingFailed, align, load_data, prepare, progress, resume, train
+from onward.lab.plots import draw, formats, learning_curves
+from onward.lab.run import Row, TrainingFailed, load_data, try_out
+from onward.lab.train import progress, resume, train
 
 JSON, CSV, RATES, CURVES = "table.json", "table.csv", "rates.json", "curves.png"
 TRIALS = "rates"
@@ -46,6 +48,7 @@ def compare(config: Compare) -> list[dict[str, Any]]:
             "--lr-grid with --subset.held-out: the same images would choose the rates and judge them, leave one out"
         )
     models.check(config.model)
+    formats()  # says so now if pictures cannot be drawn
     folder = Path(config.out or run_folder.default_path(config, "compare"))
     runs = runs_of(config, config.algorithms, range(config.seeds), folder)
     trials = {label: _trials(config, runs[label][0], folder) for label in runs if config.lr_grid and not _has_rate(label)}
@@ -70,7 +73,7 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     table = []
     for label, same in results.items():
         rows = complete[label]
-        engine = run_folder.read_config(Path(runs[label][0].out))["environment"]["engine"] if same else None
+        engine = run_folder.engine(Path(runs[label][0].out), runs[label][0]) if same else None
         rate = runs[label][0].lr if same else None
         table.append({"algorithm": label, "engine": engine, "lr": rate, **summary(rows), "failed": len(same) - len(rows)})
     disk.write_text(folder / JSON, json.dumps(table, indent=2) + "\n")
@@ -82,11 +85,10 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
     title = f"{config.model}, {config.data_dir or config.data}, {config.epochs} epochs, {seeds}"
     show(table, title)
-    said = "\n".join([*failures(results, "seed"), f"table: {folder / JSON}, {folder / CSV}"])
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console.print(*failures(results, "seed"), f"table: {folder / JSON}, {folder / CSV}", sep="\n")
     if drawn := {label: rows for label, rows in complete.items() if rows}:
-        learning_curves(folder / CURVES, drawn, title)
-        said += f"\npicture: {folder / CURVES}"
-    Console(soft_wrap=True, highlight=False, markup=False, emoji=False).print(said)
+        draw({folder / CURVES: lambda path: learning_curves(path, drawn, title)})
     return table
 
 
@@ -111,24 +113,27 @@ def runs_of(config: Recipe, labels: Iterable[str], seeds: Iterable[int], folder:
 
 
 def images_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[], ImageData]:
-    """The images, loaded when they are first asked for. Each algorithm then takes a batch, for nothing: one that cannot work,
+    """The images, loaded when they are first asked for. Each algorithm then takes a step, for nothing: one that cannot work,
     which may be seen only there, is refused before the others have trained for hours.
 
     Raises, when called:
         UsageError: there are no such images, or an algorithm, which is named, does not work with them or with the network.
+        TrainingFailed: no algorithm has a first step with finite numbers.
     """
 
     @cache
     def images() -> ImageData:
         loaded = load_data(config)
+        failed = []
         for label, (first, *_) in runs.items():
             try:
-                run = prepare(first, loaded)
-                run.estimator.estimate(*next(run.training_batches(1)))
-                if first.align_every:
-                    align(replace(run, config=replace(first, align_estimates=1)))
+                try_out(first, loaded)
             except UsageError as error:
                 raise UsageError(f"{label}: {error}") from error
+            except TrainingFailed as error:
+                failed.append(f"{label}: {error}")
+        if len(failed) == len(runs):
+            raise TrainingFailed(f"{'; '.join(failed)}; nothing was written")
         return loaded
 
     return images
@@ -141,7 +146,7 @@ def train_all(
     they `differ` in. A run that fails does not stop the others.
 
     Raises:
-        UsageError: a run with other settings is in the way; nothing has been trained then.
+        UsageError: a run with other settings or of other images is in the way; nothing has been trained then.
         KeyboardInterrupt: a signal asked to stop; the run at hand is saved, and the message says how to go on.
     """
     done: dict[str, dict[Any, Outcome]] = {label: {} for label in runs}
@@ -159,6 +164,8 @@ def train_all(
     if there := sum(map(len, done.values())):
         console.print(f"{there} of {there + len(missing)} runs are there already")
     images = data()
+    for run in () if overwrite else itertools.chain.from_iterable(runs.values()):
+        run_folder.check_data(Path(run.out), images)
     steps = [run.epochs * -(-len(images.train) // run.batch_size) for _, run in missing]
     again = f"the same command{' without --overwrite' if overwrite else ''} goes on with the runs that are missing"
     with progress(console, sum(steps)) as advance, interrupt.requests() as asked_to_stop:
@@ -176,7 +183,7 @@ def train_all(
             outcome: Outcome
             try:
                 begun = not overwrite and (Path(run.out) / run_folder.CONFIG).exists()
-                outcome = resume(Path(run.out), images, step) if begun else train(replace(run, overwrite=True), images, step)
+                outcome = resume(Path(run.out), images, step) if begun else train(run, images, step)
                 console.print(f"{name}: test accuracy {outcome[-1]['test_accuracy']:.2f} %", markup=False)
             except TrainingFailed as error:
                 outcome = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -175,6 +176,7 @@ class Setup:
     backprop: Backprop = field(default_factory=Backprop)
 
     def __post_init__(self) -> None:
+        at_home(self, "model")
         if self.cuts == ():
             raise UsageError("--cuts: name at least one module, or leave it out")
         at_least(1, batch_size=self.batch_size)
@@ -191,6 +193,30 @@ class Setup:
             raise UsageError(
                 f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd: give both or neither"
             )
+
+
+def at_home(config: object, *paths: str) -> None:
+    """Put the home folder in the place of a ~ at the beginning of paths: no shell does that in --out=~/runs.
+
+    >>> Train(out="~/runs").out == os.path.expanduser("~/runs")
+    True
+    >>> Train(data_dir="~nobody-of-that-name/images")
+    Traceback (most recent call last):
+    onward.errors.UsageError: --data-dir ~nobody-of-that-name/images: there is no such home folder, write the whole path
+    """
+
+    def whole(name: str, path: Any) -> Any:
+        if isinstance(path, tuple):
+            return tuple(whole(name, part) for part in path)
+        if not isinstance(path, str) or not path.startswith("~"):
+            return path
+        found = os.path.expanduser(path)  # noqa: PTH111 (a model's name is more than a path)
+        if found.startswith("~") and not os.path.exists(path.partition("/")[0]):  # noqa: PTH110
+            raise UsageError(f"--{name.replace('_', '-')} {path}: there is no such home folder, write the whole path")
+        return found
+
+    for name in paths:
+        object.__setattr__(config, name, whole(name, getattr(config, name)))
 
 
 def at_least(least: int, owner: str = "", **options: float | None) -> None:
@@ -263,6 +289,7 @@ class Recipe(Setup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_home(self, "out", "data_dir")
         at_least(1, epochs=self.epochs, test_batch_size=self.test_batch_size, log_interval=self.log_interval)
         at_least(0, save_weights=self.save_weights, align_every=self.align_every)
         at_least(1, align_estimates=self.align_estimates)
@@ -293,6 +320,7 @@ class Train(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_home(self, "resume")
         at_least(0, seed=self.seed)
 
 
@@ -336,6 +364,7 @@ class Align(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_home(self, "runs")
         at_least(1, align_every=self.align_every)
         at_least(0, seed=self.seed)
 
@@ -348,6 +377,9 @@ class Report:
     """Run folders, or folders with run folders somewhere below them."""
     out: str = "report.html"
     """The page."""
+
+    def __post_init__(self) -> None:
+        at_home(self, "runs", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,6 +405,7 @@ class Bench(Setup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        at_home(self, "plot", "json")
         at_least(1, turns=self.turns, steps=self.steps, classes=self.classes)
 
 

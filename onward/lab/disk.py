@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,8 +44,11 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"{path} cannot be written ({cause.strerror or cause}): {remedy}") from error
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None) -> None:
-    """Write a file that is never seen half-written, even if the machine stops in between; `keep` takes the old one.
+def write_whole(
+    path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None, before: Callable[[], object] | None = None
+) -> None:
+    """Write a file that is never seen half-written, even if the machine stops in between; `keep` takes the old one. `before`
+    is called when it is complete and has not taken its place yet.
 
     A symbolic link is followed. A pipe or a device is not replaced by a file: what reads it would get nothing.
 
@@ -63,6 +69,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | No
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
+            if before is not None:
+                before()
             if keep is not None and target.exists():
                 target.replace(keep)
             partial.replace(target)
@@ -76,6 +84,23 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], keep: Path | No
             os.close(folder)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, before: Callable[[], object] | None = None) -> None:
     """`write_whole` of a text."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    write_whole(path, lambda file: file.write(text.encode()), before=before)
+
+
+def read_text(path: Path) -> str:
+    """A text that `write_text` has written, whatever encoding the system prefers."""
+    return path.read_text(encoding="utf-8")
+
+
+def try_out(folder: Path) -> None:
+    """Raise an OSError if no file can be written there."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(bytes(4096))  # a disk that is full still takes a file that is empty
+
+
+def space(folder: Path) -> float:
+    """Bytes that are free on its disk; without end where it does not tell."""
+    usage = shutil.disk_usage(folder)
+    return usage.total - usage.used if usage.total else math.inf

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,41 +18,110 @@ from onward.lab import disk
 from onward.lab.config import Train
 from onward.lab.extra import lab_extra
 
+Sink = Callable[[Mapping[str, Any], int], None]
+"""Takes values by name, numbers or tensors of many numbers to be shown as a histogram, and a step."""
 Log = Callable[[Mapping[str, Any], int], None]
-"""Takes named values and a step: numbers, tensors of many numbers to be shown as a histogram, mappings of these."""
+"""The same, and mappings of these."""
 
 
 def check(config: Train) -> None:
-    """Raise a UsageError if what the log needs is not installed."""
-    with lab_extra():
+    """Raise a UsageError if what the log needs is not installed, or not whole."""
+    with lab_extra(), _importing("TensorBoard"):
         import torch.utils.tensorboard  # noqa: F401
     if config.wandb:
         try:
-            import wandb  # noqa: F401
+            with _importing("--wandb: wandb"):
+                import wandb  # noqa: F401
         except ModuleNotFoundError as error:
             raise UsageError("--wandb: wandb is not installed: pip install onward[wandb]") from error
 
 
 @contextmanager
-def open_log(folder: Path, config: Train, done: int = 0) -> Iterator[Log]:
-    """A function that logs named values at a step; what is nested has names such as heads/block1/loss.
+def _importing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # packages that do not fit one another raise anything
+        raise UsageError(f"{what} cannot be imported ({_said(error)}): install it again") from error
+
+
+@contextmanager
+def begin(folder: Path, config: Train) -> Iterator[Sink | None]:
+    """Begin with Weights & Biases if it is asked for, which may refuse: before there is a run.
+
+    Once it has begun, what it does not take is told, and no longer offered; the run goes on.
+
+    Raises:
+        UsageError: it refuses. What it has left in the folder is gone.
+    """
+    if not config.wandb:
+        yield None
+        return
+    import wandb
+
+    own = folder / "wandb"
+    there = own.exists()
+    name = config.wandb_name or folder.name
+    try:
+        session = wandb.init(project=config.wandb_project, name=name, dir=str(folder), config=dataclasses.asdict(config))
+    except Exception as error:  # it has many kinds, and so have the libraries that it uses
+        if not there:
+            shutil.rmtree(own, ignore_errors=True)
+        raise UsageError(
+            f"--wandb: Weights & Biases refuses ({_said(error)}): mend that, set WANDB_MODE=offline, or leave it out"
+        ) from error
+    refused = False
+
+    @contextmanager
+    def offering() -> Iterator[None]:
+        nonlocal refused
+        try:
+            yield
+        except Exception as error:
+            if not refused:
+                print(f"warning: Weights & Biases takes no more ({_said(error)}); the run goes on without it", file=sys.stderr)
+            refused = True
+
+    def tell(values: Mapping[str, Any], step: int) -> None:
+        if not refused:
+            with offering():
+                shown = {
+                    name: wandb.Histogram(value.tolist()) if isinstance(value, Tensor) else value
+                    for name, value in values.items()
+                }
+                run.log(shown, step=step)
+
+    run = session.__enter__()
+    try:
+        yield tell
+    except BaseException:
+        with offering():
+            session.__exit__(*sys.exc_info())
+        raise
+    with offering():
+        session.__exit__(None, None, None)
+
+
+@contextmanager
+def open_log(folder: Path, tell: Sink | None, done: int = 0) -> Iterator[Log]:
+    """A function that logs named values at a step, to TensorBoard and to what was begun before; what is nested has names such
+    as heads/block1/loss.
 
     What an earlier part of the run logged after step `done` does not count.
     """
-    with ExitStack() as stack:
-        sinks = [stack.enter_context(_tensorboard(folder, done))]
-        if config.wandb:
-            sinks.append(stack.enter_context(_wandb(folder, config)))
+    with _tensorboard(folder, done) as write:
 
         def log(values: Mapping[str, Any], step: int) -> None:
-            for sink in sinks:
-                sink(dict(_flat(values)), step)
+            for sink in (write, tell):
+                if sink is not None:
+                    sink(dict(_flat(values)), step)
 
         yield log
 
 
 @contextmanager
-def _tensorboard(folder: Path, done: int) -> Iterator[Log]:
+def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
     from torch.utils.tensorboard import SummaryWriter
 
     file = folder / "events.out.tfevents.*"
@@ -84,20 +155,13 @@ def _silent_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-@contextmanager
-def _wandb(folder: Path, config: Train) -> Iterator[Log]:
-    import wandb
+def _said(error: Exception) -> str:
+    """The first line of an error, without the stop at its end; or its kind if it says nothing.
 
-    name = config.wandb_name or folder.name
-    with wandb.init(project=config.wandb_project, name=name, dir=str(folder), config=dataclasses.asdict(config)) as run:
-
-        def log(values: Mapping[str, Any], step: int) -> None:
-            shown = {
-                name: wandb.Histogram(value.tolist()) if isinstance(value, Tensor) else value for name, value in values.items()
-            }
-            run.log(shown, step=step)
-
-        yield log
+    >>> _said(ValueError("It is late. Go home.\\nNow."))
+    'It is late. Go home'
+    """
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

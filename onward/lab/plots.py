@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import html
 import math
+import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from onward.lab import disk
 from onward.lab.extra import lab_extra
@@ -35,10 +40,7 @@ RISING = [[0, "#f4f4f2"], [0.35, "#9ec3e0"], [0.7, "#3d83c0"], [1, "#0d3f77"]]
 
 def learning_curves(path: Path, results: Results, title: str) -> None:
     """Accuracy and loss over the epochs: for each name the mean of its runs, with a band of one standard deviation."""
-    with lab_extra():
-        from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = empty(10, 4)
     figure.suptitle(title)
     for axes, (measure, label) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
         for name, runs in results.items():
@@ -56,6 +58,48 @@ def learning_curves(path: Path, results: Results, title: str) -> None:
     save(figure, path)
 
 
+def empty(width: float, height: float) -> Any:
+    """A matplotlib figure of that size, in inches, with nothing in it."""
+    return _figure()(figsize=(width, height), layout="constrained")
+
+
+def _figure() -> Any:
+    """matplotlib's `Figure`. It writes files, and is not stopped by an MPLBACKEND (a notebook's) that is not installed here."""
+    wanted = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    try:
+        with lab_extra():
+            import matplotlib
+            from matplotlib.figure import Figure
+    finally:
+        if wanted is not None:
+            os.environ["MPLBACKEND"] = wanted
+    if wanted:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = wanted  # for pictures of others in this process
+    return Figure
+
+
+def draw(pictures: Mapping[Path, Callable[[Path], None]]) -> None:
+    """Draw every picture, and print where they are. One that cannot be drawn is told, as a result without it is a result.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    drawn = []
+    for path, into in pictures.items():
+        try:
+            into(path)
+            drawn.append(str(path))
+        except OSError:
+            raise
+        except Exception as error:  # of fonts, of numbers, of a matplotlib that is not whole
+            reason = str(error).partition("\n")[0]
+            print(f"warning: {path} could not be drawn ({type(error).__name__}: {reason})", file=sys.stderr)
+    if drawn:
+        console.print(f"picture{'s' if len(pictures) > 1 else ''}: {', '.join(drawn)}")
+
+
 def save(figure: Any, path: Path, dpi: int = 150) -> None:
     """Write a matplotlib figure, in the format that its name ends in; never half of it."""
     disk.write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi))
@@ -67,10 +111,7 @@ def formats() -> list[str]:
     >>> {".png", ".svg", ".pdf"} <= set(formats())
     True
     """
-    with lab_extra():
-        from matplotlib.figure import Figure
-
-    return [f".{name}" for name in Figure().canvas.get_supported_filetypes() if name != "pgf"]
+    return [f".{name}" for name in empty(1, 1).canvas.get_supported_filetypes() if name != "pgf"]
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -56,19 +58,21 @@ class Processes:
         return [bool(raised) for raised in self.total(torch.tensor(flags, dtype=torch.int64, device=device))]
 
     @contextmanager
-    def agreeing(self) -> Iterator[None]:
-        """If the body cannot do what was asked in one process, it ends in all of them; the first one says why."""
-        problem: str | None = None
+    def agreeing(self, *kinds: type[Exception]) -> Iterator[None]:
+        """If the body cannot do what was asked in one process, by a UsageError or those `kinds` of error, it ends in all of
+        them; the first one says why."""
+        problem: tuple[type[Exception], str] | None = None
         try:
             yield
-        except UsageError as error:
+        except (UsageError, *kinds) as error:
             if self.count == 1:
                 raise
-            problem = str(error)
+            problem = type(error), str(error)
         for rank, theirs in enumerate(self.everyones(problem)):
             if theirs is not None:
-                self.leave(2)
-                raise UsageError(theirs if rank == 0 else f"in process {rank}: {theirs}")
+                kind, said = theirs
+                self.leave(2 if issubclass(kind, UsageError) else 1)
+                raise kind(said if rank == 0 else f"in process {rank}: {said}")
 
     def leave(self, code: int) -> None:
         """End this process unless it is the one that speaks."""
@@ -80,8 +84,33 @@ ALONE = Processes()
 
 
 def asked_for() -> int:
-    """How many processes `torchrun` has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes `torchrun` has started; 1 if it has not started us.
+
+    WORLD_SIZE alone says nothing: schedulers, other launchers and notebooks leave it to programs that they do not start as one
+    of several. `torchrun` sets more, and answers where it says that it does.
+    """
+    found = os.environ
+    if not any(name.startswith("TORCHELASTIC_") for name in found):
+        return 1
+    try:
+        rank, count, port = (int(found[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        address = found["MASTER_ADDR"]
+    except (KeyError, ValueError):
+        return 1
+    if not 0 <= rank < count:
+        return 1
+    kept_by_torchrun = found.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return count if not kept_by_torchrun or _answers(address, port) else 1
+
+
+@cache
+def _answers(address: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    try:
+        socket.create_connection((address, port), timeout=PATIENCE.total_seconds()).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
@@ -103,6 +132,10 @@ def joined(device: str) -> Iterator[Processes]:
                 f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu"
             )
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"the {asked_for()} processes do not meet ({reason}): start them all by one torchrun") from error
     yield Processes(dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error: it could wait for those that are gone

@@ -538,7 +538,7 @@ def _numbers(entry: Any, prefix: str = "") -> dict[str, float]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _found(values: Iterator[float | None]) -> list[float]:

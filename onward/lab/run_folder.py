@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import tempfile
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +19,7 @@ from onward.errors import UsageError
 from onward.lab import checkpoint, disk
 from onward.lab.algorithms import folder_name
 from onward.lab.config import Recipe, Train, from_dict
+from onward.lab.data import ImageData
 
 try:
     import fcntl
@@ -76,8 +76,7 @@ def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(4096))  # a disk that is full still takes a file that is empty
+        disk.try_out(folder)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder with --out") from error
     if any(path.suffix != ".partial" for path in _contents(folder)) and not overwrite:
@@ -119,11 +118,23 @@ def held(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def begin(folder: Path, config: Train, **environment: Any) -> None:
-    """Take away the files of an earlier run, and write config.json: every setting, and what it runs on."""
-    clear(folder)
-    settings = {"config": dataclasses.asdict(config), "environment": environment}
-    disk.write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n")
+def check_space(folder: Path, checkpoint_size: int, *, overwrite: bool) -> None:
+    """Raise a UsageError if the disk has no space for a checkpoint; the run there, if it is overwritten, makes its own free."""
+    room = disk.space(folder) + sum(path.stat().st_size for path in _contents(folder) if overwrite)
+    if room < checkpoint_size:
+        raise UsageError(
+            f"{folder / CHECKPOINT} of {checkpoint_size / 1e6:.3g} MB cannot be written (No space left on device): make space "
+            "on its disk, or choose another folder with --out"
+        )
+
+
+def begin(folder: Path, config: Train, data: ImageData, **environment: Any) -> None:
+    """Take away the files of an earlier run, and write config.json: every setting, the data, and what it runs on.
+
+    The earlier run is there until the new file is complete.
+    """
+    settings = {"config": dataclasses.asdict(config), "environment": environment, "data": described(data)}
+    disk.write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n", before=lambda: clear(folder))
 
 
 def clear(folder: Path) -> None:
@@ -132,9 +143,68 @@ def clear(folder: Path) -> None:
         path.unlink()
 
 
+def described(data: ImageData) -> dict[str, Any]:
+    """What tells images from others."""
+    return {
+        "class_names": list(data.class_names),
+        "train": len(data.train),
+        "test": len(data.test),
+        "in_memory": isinstance(data.train.images, Tensor),
+        "digest": data.digest,
+    }
+
+
+def note_data(folder: Path, found: dict[str, Any]) -> None:
+    """Write into config.json what the run is trained on, if it says anything else."""
+    known = read_config(folder)
+    if known.get("data") != found:
+        disk.write_text(folder / CONFIG, json.dumps({**known, "data": found}, indent=2) + "\n")
+
+
+def check_data(folder: Path, data: ImageData, state: dict[str, Any] | None = None) -> None:
+    """Raise a UsageError that says what is different, if the run there, or its checkpoint, is of other images.
+
+    One that does not say what it is of is taken: it is from before that was kept.
+    """
+    try:
+        known = read_config(folder).get("data")
+    except (OSError, ValueError, AttributeError):
+        known = None
+    now = described(data)
+    for then in (known, (state or {}).get("data")):
+        if isinstance(then, dict) and (differences := _differences(then, now)):
+            raise UsageError(
+                f"{folder} is a run on other data ({'; '.join(differences)}): bring those back, choose another folder with "
+                "--out, or replace the run with --overwrite"
+            )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two sets of images differ, in words.
+
+    >>> _differences({"class_names": ["cat", "dog"], "train": 120}, {"class_names": ["dog", "zebra"], "train": 220})
+    ['class 0 was cat, is dog', '120 training images, now 220']
+    """
+    found = []
+    before, after = (list(map(str, data.get("class_names") or now["class_names"])) for data in (then, now))
+    if len(before) != len(after):
+        found.append(f"{len(before)} classes, now {len(after)}")
+    elif before != after:
+        at = next(at for at, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1])
+        found.append(f"class {at} was {before[at]}, is {after[at]}")
+    for part, word in (("train", "training"), ("test", "test")):
+        if then.get(part, now.get(part)) != now.get(part):
+            found.append(f"{then[part]} {word} images, now {now[part]}")
+    # Where images are kept decides what a digest is taken of; and there is none where an image was to be mended.
+    comparable = then.get("digest") and then.get("in_memory") == now.get("in_memory")
+    if not found and comparable and then["digest"] != now["digest"]:
+        found.append("as many images of the same classes, but not the same, or not in the same order")
+    return found
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """What `begin` wrote: `config`, the settings, and `environment`, what they ran on."""
-    return json.loads((folder / CONFIG).read_text())
+    return json.loads(disk.read_text(folder / CONFIG))
 
 
 def settings(folder: Path) -> Train:
@@ -217,7 +287,7 @@ def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
     if (folder / FAILURE).exists():
-        return (folder / FAILURE).read_text().strip()
+        return disk.read_text(folder / FAILURE).strip()
     return rows if len(rows) == config.epochs else None
 
 
@@ -239,6 +309,14 @@ def differing(folder: Path, config: Train) -> dict[str, tuple[Any, Any]]:
         return {}
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: (found[name], asked[name]) for name in asked if name not in NOT_IN_RESULT and found[name] != asked[name]}
+
+
+def engine(folder: Path, config: Train) -> str | None:
+    """The engine of the run there, if it is the one with these settings."""
+    try:
+        return None if differing(folder, config) else read_config(folder)["environment"]["engine"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def load(folder: Path) -> tuple[Train, dict[str, Any]]:
@@ -266,12 +344,12 @@ def _with_defaults(found: dict[str, Any]) -> dict[str, Any]:
 
 def _contents(folder: Path) -> list[Path]:
     """The files of the run there; what `onward align` has found out is such only beside others, or else it is of other runs."""
-    found = [path for pattern in CONTENTS for path in folder.glob(pattern)]
+    found = [path for pattern in CONTENTS for path in folder.glob(pattern) if path.name != f"{CONFIG}.partial"]  # of the next
     return found if any(path.name not in ALIGNED for path in found) else []
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [json.loads(line) for line in disk.read_text(path).splitlines()] if path.exists() else []
 
 
 def _write_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:

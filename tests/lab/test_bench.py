@@ -52,7 +52,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def learner(config: Bench, name: str) -> Learner:
     run = bench.candidates(replace(config, algorithms=(name,)))[name]
-    return Learner.of(run, bench.shape_of(config), config.classes, CPU)
+    made = Learner.of(run, bench.shape_of(config), config.classes, CPU)
+    made.estimator.check = False  # which it would do in its first step
+    return made
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -208,23 +208,23 @@ def test_a_folder_that_takes_no_files(folder: str, capsys: pytest.CaptureFixture
 
 
 @pytest.fixture
-def disk_of_300_kB(tmp_path: Path) -> Iterator[Path]:
+def disk_of_400_kB(tmp_path: Path) -> Iterator[Path]:
     """A real one, where we may mount one."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", place], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", place], capture_output=True)
     if mounted.returncode:
         pytest.skip("may not mount a disk")
     yield place
     subprocess.run(["umount", "--lazy", place], check=True)
 
 
-def test_a_real_disk_that_fills_up(disk_of_300_kB: Path, config: Train, images: Make, tmp_path: Path) -> None:
+def test_a_real_disk_that_fills_up(disk_of_400_kB: Path, config: Train, images: Make, tmp_path: Path) -> None:
     train(replace(config, out=str(tmp_path / "whole")), images())
-    run, filling = disk_of_300_kB / "run", disk_of_300_kB / "filling"
+    run, filling = disk_of_400_kB / "run", disk_of_400_kB / "filling"
     refused = []
-    for free in (0, 8, 16, 40, 100, 180, 220, 300):
-        filling.write_bytes(bytes(1024 * (300 - free)))
+    for free in (0, 8, 16, 40, 60, 100, 200, 280, 400):
+        filling.write_bytes(bytes(1024 * (400 - free)))
         try:
             train(replace(config, out=str(run), overwrite=True), images())
         except (OSError, onward.UsageError) as error:
@@ -238,11 +238,12 @@ def test_a_real_disk_that_fills_up(disk_of_300_kB: Path, config: Train, images: 
     assert refused[0] == f"{run} cannot be written to (No space left on device): choose another folder with --out"
     assert len(refused) >= 4
     assert all("(No space left on device): make space on its disk" in said for said in refused[1:])
+    assert re.search(r"run/checkpoint.pt of 0\.04\d+ MB cannot be written", refused[1])  # before anything is erased
     assert {"epoch 1", "no epoch"} <= {found for said in refused[1:] for found in re.findall(r"epoch \d|no epoch", said)}
 
     with pytest.raises(TrainingFailed):
         train(replace(config, out=str(run), align_every=0, schedule=Schedule(gamma=1e38)), images())
-    subprocess.run(["mount", "-o", "remount,ro", disk_of_300_kB], check=True)
+    subprocess.run(["mount", "-o", "remount,ro", disk_of_400_kB], check=True)
     with pytest.raises(OSError, match=r"cannot be written \(Read-only file system\): allow writing there, or choose another"):
         resume(run, images())
 
@@ -268,14 +269,18 @@ def test_an_image_that_does_not_come_is_given_up(silent: Path) -> None:
 STALL = """
 import os, sys
 from pathlib import Path
+import torch
+from onward.lab.batches import _key
 from onward.lab import command, memory, train
 
 loading = train.load_data
 
 def load_data(config):
     data = loading(config)
-    image = max(Path(config.data_dir).rglob("*.png"))
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(_key(config.seed, 1)))
+    image = Path(data.train.images.samples[order[18]].file)  # of the fifth batch
     image.rename("aside.png")
+    Path("name").write_text(str(image))
     os.mkfifo(image)
     return data
 
@@ -297,12 +302,12 @@ def test_a_run_whose_images_stall_stops_and_goes_on(tmp_path: Path, monkeypatch:
         epochs=2,
         batch_size=4,
         device="cpu",
-        checkpoint_every="1",
+        checkpoint_every="3",
         data_timeout=1.0,
         network=Network(width=0.04),
         transform=Transform(size=8),
     )
-    small = "--data-dir images --out run --epochs 2 --batch-size 4 --device cpu --checkpoint-every 1 --data-timeout 1 "
+    small = "--data-dir images --out run --epochs 2 --batch-size 4 --device cpu --checkpoint-every 3 --data-timeout 1 "
     done = subprocess.run(
         [sys.executable, "-c", STALL, "train", *small.split(), "--network.width", "0.04", "--transform.size", "8"],
         cwd=tmp_path,
@@ -314,13 +319,13 @@ def test_a_run_whose_images_stall_stops_and_goes_on(tmp_path: Path, monkeypatch:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.fullmatch(
-        r"error: images/1/39.png could not be read within 1 s: check the disk or the network that it is on, or wait longer "
-        r"with --data-timeout, then go on by onward train --resume run; run/checkpoint.pt keeps the state after step \d of "
+        r"error: images/\d/\d\d.png could not be read within 1 s: check the disk or the network that it is on, or wait longer "
+        r"with --data-timeout, then go on by onward train --resume run; run/checkpoint.pt keeps the state after step 4 of "
         r"epoch 1",
         done.stderr.splitlines()[-1],
     ), done.stderr
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "aside.png").replace("images/1/39.png")
+    (tmp_path / "aside.png").replace((tmp_path / "name").read_text())
     resume(Path("run"))
     train(replace(config, out="whole"))
     assert state(Path("run")) == state(Path("whole"))

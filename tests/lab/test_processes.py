@@ -136,7 +136,9 @@ def _train_anew(config: Train, rank: int) -> None:
 
 
 def test_the_other_commands_are_for_one_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    found = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"}
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
     assert command.main(["bench"]) == 2
     assert "onward bench is one process's work: start it without torchrun" in capsys.readouterr().err
 

@@ -1,0 +1,495 @@
+"""No run is lost: what cannot work is refused before anything is written or erased, and what stops on the way can go on."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_resume import assert_same, outcome
+
+from onward.errors import UsageError
+from onward.lab import checkpoint, command, generators, run_folder
+from onward.lab.align import align
+from onward.lab.bench import bench
+from onward.lab.compare import compare
+from onward.lab.config import Align, Bench, Compare, Network, Subset, Train
+from onward.lab.data import ImageData, load
+from onward.lab.run import TrainingFailed
+from onward.lab.train import resume, train
+
+NETWORKS = """
+import random
+import sys
+import numpy as np
+import torch
+from torch import nn
+
+class Stops(nn.Module):
+    def __init__(self, when):
+        super().__init__()
+        self.when = when
+
+    def forward(self, x):
+        if self.when(self, x):
+            raise ValueError("not with me")
+        return x
+
+class Lambda(nn.Module):
+    def get_extra_state(self):
+        return lambda: 3
+
+    def set_extra_state(self, state):
+        pass
+
+    def forward(self, x):
+        return x
+
+class Noise(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * torch.from_numpy(np.random.rand(*x.shape) > 0.5).to(x) + random.random()
+
+def network(*more):
+    return nn.Sequential(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), *more), nn.Linear(16, 10))
+
+def good():
+    return network()
+
+def other():
+    return network(nn.Linear(16, 16))
+
+def frozen():
+    model = network()
+    model[1].requires_grad_(False)
+    return model
+
+def fails_in_a_test():
+    return network(Stops(lambda self, x: not self.training))
+
+def fails_in_training():
+    return network(Stops(lambda self, x: self.training and len(x) > 2))
+
+def cannot_be_saved():
+    return network(Lambda())
+
+def noisy():
+    return network(Noise())
+
+def ends_the_program():
+    sys.exit(0)
+"""
+REFUSED = {
+    "frozen": "no parameters to train|no module with parameters to train but its last",
+    "fails_in_a_test": r"net.py, line \d+ in a test: ValueError: not with me",
+    "fails_in_training": r"net.py, line \d+ in a step of training: ValueError: not with me",
+    "cannot_be_saved": "no checkpoint can hold this network's state",
+    "ends_the_program": r"net.py, line \d+: SystemExit: 0",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NETWORKS)
+    return Train(
+        algorithm="dfa", model="net.py:good", epochs=2, lr=1e-2, device="cpu", out="run", subset=Subset(train=128, test=64)
+    )
+
+
+def content(folder: Path | str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+def unfinished(folder: str, epochs: int = 3) -> None:
+    """Make a complete run one that was stopped before its last epoch."""
+    path = Path(folder) / "config.json"
+    found = json.loads(path.read_text())
+    found["config"]["epochs"] = epochs
+    path.write_text(json.dumps(found))
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("network", REFUSED)
+def test_a_network_that_cannot_be_trained_costs_no_earlier_run(config: Train, network: str) -> None:
+    train(config)
+    before = content("run")
+    for changes in ({"overwrite": True}, {"out": "new"}):
+        with pytest.raises(UsageError, match=REFUSED[network]):
+            train(replace(config, model=f"net.py:{network}", **changes))
+    assert content("run") == before
+    assert not Path("new").exists()
+    assert len(train(replace(config, out="new", epochs=1))) == 1  # the corrected command
+
+
+def test_numbers_that_are_not_finite_at_once_cost_no_earlier_run(config: Train) -> None:
+    train(config)
+    before = content("run")
+    bad = replace(config, overwrite=True, transform=replace(config.transform, mean=float("nan")))
+    with pytest.raises(TrainingFailed, match=r"the training loss is nan at epoch 1, step 1 of 2 .*; nothing was written"):
+        train(bad)
+    assert content("run") == before
+
+
+@pytest.mark.parametrize("network", ["frozen", "fails_in_a_test", "other"])
+def test_a_refused_run_is_left_as_it_is_to_be_resumed(config: Train, network: str) -> None:
+    train(config)
+    unfinished("run")
+    before = content("run")
+    source = Path("net.py").read_text()
+    Path("net.py").write_text(source.replace("def good", "def bad").replace(f"def {network}", "def good"))
+    with pytest.raises(UsageError, match=REFUSED.get(network, "the checkpoint does not fit the run's configuration")):
+        resume(Path("run"))
+    assert content("run") == before
+    Path("net.py").write_text(source)
+    assert len(resume(Path("run"))) == 3
+
+
+def test_averages_of_other_parameters_are_refused(config: Train) -> None:
+    train(config)
+    unfinished("run")
+    path = Path("run/checkpoint.pt")
+    state = checkpoint.load(path)
+    assert state is not None
+    state["optimizers"]["network"]["state"][0]["exp_avg"] = torch.zeros(3)
+    checkpoint.save(path, state)
+    with pytest.raises(UsageError, match=r"does not fit .*exp_avg of shape \(3,\) for a parameter of shape \(16, 64\)"):
+        resume(Path("run"))
+
+
+@pytest.mark.parametrize("what", ["compare", "align"])
+def test_runs_that_are_compared_are_not_erased_by_others_that_cannot_be(config: Train, what: str) -> None:
+    shared: dict[str, Any] = {
+        "algorithms": ("bp", "dfa"),
+        "model": "net.py:good",
+        "epochs": 1,
+        "lr": 1e-2,
+        "device": "cpu",
+        "out": "both",
+        "subset": config.subset,
+    }
+    do: Callable[[Any], Any] = compare if what == "compare" else align
+    asked = Compare(**shared, seeds=1) if what == "compare" else Align(**shared)
+    do(asked)
+    before = content("both")
+    for network in ("frozen", "fails_in_a_test"):
+        with pytest.raises(UsageError, match=REFUSED[network]):
+            do(replace(asked, model=f"net.py:{network}", overwrite=True))
+    bad = replace(asked, overwrite=True, transform=replace(config.transform, mean=float("nan")))
+    with pytest.raises(TrainingFailed, match=r"bp: the training loss is nan .*; dfa: .*; nothing was written"):
+        do(bad)
+    assert content("both") == before
+
+
+def test_one_of_several_that_fails_at_once_is_told_in_the_table(config: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onward.lab import run
+
+    trained = run.Run.estimate
+
+    def estimate(self: Any, *given: Any) -> Any:
+        if self.config.algorithm == "dfa":
+            raise TrainingFailed("the training loss is nan")
+        return trained(self, *given)
+
+    monkeypatch.setattr(run.Run, "estimate", estimate)
+    asked = Compare(algorithms=("bp", "dfa"), seeds=1, model="net.py:good", epochs=1, out="both", subset=config.subset)
+    fine, failed = compare(asked)
+    assert (fine["runs"], failed["runs"], failed["failed"], failed["engine"]) == (1, 0, 1, None)
+    assert not Path("both/dfa-s0").exists()
+
+
+def test_what_is_asked_of_weights_and_biases_is_refused_first(
+    config: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**settings: Any) -> Any:
+        (Path(settings["dir"]) / "wandb" / "run").mkdir(parents=True)
+        raise RuntimeError("No API key configured. Use `wandb login` to log in.\nMore.")
+
+    train(config)
+    unfinished("run")
+    before = content("run")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    asked = ["train", "--model", "net.py:good", "--algorithm", "dfa", "--subset.train", "128", "--wandb", "--epochs", "1"]
+    for out in (["--out", "run", "--overwrite"], ["--out", "new"]):
+        assert command.main([*asked, *out]) == 2
+        assert capsys.readouterr().err == (
+            "error: --wandb: Weights & Biases refuses (No API key configured. Use `wandb login` to log in): mend that, set "
+            "WANDB_MODE=offline, or leave it out\n"
+        )
+    assert content("run") == before
+    assert not Path("run/wandb").exists()
+    assert not Path("new").exists()
+
+
+def test_what_weights_and_biases_no_longer_takes_is_told_once(
+    config: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Session:
+        def __enter__(self) -> Session:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            raise OSError("the network is down")
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            raise OSError("the network is down")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: Session()))
+    assert len(train(replace(config, wandb=True))) == 2
+    assert capsys.readouterr().err == (
+        "warning: Weights & Biases takes no more (the network is down); the run goes on without it\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            "raise TypeError('Descriptors cannot be created directly.')",
+            "cannot be imported (Descriptors cannot be created directly)",
+        ),
+        ("import no_such_module_as_this", "wandb is not installed: pip install onward[wandb]"),
+    ],
+)
+def test_a_logger_that_cannot_be_imported_is_told_at_once(
+    content: str, said: str, config: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("wandb.py").write_text(content)
+    monkeypatch.syspath_prepend(".")
+    with pytest.raises(UsageError, match=f"--wandb: .*{re.escape(said)}"):
+        train(replace(config, wandb=True))
+    assert not Path("run").exists()
+
+
+def test_where_figures_cannot_be_written_nothing_is_measured(tmp_path: Path) -> None:
+    for flag in ({"json": "/proc/bench.json"}, {"plot": "/proc/bench.png", "sweep": ("batch", "2", "4")}):
+        with pytest.raises(UsageError, match=r"/proc/bench.* cannot be written \(.*\): name a file elsewhere"):
+            bench(Bench(input="1,4,4", **flag))  # type: ignore[arg-type]
+
+
+def test_an_earlier_run_is_there_until_the_new_one_is(config: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(config)
+    before = content("run")
+
+    def full(path: Path) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("onward.lab.disk.os.fsync", full)
+    with pytest.raises(OSError, match=r"run/config.json cannot be written"):
+        train(replace(config, overwrite=True))
+    assert content("run") == before
+
+
+def test_a_file_that_registers_something_is_run_twice(config: Train) -> None:
+    Path("net.py").write_text(
+        f'{NETWORKS}\nlibrary = torch.library.Library("onward_tests", "DEF")\nlibrary.define("twice() -> int")\n'
+    )
+    assert len(train(replace(config, epochs=1))) == 1
+
+
+# ---- generators
+
+
+def test_pythons_and_numpys_generators_belong_to_seed_and_checkpoint(config: Train) -> None:
+    config = replace(config, model="net.py:noisy", checkpoint_every="1", align_every=1, align_estimates=2)
+    for name in ("whole", "again", "broken"):
+        random.seed(name)
+        train(replace(config, out=name))
+    assert_same(outcome(Path("again")), outcome(Path("whole")))
+    unlike = train(replace(config, out="unlike", seed=1))
+    assert unlike[0]["train_loss"] != outcome(Path("whole"))[0][0]["train_loss"]
+    Path("broken/checkpoint-previous.pt").replace("broken/checkpoint.pt")  # as if it had been killed in its last epoch
+    random.seed("resumed")
+    np.random.seed(99)  # noqa: NPY002
+    resume(Path("broken"))
+    assert_same(outcome(Path("broken")), outcome(Path("whole")))
+    without = train(replace(config, out="without", align_every=0))
+    assert [row["train_loss"] for row in without] == [row["train_loss"] for row in outcome(Path("whole"))[0]]
+
+
+def test_a_checkpoint_from_before_they_were_kept_goes_on(config: Train) -> None:
+    train(config)
+    unfinished("run")
+    path = Path("run/checkpoint.pt")
+    state = checkpoint.load(path)
+    assert state is not None
+    del state["data"], state["generators"][0]["python"], state["generators"][0]["numpy"]
+    checkpoint.save(path, state)
+    (path.parent / "config.json").write_text(json.dumps({**run_folder.read_config(path.parent), "data": None}))
+    assert len(resume(Path("run"))) == 3
+    assert run_folder.read_config(Path("run"))["data"] == run_folder.described(
+        load("digits", train_samples=128, test_samples=64)
+    )
+
+
+def test_states_are_restored_whole() -> None:
+    cpu = torch.device("cpu")
+    generators.seed(5)
+    random.gauss(0, 1)
+    np.random.randn()  # noqa: NPY002 (leaves a second one for later)
+    before = generators.states(cpu)
+    first = random.gauss(0, 1), np.random.randn(), torch.rand(()).item()  # noqa: NPY002
+    generators.restore(before, cpu)
+    assert (random.gauss(0, 1), np.random.randn(), torch.rand(()).item()) == first  # noqa: NPY002
+
+
+# ---- data
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Class folders of images, of several sizes so that they are decoded batch by batch."""
+    return write_images(tmp_path / "images", sizes=5)
+
+
+def write_images(folder: Path, sizes: int) -> Path:
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 6)):
+        for number, name in enumerate(("cat", "dog")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                size = (8, 8 + i % sizes)
+                pixels = generator.integers(100 * number, 100 * number + 100, size, dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i:02}.png")
+    return folder
+
+
+def of_images(folder: Path, **changes: Any) -> Train:
+    settings: dict[str, Any] = {"epochs": 2, "batch_size": 8, "device": "cpu", "lr": 1e-2, "out": "run", **changes}
+    config = Train(algorithm="dfa", data_dir=str(folder), network=Network(width=0.02), **settings)
+    return replace(config, transform=replace(config.transform, size=8))
+
+
+def rename_a_class(folder: Path) -> None:
+    for part in ("train", "test"):
+        (folder / part / "cat").rename(folder / part / "zebra")
+
+
+def add_images(folder: Path) -> None:
+    for i in range(10):
+        (folder / "train" / "cat" / f"more{i}.png").write_bytes((folder / "train" / "cat" / "00.png").read_bytes())
+
+
+def change_an_image(folder: Path) -> None:
+    Image.new("L", (8, 8), 50).save(folder / "train" / "cat" / "03.png")
+
+
+CHANGES = {
+    rename_a_class: "class 0 was cat, is dog",
+    add_images: "48 training images, now 58",
+    change_an_image: "as many images of the same classes, but not the same, or not in the same order",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("sizes", [1, 5])
+def test_a_run_does_not_go_on_with_other_data(
+    change: Callable[[Path], None], sizes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = write_images(tmp_path / "images", sizes)
+    config = of_images(folder)
+    train(config)
+    unfinished("run")
+    before = content("run")
+    assert run_folder.read_config(Path("run"))["data"]["class_names"] == ["cat", "dog"]
+    change(folder)
+    for again in (lambda: resume(Path("run")), lambda: align(Align(runs=("run",), device="cpu"))):
+        with pytest.raises(UsageError, match=rf"run is a run on other data \({CHANGES[change]}\): bring those back"):
+            again()
+    assert content("run") == before
+
+
+def test_compared_runs_do_not_go_on_with_other_data(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shared = {"epochs": 1, "batch_size": 8, "device": "cpu", "data_dir": str(images), "transform": of_images(images).transform}
+    asked = Compare(algorithms=("bp",), seeds=1, out="both", **shared)  # type: ignore[arg-type]
+    compare(asked)
+    add_images(images)
+    with pytest.raises(UsageError, match=r"bp-s0 is a run on other data \(48 training images, now 58\)"):
+        compare(replace(asked, algorithms=("dfa", "bp")))
+    assert not Path("both/dfa-s0").exists()
+    assert [row["runs"] for row in compare(replace(asked, algorithms=("dfa", "bp"), overwrite=True))] == [1, 1]
+
+
+def test_a_digest_of_pixels_and_one_of_files_are_not_held_against_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(of_images(write_images(tmp_path / "images", sizes=1)))
+    unfinished("run")
+    monkeypatch.setattr("onward.lab.memory.physical", lambda: 100)  # now too little to keep the images
+    assert len(resume(Path("run"))) == 3
+
+
+def broken(data: ImageData, part: str, index: int) -> Path:
+    """Break an image of the part, which is the `index`th that is read in the first epoch."""
+    samples = getattr(data, part).images.samples
+    if part == "train":
+        from onward.lab.batches import _key
+
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(_key(0, 1)))
+        index = int(order[index])
+    path = Path(samples[index].file)
+    path.write_bytes(path.read_bytes()[:60])
+    return path
+
+
+@pytest.mark.parametrize(("part", "index", "kept"), [("train", 20, "step 2 of epoch 1"), ("test", 7, "step 6 of epoch 1")])
+def test_a_broken_image_on_the_way_keeps_what_was_trained(
+    part: str,
+    index: int,
+    kept: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = of_images(images, test_batch_size=4)
+    train(replace(config, out="whole"))
+    source = {path: path.read_bytes() for path in images.rglob("*.png")}
+    path = broken(load("digits", images), part, index)
+    assert command.guarded(lambda: train(config)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {path} does not decode as an image (")
+    assert said.endswith(
+        f"): replace it, then go on by onward train --resume run; run/checkpoint.pt keeps the state after {kept}"
+    )
+    assert command.guarded(lambda: resume(Path("run"))) == (2 if part == "train" else 1)  # it is still broken
+    capsys.readouterr()
+    path.write_bytes(source[path] + b" ")  # mended, and not the same bytes
+    resume(Path("run"))
+    (rows, state), (wanted_rows, wanted) = outcome(Path("run")), outcome(Path("whole"))
+    assert rows == wanted_rows
+    assert state.pop("data")["digest"] != wanted.pop("data")["digest"]
+    assert_same(state, wanted)
+    assert run_folder.read_config(Path("run"))["data"] == run_folder.described(load("digits", images))
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_image_that_is_broken_in_the_first_batch_is_refused(
+    part: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train(of_images(images))
+    before = content("run")
+    broken(load("digits", images), part, 2)
+    for changes in ({"overwrite": True}, {"out": "new"}):
+        with pytest.raises(UsageError, match="does not decode as an image"):
+            train(of_images(images, **changes))
+    assert content("run") == before
+    assert not Path("new").exists()
