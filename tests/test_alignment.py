@@ -238,7 +238,7 @@ def test_frozen_blocks_have_nothing_to_compare() -> None:
     model, x, y = deep()
     for p in model[0].parameters():
         p.requires_grad_(False)
-    found = measure(onward.DFA(model), x, y)
+    found = measure(onward.DFA(model, ["0", "1"]), x, y)
     assert found["0"].parameters is None
     assert found["0"].signal is None
     assert found["1"].parameters is not None
