@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -98,3 +99,167 @@ def test_without_a_cut_the_advice_can_be_followed() -> None:
     with pytest.raises(UsageError, match=r"cuts=\[\]: without a cut, DFA .* \(onward.suggest_cuts proposes some\)"):
         DFA(model, [])
     DFA(model, onward.suggest_cuts(model)).estimate(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+
+
+class Net(nn.Module):
+    """Three blocks and a head, run as a function of theirs says."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.head = block(), block(), block(), nn.Linear(3, 3)
+        self.run = run
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def in_turn(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.third(net.second(net.first(x))))
+
+
+def twice(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.third(net.second(net.second(net.first(x)))))
+
+
+def without_call(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.third(net.second.forward(net.first(x))))
+
+
+def around(net: Any, x: Tensor) -> Tensor:
+    h = net.first(x)
+    return net.head(net.third(net.second(h) + h))
+
+
+def within_transform(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.third(torch.func.vmap(net.first)(x)))
+
+
+def without_gradients(net: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = net.first(x)
+    return net.head(net.third(net.second(h)))
+
+
+def frozen_first(run: Callable[[Any, Tensor], Tensor]) -> Net:
+    net = Net(run)
+    net.first.requires_grad_(False)
+    return net
+
+
+class WithUnit(nn.Module):
+    """A residual connection inside a module, at whose end everything passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unit, self.head = Net(lambda net, x: around(net, x)), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.unit(x))
+
+
+class Tempered(nn.Module):
+    """A loss with a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z * self.scale, y)
+
+
+class Scaled(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(block(), Tempering())
+
+
+class Tempering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.scale = nn.Linear(3, 3), nn.Parameter(torch.ones(()))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.last(h) * self.scale
+
+
+def aliased() -> Net:
+    net = Net(in_turn)
+    net.other = net.second
+    return net
+
+
+def compiled_blocks() -> Net:
+    net = Net(in_turn)
+    net.first = torch.compile(net.first, backend="eager")
+    return net
+
+
+Make = Callable[[], onward.Estimator]
+FOLLOWED: dict[str, tuple[Make, str, list[Make]]] = {
+    "unknown": (
+        lambda: DFA(Net(in_turn), ["frist"]),
+        r"unknown cut 'frist': did you mean 'first'\?",
+        [lambda: DFA(Net(in_turn), ["first"])],
+    ),
+    "one module": (
+        lambda: DFA(aliased(), ["second", "other"]),
+        "cuts 'second' and 'other' are the same module: name each module once",
+        [lambda: DFA(aliased(), ["second"])],
+    ),
+    "twice": (
+        lambda: DFA(Net(twice), ["second"]),
+        r"cut 'second' \(Sequential\) runs more than once .*: cut at a module that runs once, or give each use a module",
+        [lambda: DFA(Net(twice), ["first"]), lambda: DFA(Net(in_turn), ["first", "second"])],
+    ),
+    "order": (
+        lambda: DFA(Net(in_turn), ["second", "first"]),
+        "cut 'first' ran before cut 'second': name the cuts in the order in which they run",
+        [lambda: DFA(Net(in_turn), ["first", "second"])],
+    ),
+    "not called": (
+        lambda: DFA(Net(without_call), ["second"]),
+        r"cut 'second' did not run .*: cut at a module that the network calls",
+        [lambda: DFA(Net(without_call), ["third"]), lambda: DFA(Net(in_turn), ["second"])],
+    ),
+    "bypassed": (
+        lambda: DFA(WithUnit(), ["unit.second"]),
+        r"cut 'unit.second' is bypassed: .* at the end of the residual block, or .*allow_bypass=True",
+        [lambda: DFA(WithUnit(), ["unit"]), lambda: DFA(WithUnit(), ["unit.second"], allow_bypass=True)],
+    ),
+    "inside a transform": (
+        lambda: DFA(Net(within_transform), ["first"]),
+        r"cut 'first' .* torch.func transform .*: cut outside of it, or use Backprop",
+        [lambda: DFA(Net(within_transform), ["third"]), lambda: onward.Backprop(Net(within_transform))],
+    ),
+    "without gradients": (
+        lambda: DFA(Net(without_gradients), ["first", "second"]),
+        r"cut 'first' .* with gradients off .*: take it out of that, or freeze it by requires_grad_\(False\) and leave out",
+        [lambda: DFA(Net(in_turn), ["first", "second"]), lambda: DFA(frozen_first(without_gradients), ["second"])],
+    ),
+    "compiled": (
+        lambda: DFA(torch.compile(Net(in_turn), backend="eager"), ["_orig_mod.first"]),
+        r"compile its blocks instead, such as model.block1 = torch.compile\(model.block1\)",
+        [lambda: DFA(compiled_blocks(), ["first", "second"])],
+    ),
+    "trained loss": (
+        lambda: DFA(Net(in_turn), ["first"], loss=Tempered()),
+        r"parameters to train \(scale\), .*: make them part of the network's last block, or freeze them",
+        [lambda: DFA(Scaled(), ["0"]), lambda: DFA(Net(in_turn), ["first"], loss=Tempered().requires_grad_(False))],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_advice_is_followed(name: str) -> None:
+    wrong, said, right = FOLLOWED[name]
+    with pytest.raises(UsageError, match=said):
+        wrong().estimate(X, Y)
+    for make in right:
+        make().estimate(X, Y)
