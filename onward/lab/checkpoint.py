@@ -51,9 +51,9 @@ def check(state: dict[str, Any]) -> None:
     Raises:
         UsageError: it could not be saved.
 
-    >>> check({"weights": torch.zeros(3), "extra": lambda: 3})
+    >>> check({"weights": torch.zeros(3), "extra": lambda: 3})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    onward.errors.UsageError: no checkpoint can hold this network's state (...)
+    onward.errors.UsageError: no checkpoint can hold this network's state (...): let get_extra_state return ...
     """
     held = io.BytesIO()
     without_numbers = tree_map_only(torch.Tensor, lambda tensor: torch.empty(0), state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from onward.lab import disk
 from onward.lab.config import Train
 from onward.lab.extra import lab_extra
 
+EVENTS = "events.out.tfevents.*"
 Sink = Callable[[Mapping[str, Any], int], None]
 """Takes values by name, numbers or tensors of many numbers to be shown as a histogram, and a step."""
 Log = Callable[[Mapping[str, Any], int], None]
@@ -48,13 +50,15 @@ def _importing(what: str) -> Iterator[None]:
 
 @contextmanager
 def begin(folder: Path, config: Train) -> Iterator[Sink | None]:
-    """Begin with Weights & Biases if it is asked for, which may refuse: before there is a run.
+    """Find out if TensorBoard can write there, and begin with Weights & Biases if it is asked for: before there is a run.
 
-    Once it has begun, what it does not take is told, and no longer offered; the run goes on.
+    Once the latter has begun, what it does not take is told, and no longer offered; the run goes on.
 
     Raises:
-        UsageError: it refuses. What it has left in the folder is gone.
+        UsageError: either refuses. Nothing of it is left in the folder.
+        OSError: TensorBoard's file cannot be written.
     """
+    _try_tensorboard(folder)
     if not config.wandb:
         yield None
         return
@@ -124,7 +128,7 @@ def open_log(folder: Path, tell: Sink | None, done: int = 0) -> Iterator[Log]:
 def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
     from torch.utils.tensorboard import SummaryWriter
 
-    file = folder / "events.out.tfevents.*"
+    file = folder / EVENTS
     with _silent_threads():
         with disk.writing(file):
             writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
@@ -142,6 +146,21 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
             raise
         with disk.writing(file):
             writer.close()
+
+
+def _try_tensorboard(folder: Path) -> None:
+    """Let it write a file in a folder that goes again."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        with _silent_threads(), disk.writing(folder / EVENTS), tempfile.TemporaryDirectory(dir=folder) as place:
+            writer = SummaryWriter(place)
+            writer.add_scalar("trial", 0.0, 0)
+            writer.close()
+    except OSError:
+        raise
+    except Exception as error:  # of a path that is no UTF-8, of packages that do not fit one another
+        raise UsageError(f"TensorBoard cannot write to {folder} ({_said(error)}): choose another folder with --out") from error
 
 
 @contextmanager

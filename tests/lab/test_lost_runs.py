@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import sys
@@ -272,6 +273,15 @@ def test_a_logger_that_cannot_be_imported_is_told_at_once(
     with pytest.raises(UsageError, match=f"--wandb: .*{re.escape(said)}"):
         train(replace(config, wandb=True))
     assert not Path("run").exists()
+
+
+def test_a_folder_that_tensorboard_cannot_name_is_refused_first(config: Train) -> None:
+    folder = os.fsdecode(b"caf\xe9")
+    Path(folder).mkdir()
+    Path(folder, "config.json").write_text("an earlier run")
+    with pytest.raises(UsageError, match=r"TensorBoard cannot write to .*: choose another folder with --out"):
+        train(replace(config, out=folder, overwrite=True))
+    assert list(content(folder)) == [f"{folder}/config.json"]
 
 
 def test_where_figures_cannot_be_written_nothing_is_measured(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_no_seed_draws_one() -> None:
 
 
 def test_several_processes_have_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("onward.lab.processes.asked_for", lambda: 2)
     assert translate(["--seed", "3"]).seed == 3
     with pytest.raises(UsageError, match="--seed -1 would draw another seed in each of 2 processes: give one of at least 0"):
         translate([])
