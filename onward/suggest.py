@@ -196,23 +196,23 @@ def _parts(
     for name, child, once in source.children(module):
         name = prefix + name
         ends = source.returns_tensor(child) if seen is None else name in seen.ends
-        if not _trains(child) or not _is_open(child, ends, opened, is_list, within_layer):
+        if not _is_open(child, ends, opened, is_list, within_layer):
             yield _Part(name, child, same or _is_block(child), ends, ends and once)
             continue
         is_layer = is_list and not ends and source.has_forward(child) and not source.is_chain(child) and not _lists(child)
         parts = list(_parts(child, f"{name}.", opened, seen, within_layer=is_layer))
         if is_layer:
             parts = _with_last_only(parts)
-        unlikely = _hands_on_positions(child, name) if once else (f"{name}.",)
+        unlikely = _hands_on_positions(child, name) if once and _trains(child) else (f"{name}.",)
         yield from (part._replace(likely=False) if f"{part.name}.".startswith(unlikely) else part for part in parts)
 
 
 def _is_open(child: nn.Module, ends: bool, opened: Sequence[nn.Module], in_list: bool, in_layer: bool) -> bool:
-    """Whether a module with something to train is taken apart."""
-    if not _has_parts(child):
-        return False
+    """Whether a module is taken apart: a list always, others if they are no block, and have something to train."""
     if child in opened or not source.has_forward(child):
         return True
+    if not _has_parts(child) or not _trains(child):
+        return False
     if source.is_chain(child):
         return any(_is_block(inside) for inside in child.children())
     if in_layer:  # such as attention, which is beside a residual connection

@@ -158,6 +158,20 @@ class Tagger(nn.Module):
         return self.out(h[:, -1])
 
 
+class Deep(nn.Module):
+    """Recurrent layers in a list, and what follows each in another, without anything to train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.LSTM(3, 3, batch_first=True) for _ in range(3)])
+        self.drops, self.head = nn.ModuleList([nn.Dropout(0.1) for _ in range(3)]), Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, drop in zip(self.layers, self.drops, strict=True):
+            x = drop(layer(x)[0])
+        return self.head(x)
+
+
 class Thawed(Custom):
     """All but the middle is frozen."""
 
@@ -402,6 +416,7 @@ PROPOSED: dict[str, tuple[Callable[[], nn.Module], Any, tuple[str, ...]]] = {
     "the same in a Sequential": (one_relu, X, ("0", "2")),
     "lists": (Lists, X, ("layers.0", "layers.1", "layers.2", "mid.a", "mid.b")),
     "recurrent": (Tagger, WORDS, ("embed", "drop")),
+    "recurrent, in a list": (Deep, X, ("drops.0", "drops.1", "drops.2")),
     "frozen around": (Thawed, X, ("stage.0",)),
     "frozen before": (lambda: Thawed(head=True), X, ("stage.0", "stage.1")),
     "adapters": (Adapted, X, ("layers.0", "layers.1")),
@@ -435,6 +450,7 @@ PROPOSED: dict[str, tuple[Callable[[], nn.Module], Any, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of the compiler's own, which it hides where it can
 @pytest.mark.parametrize("name", PROPOSED)
 @pytest.mark.parametrize("given", [False, True], ids=["", "batch"])
 def test_proposed(name: str, given: bool) -> None:
