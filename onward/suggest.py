@@ -59,8 +59,9 @@ def suggest_cuts(model: nn.Module, x: Any = None) -> tuple[str, ...]:
     once, returns one tensor and is the only way forward, with something to train before it and behind it.
 
     With a batch ``x`` (one tensor, a tuple of positional inputs, or a dict of keyword inputs) that is certain, by a trial run
-    that changes nothing. Without one it is certain of networks that :mod:`torch.fx` can trace. Of others it is what the source
-    of their classes says, which shows neither every skip connection nor which modules run on a batch.
+    that changes nothing but the sizes of lazy layers. Without one it is certain of networks that :mod:`torch.fx` can trace. Of
+    others it is what the source of their classes says, which shows neither every skip connection nor which modules run on a
+    batch.
 
     >>> import torch
     >>> from torch import nn
