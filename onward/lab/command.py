@@ -81,7 +81,8 @@ def _run(argv: Sequence[str] | None) -> None:
         from onward.lab.bench import bench
         from onward.lab.compare import compare
         from onward.lab.config import Align, Bench, Compare, Report, Train
-        from onward.lab.report import report
+        from onward.lab.report import report, settings
+        from onward.lab.run_folder import MAY_CHANGE
         from onward.lab.train import resume, train
 
     commands = [
@@ -101,9 +102,11 @@ def _run(argv: Sequence[str] | None) -> None:
         raise UsageError(f"onward {type(asked).__name__.lower()} is one process's work: start it without torchrun")
     match asked:
         case Train(resume=str(folder)):
-            if replace(asked, resume=None) != Train():
-                raise UsageError(f"--resume {folder} keeps every setting of the run: leave out the other options")
-            resume(Path(folder))
+            given, defaults = settings(replace(asked, resume=None)), settings(Train())
+            changes = {name: value for name, value in given.items() if value != defaults[name]}
+            if others := " ".join(f"--{name.replace('_', '-')}" for name in changes if name not in MAY_CHANGE):
+                raise UsageError(f"--resume {folder} keeps what decides the result of the run: leave out {others}")
+            resume(Path(folder), changes=changes)
         case Train():
             train(asked)
         case Compare():

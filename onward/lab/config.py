@@ -316,7 +316,8 @@ class Train(Recipe):
     statistics: str = "averaged"
     """What batch norm does on several processes (torchrun): averaged, local or synchronised, as onward.distribute has them."""
     resume: str | None = None
-    """Go on with the run in this folder, all of whose settings are kept."""
+    """Go on with the run in this folder, whose settings are kept; --device, --data-dir and others that no result depends on may
+    be given anew."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

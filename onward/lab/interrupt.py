@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request: the step at hand is finished first."""
+"""Ctrl-C, SIGTERM and the end of a terminal as a request: the step at hand is finished first."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def requests() -> Iterator[Callable[[], str | None]]:
             raise KeyboardInterrupt
         arrived.append(signal.Signals(number).name)
 
-    asked = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    asked = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, note) for number in asked}
     try:
         yield lambda: arrived[0] if arrived else None

@@ -54,6 +54,9 @@ NOT_IN_RESULT = {
     "checkpoint_every",
     "resume",
 }
+"""Settings that a result does not depend on."""
+MAY_CHANGE = {"device", "data_dir", *NOT_IN_RESULT} - {"out", "overwrite", "resume", "align_estimates"}
+"""Settings that a run may be given anew when it is resumed: where it runs, and where the same data are."""
 
 
 def default_path(config: Recipe, what: str) -> Path:

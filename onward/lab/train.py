@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -76,16 +77,22 @@ def train(config: Train, data: ImageData | None = None, advance: Callable[[str],
         return _go_on(run, folder, Standing(), advance, tell, aligned)
 
 
-def resume(folder: Path, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
+def resume(
+    folder: Path,
+    data: ImageData | None = None,
+    advance: Callable[[str], None] | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Row]:
     """Go on with the run in `folder` from its last checkpoint, as if it had never stopped; what is complete is left alone.
 
+    The `changes` are settings for the rest of it, of those that `run_folder.MAY_CHANGE` names; config.json keeps its own.
     Under `torchrun` with as many processes as there are now.
 
     Raises:
         UsageError: there is no run, neither its configuration nor a checkpoint of it can be used, or the data are others.
         TrainingFailed: as `train`.
     """
-    config = replace(run_folder.settings(folder), out=str(folder))
+    config = replace(run_folder.settings(folder), out=str(folder), **changes)
     with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
         with _before_anything_is_written(lambda: _kept(folder)):
             with group.agreeing(TrainingFailed):

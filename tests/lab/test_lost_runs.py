@@ -159,6 +159,26 @@ def test_a_refused_run_is_left_as_it_is_to_be_resumed(config: Train, network: st
     assert len(resume(Path("run"))) == 3
 
 
+def test_a_run_goes_on_elsewhere(images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(images.parent)
+    train(of_images(images))
+    unfinished("run")
+    kept = Path("run/config.json")
+    kept.write_text(kept.read_text().replace('"device": "cpu"', '"device": "cuda:99"', 1))
+    images.rename("elsewhere")
+    asked = ["train", "--resume", "run"]
+    assert command.main([*asked, "--data-dir", "elsewhere"]) == 2
+    assert "--device cuda:99 cannot be used" in capsys.readouterr().err
+    assert command.main([*asked, "--device", "cpu"]) == 2
+    assert f"{images} does not exist" in capsys.readouterr().err
+    assert command.main([*asked, "--device", "cpu", "--lr", "1", "--network.layers", "3"]) == 2
+    said = "error: --resume run keeps what decides the result of the run: leave out --lr --network.layers\n"
+    assert capsys.readouterr().err == said
+    assert command.main([*asked, "--device", "cpu", "--data-dir", "elsewhere", "--data-timeout", "9"]) == 0
+    assert len(run_folder.read_config(Path("run"))["data"]["class_names"]) == 2
+    assert run_folder.settings(Path("run")).data_dir == str(images)
+
+
 def test_averages_of_other_parameters_are_refused(config: Train) -> None:
     train(config)
     unfinished("run")

@@ -135,7 +135,7 @@ def test_killed_at_many_moments(start: Callable[..., Any], family: str, tmp_path
     kill_and_resume(start, family, tmp_path, kills=6, seed=list(FAMILIES).index(family))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_request_to_stop_is_heeded_after_the_step(
     number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
