@@ -6,6 +6,7 @@ crosses it: blocks learn from error signals delivered to their outputs, and from
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -130,6 +131,14 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
     try:
         with _open_checkpoints():
             yield
+    except RuntimeError as error:
+        if not re.search("appears to not have been used in the graph|does not require grad and does not have", str(error)):
+            raise
+        raise UsageError(
+            "the network takes a gradient inside its forward that would have to cross a cut "
+            f"({str(error).splitlines()[0]}): cut where no such gradient passes, so that it stays inside one block"
+        ) from error
+    else:
         if len(done) < len(order):
             raise UsageError(
                 f"cut {order[len(done)]!r} did not run in this forward pass: cut at a module that the network calls "

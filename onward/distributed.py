@@ -99,7 +99,8 @@ class ProcessShard(Shard):
             self._average_gradients(parameters)
         for p, gradient in zip(parameters, before, strict=True):
             if gradient is not None:
-                p.grad = gradient if p.grad is None else gradient.add_(p.grad)
+                dense_first = p.grad is not None and gradient.is_sparse and not p.grad.is_sparse
+                p.grad = gradient if p.grad is None else p.grad.add_(gradient) if dense_first else gradient.add_(p.grad)
         if self.statistics == "averaged":
             self._average(running_statistics(estimator))
 
@@ -150,13 +151,33 @@ class ProcessShard(Shard):
 
     def _average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Average ``.grad``; a process that did not use a parameter contributes zeros if another did."""
-        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.uint8, device=self.device)
+        kinds = [[p.grad is not None and not p.grad.is_sparse, p.grad is not None and p.grad.is_sparse] for p in parameters]
+        used = torch.tensor(kinds, dtype=torch.uint8, device=self.device)
         self.sum(used)
-        found = [p for p, processes in zip(parameters, used.tolist(), strict=True) if processes]
-        for p in found:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        self._average([p.grad for p in found if p.grad is not None])
+        dense: list[Tensor] = []
+        for p, (somewhere_dense, somewhere_sparse) in zip(parameters, used.tolist(), strict=True):
+            if somewhere_dense:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
+                dense.append(p.grad)
+            elif somewhere_sparse:
+                p.grad = self._mean_of_rows(p)
+        self._average(dense)
+
+    def _mean_of_rows(self, p: nn.Parameter) -> Tensor:
+        """The mean of sparse gradients: the rows that any process has."""
+        mine = torch.zeros_like(p).to_sparse(1) if p.grad is None else p.grad
+        mine = mine.coalesce()
+        counts = self._everyones(mine.values().shape[0])
+        gathered = []
+        for part in (mine.indices()[0], mine.values() * self.share):
+            padded = part.new_zeros(max(counts), *part.shape[1:])
+            padded[: len(part)] = part
+            everyone = [torch.empty_like(padded) for _ in counts]
+            self.sent += padded.nbytes
+            with answering(self.group):
+                dist.all_gather(everyone, padded, group=self.group)
+            gathered.append(torch.cat([theirs[:count] for theirs, count in zip(everyone, counts, strict=True)]))
+        return torch.sparse_coo_tensor(gathered[0].unsqueeze(0), gathered[1], p.shape).coalesce()
 
     def _average(self, tensors: Sequence[Tensor]) -> None:
         """Put means in the place of the tensors."""

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from onward.directions import draw
 from onward.errors import UsageError
 
 Pair = tuple[int, int]
@@ -437,9 +436,30 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def parameters_behind(*outputs: Tensor) -> dict[nn.Parameter, int]:
-    """The parameters in the graph of a block's outputs, and in how many places each is used."""
-    following = (node for behind in _graph(*outputs) for node, _ in behind.next_functions)
-    return Counter(p for node in following if isinstance(p := getattr(node, "variable", None), nn.Parameter))
+    """The parameters in the graph of a block's outputs, and in how many places each is used, itself or a view of it."""
+    places: Counter[nn.Parameter] = Counter()
+    for node in _graph(*outputs):
+        for following, _ in node.next_functions:
+            p = _seen_through_views(following)
+            if p is not None:
+                places[p] += node.name() not in _VIEWS
+    return places
+
+
+def _seen_through_views(node: Any) -> nn.Parameter | None:
+    """The parameter that a node of the graph is, or is a view of."""
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+    p = getattr(node, "variable", None)
+    return p if isinstance(p, nn.Parameter) else None
+
+
+_VIEWS = {
+    f"{name}Backward{version}"
+    for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "Expand", "Unsqueeze", "Squeeze", "Alias", "ToCopy")
+    for version in range(3)
+}
+"""What comes between a parameter and an operation that uses it; one view may serve several operations."""
 
 
 def _graph(*outputs: Tensor) -> Iterator[Any]:
@@ -464,7 +484,7 @@ def per_sample_gradients(
     """
     places = parameters_behind(h)
     by_layer: dict[nn.Module, list[int]] = {}
-    for j, (use, by_sample) in enumerate(zip(uses, _rows_are_samples(h, uses, arrived[0]), strict=True)):
+    for j, (use, by_sample) in enumerate(zip(uses, _rows_are_samples(h, uses, signals[0], arrived[0]), strict=True)):
         if by_sample:
             by_layer.setdefault(use.layer, []).append(j)
     covered: set[nn.Parameter] = set()
@@ -502,21 +522,32 @@ _seen: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
 """Of each layer and count of its runs, whether its rows are samples, from the first batch that showed it."""
 
 
-def _rows_are_samples(h: Tensor, uses: Sequence[Use], arrived: Sequence[Tensor | None]) -> list[bool]:
-    """Whether the rows of each run of a layer are the samples: a signal for one sample arrives in its row and in no other."""
-    answers = [b is not None and use.samples == len(h) == len(use.x) for use, b in zip(uses, arrived, strict=True)]
-    asked = [use for use, agrees in zip(uses, answers, strict=True) if agrees and use.count not in _seen.get(use.layer, {})]
+def _rows_are_samples(h: Tensor, uses: Sequence[Use], signal: Tensor, arrived: Sequence[Tensor | None]) -> list[bool]:
+    """Whether the rows of each run of a layer are the samples: each row of what arrives is scaled as that sample's signal is.
+
+    A layer that has had another number of rows once (an expert that a part of the batch is handed to) is not asked again.
+    """
+    for use in uses:
+        if not use.samples == len(h) == len(use.x):
+            _seen.setdefault(use.layer, {})[use.count] = False
+    asked = [
+        (use, b)
+        for use, b in zip(uses, arrived, strict=True)
+        if b is not None and use.count not in _seen.get(use.layer, {}) and b.abs().max() > 0
+    ]
     if asked and len(h) > 1 and not any(map(_of_batch, _graph(h))):
-        for n in (0, len(h) // 2):  # two: it may be that one position of a sequence alone is read
-            signal = torch.zeros_like(h)
-            signal[n] = draw(h.shape[1:], seed=0, step=0, block="one sample", dtype=h.dtype, device=h.device)
-            of_one = torch.autograd.grad(h, [use.output for use in asked], signal, retain_graph=True)
-            for use, b in zip(asked, of_one, strict=True):
-                reached = (b.abs() > 0).flatten(1).any(1).nonzero().flatten().tolist()
-                if reached:  # where nothing arrives (dead units), another batch will tell
-                    known = _seen.setdefault(use.layer, {})
-                    known[use.count] = known.get(use.count, True) and reached == [n]
-    return [agrees and _seen.get(use.layer, {}).get(use.count, True) for use, agrees in zip(uses, answers, strict=True)]
+        scales = torch.linspace(1, 2, len(h), dtype=h.dtype, device=h.device)
+        scaled = weighted_sum([signal], [scales])
+        found = torch.autograd.grad(h, [use.output for use, _ in asked], scaled, retain_graph=True)
+        for (use, b), other in zip(asked, found, strict=True):
+            wanted = weighted_sum([b], [scales])
+            alike = bool((other - wanted).abs().max() <= 1e-3 * wanted.abs().max() / len(h))
+            if not alike or bool((b.flatten(1) != 0).any(1).all()):  # where nothing arrives (dead units), another batch tells
+                _seen.setdefault(use.layer, {})[use.count] = alike
+    return [
+        b is not None and use.samples == len(h) == len(use.x) and _seen.get(use.layer, {}).get(use.count, True)
+        for use, b in zip(uses, arrived, strict=True)
+    ]
 
 
 def _of_batch(node: Any) -> bool:

@@ -5,6 +5,7 @@ An estimator does so on its first batch, on copies of the buffers and with the g
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from onward.directions import draw
 from onward.errors import UsageError
 from onward.forward_mode import Tangents
 from onward.replay import Replay
-from onward.run import Loss, batch_statistics, call, compute_loss, device_of, leaves, output_error, samples_of, without_graph
+from onward.run import batch_statistics, call, leaves, samples_of, without_graph
 
 
 class Mixing(NamedTuple):
@@ -55,12 +56,23 @@ def mixing(model: nn.Module, names: Sequence[str], x: Any) -> list[Mixing]:
         return []
     again = Replay(model)
     first, second = (_signatures(model, names, batch, samples, again) for batch in (x, changed))
-    found = [seen for name in names if (seen := _compare(name, first.get(name), second.get(name))) is not None]
+    found = [seen for name in names if (seen := _compare(name, first.get(name), second.get(name), samples)) is not None]
     if found:
         third = _signatures(model, names, x, samples, again)
         if any(not torch.allclose(first[seen.module], third[seen.module], rtol=1e-4) for seen in found):
             return []  # it is not the samples that make the difference: the network does not run twice alike
     return found
+
+
+def some_samples(x: Any, count: int) -> Any:
+    """The first samples of a batch."""
+    samples = samples_of(x)
+
+    def cut(leaf: Any) -> Any:
+        of_samples = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples
+        return leaf[:count] if of_samples and leaf.layout is torch.strided else leaf
+
+    return tree_map(cut, dict(x) if isinstance(x, Mapping) else x)
 
 
 def _every_second_changed(x: Any, samples: int) -> Any:
@@ -89,7 +101,7 @@ def _signatures(model: nn.Module, names: Sequence[str], x: Any, samples: int, ag
     found: dict[str, Tensor] = {}
 
     def note(name: str, h: Tensor) -> Tensor:
-        if h.is_floating_point() and h.dim() > 1 and h.shape[0] == samples:
+        if h.is_floating_point() and h.dim() > 1 and samples in h.shape[: h.dim() - 1][:2]:
             kept = 2 if h.dim() > 2 and h.shape[1] == samples else 1
             flat = h.detach().flatten(kept)
             flat = flat if flat.dtype == torch.float64 else flat.float()
@@ -104,7 +116,7 @@ def _signatures(model: nn.Module, names: Sequence[str], x: Any, samples: int, ag
     return found
 
 
-def _compare(name: str, first: Tensor | None, second: Tensor | None) -> Mixing | None:
+def _compare(name: str, first: Tensor | None, second: Tensor | None, samples: int) -> Mixing | None:
     if first is None or second is None or first.shape != second.shape:
         return None
     change = (second - first).abs()
@@ -114,6 +126,8 @@ def _compare(name: str, first: Tensor | None, second: Tensor | None) -> Mixing |
     if not others.any():
         return None
     transposed = moved.dim() == 2 and not moved[:, ::2].any()
+    if not transposed and len(moved) != samples:
+        return None  # its rows are something else
     of_rows = others if others.dim() == 1 else others.any(1)
     return Mixing(name, int(of_rows.sum()), bool(transposed))
 
@@ -150,61 +164,106 @@ def disagreement(
 
     With J the Jacobian of a block, u random tangents of what enters it and w a random signal at its output, forward mode
     gives ``<w, J u>`` and the backward pass ``<J^T w, u>``, which are equal wherever a layer's backward is the derivative of
-    its forward, and forward mode follows it. (Batch norm runs in eval mode, as where its statistics are of several processes
-    neither is the whole.) Tangents enter at the outputs of the named modules, and on the parameters of
-    those names; ``arriving`` takes the names of those at which a gradient arrives. The network is cut there: each block is
-    compared by itself.
+    its forward, and forward mode follows it. Forward mode must give the same where nothing asks for a gradient, as behind a
+    cut. The network is cut at the named modules: each block is compared by itself. Tangents enter there, and on the
+    ``parameters`` of those names; ``arriving`` takes the names of those at which a gradient arrives. Batch norm runs in eval
+    mode: where its statistics are of several processes, neither number is the whole here.
     """
-    tangents = Tangents(through_gradients=True)
-    entered: list[tuple[Tensor, Tensor]] = []  # with its tangent
+    directions = {name: _direction(model.get_parameter(name), name) for name in parameters}
     found: list[Disagreement] = []
+    seen: dict[str, tuple[float, float]] = {}  # at each module the slope, and the output itself, along w
 
-    def compare(name: str, outputs: Sequence[Tensor]) -> None:
+    def differentiated(
+        name: str, tangents: Tangents, entered: Sequence[tuple[Tensor, Tensor]], outputs: Sequence[Tensor]
+    ) -> None:
         ends = [h for h in outputs if h.requires_grad]
         if (found and arriving is None) or not entered or not ends:
             return
         moved = [tangents.get(h) for h in ends]
         with tangents.paused():
             w = [_direction(h, f"w{i}") for i, h in enumerate(ends)]
-            at = [leaf for leaf, _ in entered]
-            arrived = torch.autograd.grad(ends, at, w, retain_graph=True, allow_unused=True)
-            reverse = sum(_inner(g, u) for g, (_, u) in zip(arrived, entered, strict=True) if g is not None)
-            forward = sum(_inner(one, t) for one, t in zip(w, moved, strict=True) if t is not None)
-            size = max([abs(reverse), abs(forward), *(t.norm().item() for t in moved if t is not None)])
+            arrived = torch.autograd.grad(ends, [leaf for leaf, _ in entered], w, retain_graph=True, allow_unused=True)
+            reverse = _along(arrived, [u for _, u in entered])
+            forward = _along(moved, w)
+            seen[name] = forward, _along(ends, w)
         if arriving is not None:
             arriving.update(name for name, g in zip(parameters, arrived, strict=False) if g is not None)
-        if abs(forward - reverse) > _tolerance(ends[0]) * size:
+        if _differ(forward, reverse, moved, ends):
             found.append(Disagreement(name, forward, reverse))
+
+    def measured(name: str, tangents: Tangents, entered: Any, outputs: Sequence[Tensor]) -> None:
+        moved = [tangents.get(h) for h in outputs]
+        with tangents.paused():
+            w = [_direction(h, f"w{i}") for i, h in enumerate(outputs)]
+            slope, value = _along(moved, w), _along(outputs, w)
+        if name not in seen or found:
+            return
+        if _differ(value, seen[name][1], outputs, outputs):
+            seen.clear()  # it does not run twice alike, so nothing can be compared
+        elif _differ(slope, seen[name][0], moved, outputs):
+            found.append(Disagreement(name, slope, seen[name][0]))
+
+    _run_apart(model, names, x, directions, differentiated, builds_graph=True)
+    if not found:
+        _run_apart(model, names, x, directions, measured, builds_graph=False)
+    return found[0] if found else None
+
+
+def _along(tensors: Sequence[Tensor | None], directions: Sequence[Tensor]) -> float:
+    """The inner product of tensors, of which some may be missing, with directions."""
+    total = 0.0
+    for t, u in zip(tensors, directions, strict=True):
+        if t is not None:
+            dense = t.detach().to_dense() if t.is_sparse else t.detach()
+            total += torch.linalg.vecdot(dense.flatten().to(torch.float64), u.flatten().to(torch.float64)).item()
+    return total
+
+
+def _differ(one: float, other: float, tangents: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> bool:
+    """Whether two inner products differ by more than rounding can make of tangents, or of what they are tangents of."""
+    size = max([abs(one), abs(other), *(t.detach().norm().item() for t in tangents if t is not None)])
+    least = 1e3 * torch.finfo(outputs[0].dtype).eps * max(h.detach().norm().item() for h in outputs)
+    return abs(one - other) > _tolerance(outputs[0]) * size + least
+
+
+def _run_apart(
+    model: nn.Module,
+    names: Sequence[str],
+    x: Any,
+    directions: Mapping[str, Tensor],
+    compare: Callable[..., None],
+    *,
+    builds_graph: bool,
+) -> None:
+    """Run the network cut at the named modules, with tangents of the parameters and at every cut, and look at each output."""
+    tangents = Tangents(through_gradients=True)
+    entered: list[tuple[Tensor, Tensor]] = []  # with its tangent
 
     def deliver(k: int, h: Tensor) -> Tensor:
         if not h.is_floating_point():
             return h
-        compare(names[k], [h])
+        compare(names[k], tangents, entered, [h])
         with tangents.paused():
-            leaf = h.detach().requires_grad_()
-            entered.append((leaf, _direction(leaf, f"u{k}")))
-        tangents.set(leaf, entered[-1][1].clone())
-        return leaf.clone()  # what follows may overwrite it
+            leaf = h.detach().requires_grad_(builds_graph)
+            u = _direction(leaf, f"u{k}")
+        tangents.set(leaf, u.clone())
+        entered.append((leaf, u))
+        with torch.enable_grad():  # a frozen block may run without gradients; what follows it does not
+            return leaf.clone() if builds_graph else leaf  # what follows may overwrite it
 
-    again = Replay(model)
-    with again.unseen(), torch.enable_grad(), _without_backward_hooks(model), _running_statistics(model), tangents:
-        for name in parameters:
+    graph = torch.enable_grad() if builds_graph else without_graph(model)
+    with Replay(model).unseen(), graph, _without_backward_hooks(model), _running_statistics(model), tangents:
+        for name, u in directions.items():
             p = model.get_parameter(name)
-            entered.append((p, _direction(p, name)))
-            tangents.set(p, entered[-1][1].clone())
+            tangents.set(p, u.clone())
+            entered.append((p, u))
         with cut_graph(model, names, deliver):
             output = call(model, x)
-        compare("", leaves(output))
-    return found[0] if found else None
+        compare("", tangents, entered, leaves(output))
 
 
 def _direction(like: Tensor, name: str) -> Tensor:
     return draw(like.shape, seed=0, step=0, block=f"probe {name}", dtype=like.dtype, device=like.device)
-
-
-def _inner(left: Tensor, right: Tensor) -> float:
-    left = left.to_dense() if left.is_sparse else left
-    return torch.linalg.vecdot(left.flatten().to(torch.float64), right.flatten().to(torch.float64)).item()
 
 
 def _tolerance(h: Tensor) -> float:
@@ -232,14 +291,15 @@ def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def once_in_order(model: nn.Module, x: Any) -> list[str]:
-    """The modules of a network that run once, with gradients on, and return a tensor, in the order in which they end."""
+    """The modules of a network that run once, where they can be cut, and return a tensor, in the order in which they end."""
     order: list[str] = []
     runs: Counter[str] = Counter()
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             runs[name] += 1
-            if isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled():
+            transformed = torch._C._functorch.peek_interpreter_stack() is not None
+            if isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled() and not transformed:
                 order.append(name)
 
         return hook
@@ -247,71 +307,12 @@ def once_in_order(model: nn.Module, x: Any) -> list[str]:
     named = [(name, module) for name, module in model.named_modules() if name]
     handles = [module.register_forward_hook(note(name)) for name, module in named]
     try:
-        with Replay(model).unseen(), torch.enable_grad(), batch_statistics():
+        with Replay(model).unseen(), without_graph(model), _running_statistics(model):
             call(model, x)
     finally:
         for handle in handles:
             handle.remove()
     return [name for name in order if runs[name] == 1]
-
-
-def slope_is_wrong(model: nn.Module, x: Any, y: Any, loss: Loss) -> tuple[float, float] | None:
-    """The derivative of the loss along a random direction of the parameters as forward mode measures it, and as two finite
-    differences do, where the two are clearly not the same.
-
-    Costs a pass with tangents and six without; builds no graph.
-    """
-    named = {name: model.get_parameter(name) for name in trained(model)}
-    coarse_dtype = any(p.dtype in (torch.float16, torch.bfloat16) for p in named.values())
-    if not named or coarse_dtype or torch.is_autocast_enabled(device_of(model).type):
-        return None  # differences would be all rounding
-    again = Replay(model)
-
-    def difference(step: float) -> float:
-        return (shifted(step) - shifted(-step)) / (2 * step)
-
-    def shifted(step: float) -> float:
-        with _moved(named, along, step), again.unseen(), torch.no_grad(), batch_statistics():
-            return compute_loss(loss, call(model, x), y).item()
-
-    along = {name: _direction(p, name) for name, p in named.items()}
-    for name, rows in padding_rows(model).items():
-        for row in rows - {None} if name in along else ():
-            along[name][row] = 0  # forward mode takes it for a constant, and differences do not
-    tangents = Tangents(through_gradients=True)
-    with again.unseen(), without_graph(model), batch_statistics(), tangents:
-        for name, p in named.items():
-            tangents.set(p, along[name].clone())
-        output = call(model, x)
-        found = output_error(loss, output, y)
-        slope = sum(_inner(e, t) for z, e in zip(found.at, found.e, strict=True) if (t := tangents.get(z)) is not None)
-    first = next(iter(named.values()))
-    size = sum(p.detach().square().sum().item() for p in named.values()) / sum(p.numel() for p in named.values())
-    step = (1e-4 if first.dtype == torch.float64 else 1e-2) * (size**0.5 or 1.0)
-    coarse, middle, fine = (difference(step / divisor) for divisor in (1, 2, 4))
-    rounding = 32 * torch.finfo(first.dtype).eps * abs(found.loss.item()) / step
-    # Where the loss bends within a step, finite differences differ from one another, and say nothing.
-    alike = (1e-3 if first.dtype == torch.float64 else 0.02) * max(abs(slope), abs(fine)) + rounding
-    if max(abs(coarse - middle), abs(middle - fine)) > alike:
-        return None
-    return (slope, fine) if abs(slope - fine) > 10 * alike else None
-
-
-@contextmanager
-def _moved(named: Mapping[str, nn.Parameter], along: Mapping[str, Tensor], step: float) -> Iterator[None]:
-    """Within the block the parameters are a step further along their directions.
-
-    In place: ``torch.func.functional_call`` does not put back the parameters of a module that the network has under two names.
-    """
-    before = {name: p.detach().clone() for name, p in named.items()}
-    with torch.no_grad():
-        try:
-            for name, p in named.items():
-                p.add_(along[name], alpha=step)
-            yield
-        finally:
-            for name, p in named.items():
-                p.copy_(before[name])
 
 
 def refuse_disagreement(
@@ -320,29 +321,41 @@ def refuse_disagreement(
     """Raise a :class:`onward.UsageError` where forward mode and the backward pass disagree, naming the module.
 
     With ``parameters`` these carry tangents, with ``where_gradients_arrive`` only those that have a gradient: directions are
-    gradients then.
+    gradients then. Two samples are enough for it, in a network that can run on two. A network without cuts is cut at every
+    module, so that no graph is larger than a module's; or nowhere, if it takes gradients across modules.
     """
     on = trained(model) if parameters else []
     arriving: set[str] = set()
-    found = disagreement(model, cuts, x, on, arriving if where_gradients_arrive else None)
-    if found and where_gradients_arrive:
-        on = [name for name in on if name in arriving]
-        found = disagreement(model, cuts, x, on)
-    if found is None:
-        return
-    where = f"the block that ends at {f'cut {found.module!r}' if found.module else 'the output'}"
-    try:
-        closer = disagreement(model, once_in_order(model, x), x, on)
-    except UsageError:  # a module that cannot be cut by itself
-        closer = None
-    if closer is not None and closer.module:
-        where = f"module {closer.module!r} ({type(model.get_submodule(closer.module)).__name__})"
-    raise UsageError(
-        f"forward mode and the backward pass disagree in {where}, by {found.forward:.4g} against {found.reverse:.4g}: its "
-        "backward is not the derivative of its forward (a straight-through estimator, scaled or masked gradients), or forward "
-        f"mode cannot follow it (NumPy, a custom operation). {who} would learn from another derivative than backpropagation's: "
-        "use an estimator without forward mode (DFA, DKP, LocalLoss, engine='reverse'), or check=False if that is what you want"
-    )
+    for apart, batch in itertools.product((True, False) if not cuts else (True,), (some_samples(x, 2), x)):
+        try:
+            names = cuts or (once_in_order(model, batch) if apart else ())
+            found = disagreement(model, names, batch, on, arriving if where_gradients_arrive else None)
+            if found and where_gradients_arrive:
+                found = disagreement(model, names, batch, [name for name in on if name in arriving])
+            break
+        except Exception:  # it does not run on two samples, or it takes a gradient across a module's end
+            if batch is x and (cuts or not apart):
+                raise
+    if found is not None:
+        raise UsageError(
+            f"forward mode and the backward pass disagree in {_place(model, cuts, found, batch, on)}, by {found.forward:.4g} "
+            f"against {found.reverse:.4g}: its backward is not the derivative of its forward (a straight-through estimator, "
+            "scaled or masked gradients), it computes otherwise where its input needs no gradient, or forward mode cannot "
+            f"follow it (NumPy, a custom operation). {who} would learn from another derivative than backpropagation's: use an "
+            "estimator without forward mode (DFA, DKP, LocalLoss, engine='reverse'), or check=False if that is what you want"
+        )
+
+
+def _place(model: nn.Module, cuts: Sequence[str], found: Disagreement, x: Any, on: Sequence[str]) -> str:
+    """Where a disagreement was found, to the module if that can be had."""
+    if cuts:
+        try:
+            found = disagreement(model, once_in_order(model, x), x, on) or found
+        except Exception:  # there are modules that cannot be cut by themselves
+            return f"the block that ends at {f'cut {found.module!r}' if found.module else 'the output'}"
+    if not found.module:
+        return "what comes after its last module"
+    return f"module {found.module!r} ({type(model.get_submodule(found.module)).__name__})"
 
 
 def trained(model: nn.Module) -> list[str]:

@@ -103,6 +103,13 @@ def compute_loss(loss: Loss, output: Any, y: Any) -> Tensor:
     try:
         with torch.autocast(first.device.type, enabled=False):
             value = loss(output, y)
+    except ValueError as error:
+        if "batch_size" not in str(error) and "batch size" not in str(error):
+            raise
+        raise UsageError(
+            f"the loss got other numbers of samples from the network and in the targets ({error}) What it is given, be it the "
+            "network's output or that of a head at a cut, has to have the samples first, as the targets do"
+        ) from error
     except TypeError as error:
         if isinstance(output, Tensor):
             raise
@@ -160,8 +167,13 @@ class LossGradient(NamedTuple):
         torch.autograd.backward(ends, [e.to(z.dtype) for z, e in zip(ends, self.e, strict=True)])
 
 
-def output_error(loss: Loss, output: Any, y: Any) -> LossGradient:
-    """``loss(output, y)`` and its gradient with respect to the output; in float32 at least, whatever autocast says."""
+def output_error(loss: Loss, output: Any, y: Any, moves: Callable[[Tensor], bool] = lambda value: False) -> LossGradient:
+    """``loss(output, y)`` and its gradient with respect to the output; in float32 at least, whatever autocast says.
+
+    ``moves`` tells of a loss whether it has a tangent, though the output is given to it without one.
+
+    Raises :class:`onward.UsageError` where it depends on more than the output, or not on the output.
+    """
     known: list[Tensor] = []
     behind: list[Tensor] = []
 
@@ -174,11 +186,36 @@ def output_error(loss: Loss, output: Any, y: Any) -> LossGradient:
     started = replaced(output, start)
     with torch.enable_grad():
         value = compute_loss(loss, started, y)
+        if moves(value):
+            raise _reads_more("something that carries a tangent")
+        _check_behind(value, behind)
         found = torch.autograd.grad(value, behind, allow_unused=True) if value.requires_grad else [None] * len(behind)
     which = [i for i, e in enumerate(found) if e is not None]
     if not which:
         raise UsageError("the loss does not depend on the network's output: compute it from what the network returns")
     return LossGradient(value.detach(), [known[i] for i in which], [e for e in found if e is not None], which)
+
+
+def _check_behind(value: Tensor, output: Sequence[Tensor]) -> None:
+    """Raise a :class:`onward.UsageError` where a loss depends on more than the network's output."""
+    known = {id(z) for z in output}
+    pending, seen = [value.grad_fn], set()
+    while pending:
+        node: Any = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in known:
+            raise _reads_more(f"a tensor of shape {tuple(leaf.shape)} that requires a gradient")
+        pending.extend(following for following, _ in node.next_functions)
+
+
+def _reads_more(what: str) -> UsageError:
+    return UsageError(
+        f"the loss depends on more than the network's output: on {what}, such as a weight that it penalises, or what a block "
+        "has kept of its pass. Give a penalty to the optimizer (weight_decay), let the network return what the loss reads, or "
+        "use Backprop"
+    )
 
 
 def as_rows(output: Tensor | Sequence[Tensor]) -> Tensor:

@@ -47,7 +47,7 @@ class Separation(TorchDispatchMode):
 
     def visit(self, k: int, *outputs: Tensor) -> None:
         """Take in block k through its outputs, before the graph is freed; raise where it reaches into an earlier block."""
-        shared: dict[int, Any] = {}
+        shared: dict[int, list[Any]] = {}
         reached: set[int] = set()
         pending, mine = [output.grad_fn for output in outputs], set()
         while pending:
@@ -60,12 +60,12 @@ class Separation(TorchDispatchMode):
                 continue
             earlier = self._owner.setdefault(node, k)
             if earlier != k:
-                shared.setdefault(earlier, node)
+                shared.setdefault(earlier, []).append(node)
                 continue
             _refuse_crash(node)
             pending.extend(following for following, _ in node.next_functions)
-        for earlier, node in sorted(shared.items()):
-            self._refuse_bypass(k, earlier, self._modules_behind(node))
+        for earlier, nodes in sorted(shared.items()):
+            self._refuse_bypass(k, earlier, self._modules_behind(nodes))
         hidden = sorted(name for key, name in self._hidden.items() if key not in reached)
         self._hidden.clear()
         if hidden:
@@ -90,8 +90,8 @@ class Separation(TorchDispatchMode):
     def _end(self, k: int) -> str:
         return f"cut {self._cuts[k]!r}" if k < len(self._cuts) else "the output"
 
-    def _modules_behind(self, node: Any) -> list[str]:
-        found, pending, seen = [], [node], set()
+    def _modules_behind(self, nodes: Sequence[Any]) -> list[str]:
+        found, pending, seen = [], list(nodes), set()
         while pending:
             node = pending.pop()
             if node is None or node in seen:

@@ -446,3 +446,34 @@ def seed_and_step(rank: int) -> list[int]:
 
 def test_seed_and_step_are_those_of_the_first_process() -> None:
     assert together(2, seed_and_step) == [[3, 5], [3, 5]]
+
+
+SPARSE: list[Callable[..., onward.Estimator]] = [
+    onward.Backprop,
+    onward.DFA,
+    onward.ForwardGradient,
+    partial(onward.ForwardGradient, engine="reverse", space="weight"),
+]
+
+
+def sparse_steps(rank: int, processes: int) -> list[tuple[bool, Tensor]]:
+    found = []
+    ids, y = torch.arange(30).view(6, 5) * 7 % 11, torch.tensor([0, 1, 2, 1, 0, 2])
+    mine = slice(0, 6) if processes == 1 else slice(0, 4) if rank == 0 else slice(4, 6)
+    for make in SPARSE:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(40, 3, sparse=True), nn.Sequential(nn.Flatten(), nn.Linear(15, 8), nn.Tanh()))
+        model.append(nn.Linear(8, 3)).double()
+        estimator = onward.distribute(make(model, ["0", "1"]))
+        for _ in range(2):  # they add up
+            estimator.estimate(ids[mine], y[mine])
+        found.append((model[0].weight.grad.is_sparse, model[0].weight.grad.to_dense()))
+    return found
+
+
+def test_sparse_gradients_are_averaged_and_stay_sparse() -> None:
+    (whole,) = together(1, sparse_steps, 1)
+    for one in together(2, sparse_steps, 2):
+        for (sparse, gradient), (_, wanted) in zip(one, whole, strict=True):
+            assert sparse
+            torch.testing.assert_close(gradient, wanted)

@@ -343,5 +343,44 @@ def test_sparse_gradients_stay_sparse(kind: str) -> None:
     body = nn.Sequential(nn.Flatten(), nn.Linear(40, 16), nn.Tanh())
     model = nn.Sequential(nn.Embedding(30, 8, sparse=True), body, nn.Linear(16, 4))
     ESTIMATORS[kind](model, ["0", "1"]).estimate(ids, y)
-    estimated_by_weights = ("fg-local-reverse", "fg-sum", "fg-avg-weight")  # which compare with the whole gradient
-    assert model[0].weight.grad.is_sparse == (kind not in estimated_by_weights)
+
+    assert model[0].weight.grad.is_sparse
+
+
+class TwoWaysAround(nn.Module):
+    """Around the cut lead a path without a parameter, which carries nothing, and one with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.side, self.body, self.out = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        free, side = x * 2, self.side(x)
+        h = self.body(free.tanh() + side.tanh())
+        return self.out(h + free.tanh() + side.tanh())
+
+
+def test_a_bypass_beside_a_harmless_path() -> None:
+    x = torch.randn(4, 6).requires_grad_()
+    with pytest.raises(UsageError, match="cut 'body' is bypassed: side is also reached"):
+        DFA(TwoWaysAround(), ["body"]).estimate(x, torch.tensor([0, 1, 2, 1]))
+
+
+class Forces(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.energy = nn.Sequential(nn.Linear(6, 8), nn.Tanh()), nn.Linear(8, 1)
+        self.out = nn.Linear(6, 4)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return self.out(torch.autograd.grad(self.energy(self.embed(x)).sum(), x, create_graph=True)[0])
+
+
+@EACH
+def test_a_gradient_inside_that_would_cross_a_cut(kind: str) -> None:
+    with pytest.raises(UsageError, match="takes a gradient inside its forward that would have to cross a cut"):
+        ESTIMATORS[kind](Forces(), ["embed"]).estimate(X, Y)
+    ForwardGradient(Forces(), space="avg-weight").estimate(X, Y)

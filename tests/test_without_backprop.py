@@ -165,7 +165,7 @@ def test_weight_space_without_cuts_builds_no_graph_at_all(case: Case) -> None:
 
     handles = [module.register_forward_hook(spy) for module in model.modules()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        ForwardGradient(model, loss=loss, space="avg-weight").estimate(x, y)
+        ForwardGradient(model, loss=loss, space="avg-weight", check=False).estimate(x, y)
     for handle in handles:
         handle.remove()
     assert all(size <= y.numel() * 3 for size in saved)  # of the loss alone

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
 from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step
-from onward.replay import Replay
+from onward.replay import Replay, check_same_output
 from onward.run import Loss, call, compute_loss, detached
 
 
@@ -85,12 +85,50 @@ def _second_run(again: Replay) -> Iterator[None]:
 
 
 def _recomputed(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What ``run`` makes of its arguments, of which the backward pass will run it again, from the block's buffers of now."""
+    """What ``run`` makes of its arguments, of which the backward pass will run it again, from the block's buffers of now.
+
+    It may do so several times, where the block takes gradients inside.
+    """
+    seen: list[tuple[Tensor, int]] = []
+
+    def observed(*args: Any, **kwargs: Any) -> Any:
+        output = run(*args, **kwargs)
+        if isinstance(output, Tensor) and output.is_floating_point():
+            if not seen:
+                seen.append((output.detach(), output._version))
+            elif seen[0][0]._version == seen[0][1]:  # and nothing that came after the block has overwritten it
+                check_same_output([seen[0][0]], [output], "leave out checkpointing")
+        return output
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), _second_run(Replay(block, start_of_buffers=True))
+        again = Replay(block, start_of_buffers=True)
+        return nullcontext(), _EachTime(lambda: _second_run(again))
 
-    return checkpoint(run, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    try:
+        with set_checkpoint_early_stop(False):  # so that a second run comes to its output
+            return checkpoint(observed, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        raise UsageError(
+            "a block uses torch.func (grad, vjp, jacrev, ...), which PyTorch's activation checkpointing does not let it: take "
+            "gradients by torch.autograd.grad there, or leave out checkpointing"
+        ) from error
+
+
+class _EachTime:
+    """A context manager that may be entered several times: each time it makes another one."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(self._make())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *failure: Any) -> Any:
+        return self._entered.pop().__exit__(*failure)
 
 
 @contextmanager

@@ -155,7 +155,7 @@ class Estimator(nn.Module):
                     )
             if found:
                 self.tell_mixing(found[0])
-        if self.tangents_on is not None and self.cuts:
+        if self.tangents_on is not None:
             refuse_disagreement(
                 self.model,
                 self.cuts,
@@ -283,7 +283,7 @@ def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | 
 
 def _add(p: nn.Parameter, gradient: Tensor, taken: set[int]) -> None:
     if p.grad is not None:
-        p.grad.add_(gradient)
+        p.grad.add_(gradient.to_sparse(1) if p.grad.is_sparse and not gradient.is_sparse else gradient)
         return
     p.grad = gradient.to(p.dtype)
     if gradient.layout is not torch.strided:
@@ -295,14 +295,19 @@ def _add(p: nn.Parameter, gradient: Tensor, taken: set[int]) -> None:
     taken.add(memory)
 
 
+def with_sparse_gradients(module: nn.Module) -> set[nn.Parameter]:
+    """The parameters of layers that ask for sparse gradients, such as ``nn.Embedding(sparse=True)``."""
+    return {p for part in module.modules() if getattr(part, "sparse", False) is True for p in part.parameters()}
+
+
 def allocate_gradients(module: nn.Module) -> list[nn.Parameter]:
     """Zeros as ``.grad`` of those of its parameters that have none; returns these.
 
     What outlives a pass comes first, so that it does not lie scattered among what the blocks allocate and free. Gradients that
-    will be sparse (``nn.Embedding(sparse=True)``) are left to autograd.
+    will be sparse are left to autograd.
     """
-    sparse = {id(p) for part in module.modules() if getattr(part, "sparse", False) is True for p in part.parameters()}
-    fresh = [p for p in module.parameters() if p.requires_grad and not is_lazy(p) and p.grad is None and id(p) not in sparse]
+    sparse = with_sparse_gradients(module)
+    fresh = [p for p in module.parameters() if p.requires_grad and not is_lazy(p) and p.grad is None and p not in sparse]
     for p in fresh:
         p.grad = torch.zeros_like(p)
     return fresh

@@ -252,7 +252,7 @@ def _measure(
         def read(
             point: int, criterion: Loss, output: Any, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk
         ) -> Tensor:
-            found = output_error(criterion, output, y)
+            found = output_error(criterion, output, y, lambda value: tangents.get(value) is not None)
             for j, slot in enumerate(chunk):
                 moved = [(e, t) for z, e in zip(found.at, found.e, strict=True) if (t := tangents.get(z, j)) is not None]
                 if moved:

@@ -15,12 +15,12 @@ from onward import spaces
 from onward.directions import seed_of
 from onward.errors import UsageError, unknown
 from onward.estimators import forward, reverse
-from onward.estimators.base import Estimator, Step
+from onward.estimators.base import Estimator, Step, with_sparse_gradients
 from onward.estimators.feedback import FEEDBACK
 from onward.estimators.signals import OutputError
 from onward.heads import Heads
 from onward.per_sample import dots, weighted_sum
-from onward.probe import Mixing, padding_rows, slope_is_wrong
+from onward.probe import Mixing, padding_rows
 from onward.run import Loss
 
 TARGETS = {
@@ -189,19 +189,6 @@ class ForwardGradient(Estimator):
                 "forward passes as there are samples: use engine='reverse', or space='activation'"
             )
 
-    def look(self, x: Any, y: Any) -> None:
-        super().look(x, y)
-        if self.cuts or self.tangents_on != "parameters":
-            return
-        wrong = slope_is_wrong(self.model, x, y, self.loss)
-        if wrong is not None:
-            raise UsageError(
-                f"the derivative of the loss along a random direction of the weights is {wrong[0]:.4g} by forward mode and "
-                f"{wrong[1]:.4g} by finite differences: something in the network is invisible to forward mode (NumPy, a custom "
-                "operation; onward.validate with a batch names it). Replace it, use engine='reverse', or check=False if this "
-                "is as you want it"
-            )
-
     def tell_mixing(self, seen: Mixing) -> None:
         if self.engine.startswith("forward"):
             where = f"cut {seen.module!r}" if seen.module else "the network"
@@ -329,7 +316,11 @@ class ForwardGradient(Estimator):
             assert self.frozen_heads is not None
             for k in range(len(self.cuts)):
                 self.frozen_heads.redraw(k, self.seed, self.step)
-        return self._estimate_by(self, x, y)
+        step = self._estimate_by(self, x, y)
+        for p in with_sparse_gradients(self.model):
+            if p.grad is not None and not p.grad.is_sparse:  # made of directions, or sample by sample
+                p.grad = p.grad.to_sparse(1)
+        return step
 
     def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:
         super().set_extra_state(state)

@@ -35,6 +35,7 @@ class LocalLoss(Estimator):
     """
 
     engine = "local"
+    reads_rows = True
 
     def __init__(
         self,

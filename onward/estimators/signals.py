@@ -158,9 +158,12 @@ class SignalEstimator(Estimator):
             self._differentiate(k, h, error)
             return h.detach()
 
+        first = self._separated_for is None
         with again, self.separation() as check, cut_graph(self.model, self.cuts, deliver):
             second = call(self.model, x)
             check(len(self.cuts), *leaves(second))
+        if first:
+            output_error(self.loss, second, y)  # for what the loss may read of blocks that keep a graph
         check_last_block(self.cuts, second)
         check_same_output(leaves(output), leaves(second), "use the form that runs the network once, low_memory=False")
         found.backward(second)
