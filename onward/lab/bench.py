@@ -8,10 +8,9 @@ How it is measured, so that the figures can be trusted:
 - Time: candidates take turns within one process (A B C A B C ...), so that a slow spell of the machine hits all. A turn builds
   the network afresh, makes two steps that are not timed (the first allocates, the second fills the caches), then several that
   are. Ratios are taken within a turn; the table has their median, least and greatest.
-- Memory: the median over three fresh processes of the growth of the largest resident size until the third step (but for what
-  the first one takes to look at the network): network, gradients and optimizer are in it, the interpreter and what a first step
-  of any network loads are not. On a GPU, the most that tensors took. `state_bytes` is what outlives a step (parameters,
-  gradients, buffers, feedback, the optimizers' averages).
+- Memory: the median over three fresh processes of the growth of the largest resident size over three steps: network, gradients
+  and optimizer are in it, the interpreter and what a first step of any network loads are not. On a GPU, the most that tensors
+  took. `state_bytes` is what outlives a step (parameters, gradients, buffers, feedback, the optimizers' averages).
 - Parts: one more step in each turn, with a clock on every forward pass of the network (`primal`), the rules of forward mode and
   the random directions (`tangent`), every call of autograd's engine (`backward`: gradients inside one block or head, and what
   checkpointing runs again, included) and the optimizers (`optimizer`). `other` is what remains: heads, error signals, feedback,
@@ -212,6 +211,7 @@ class Learner(NamedTuple):
         model = models.build(config.model, shape, classes, config.network).to(device)
         x = torch.randn(config.batch_size, *shape, device=device)
         estimator = algorithms.build(model, config, x[:2])
+        estimator.check = False  # a look at the network, once before it is trained, is no part of a step
         return cls(estimator, list(make_optimizers(config, estimator).values()), x, classes)
 
     def step(self, clock: Callable[[str], AbstractContextManager[object]] = lambda phase: nullcontext()) -> None:
@@ -359,7 +359,7 @@ _SHARED = {entry.name for entry in dataclasses.fields(Train)} - {"algorithm", "o
 
 
 def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads: int) -> tuple[int, int]:
-    """Bytes by which memory grew until the third step, and bytes of what outlives a step."""
+    """Bytes by which memory grew over three steps, and bytes of what outlives a step."""
     where = torch.device(device)
     if where.type == "cpu":
         torch.set_num_threads(threads)
@@ -370,9 +370,7 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: str, threads
     memory.reset_peak(where)
     before = memory.peak(where)
     learner = Learner.of(config, shape, classes, where)
-    learner.step()
-    memory.reset_peak(where)  # the first step looks at the network, too
-    for _ in range(2):
+    for _ in range(3):
         learner.step()
     return memory.peak(where) - before, learner.state_bytes()
 

@@ -52,9 +52,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def learner(config: Bench, name: str) -> Learner:
     run = bench.candidates(replace(config, algorithms=(name,)))[name]
-    made = Learner.of(run, bench.shape_of(config), config.classes, CPU)
-    made.estimator.check = False  # which it would do in its first step
-    return made
+    return Learner.of(run, bench.shape_of(config), config.classes, CPU)
 
 
 @pytest.mark.usefixtures("in_this_process")
