@@ -51,7 +51,7 @@ def make_heads(
         return h
 
     device = device_of(model)
-    with Replay(model).unseen(), torch.no_grad(), batch_statistics(model), cut_graph(model, cuts, note):
+    with Replay(model).untouched(), torch.no_grad(), batch_statistics(model), cut_graph(model, cuts, note):
         output = call(model, x)
     if not isinstance(output, Tensor):
         raise UsageError(

@@ -109,7 +109,7 @@ def _signatures(model: nn.Module, names: Sequence[str], x: Any, samples: int, ag
         return h
 
     inner = [name for name in names if name]
-    with again.unseen(), torch.no_grad(), _running_statistics(model), batch_statistics():
+    with again.untouched(), torch.no_grad(), _running_statistics(model), batch_statistics():
         with cut_graph(model, inner, lambda k, h: note(inner[k], h)):
             output = call(model, x)
         note("", leaves(output)[0])
@@ -252,7 +252,7 @@ def _run_apart(
             return leaf.clone() if builds_graph else leaf  # what follows may overwrite it
 
     graph = torch.enable_grad() if builds_graph else without_graph(model)
-    with Replay(model).unseen(), graph, _without_backward_hooks(model), _running_statistics(model), tangents:
+    with Replay(model).untouched(), graph, _without_backward_hooks(model), _running_statistics(model), tangents:
         for name, u in directions.items():
             p = model.get_parameter(name)
             tangents.set(p, u.clone())
@@ -307,7 +307,7 @@ def once_in_order(model: nn.Module, x: Any) -> list[str]:
     named = [(name, module) for name, module in model.named_modules() if name]
     handles = [module.register_forward_hook(note(name)) for name, module in named]
     try:
-        with Replay(model).unseen(), without_graph(model), _running_statistics(model):
+        with Replay(model).untouched(), without_graph(model), _running_statistics(model):
             call(model, x)
     finally:
         for handle in handles:

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from onward.errors import UsageError
 
@@ -56,7 +57,10 @@ class Replay:
 
     @contextmanager
     def unseen(self) -> Iterator[None]:
-        """As :meth:`frozen`; and afterwards the generators go on from where they were before the block."""
+        """As :meth:`frozen`; and afterwards the generators go on from where they were before the block.
+
+        For a run that repeats another one.
+        """
         before = [read() for read, _ in self._generators]
         try:
             with self.frozen():
@@ -64,6 +68,38 @@ class Replay:
         finally:
             for (_, restore), state in zip(self._generators, before, strict=True):
                 restore(state)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """As :meth:`unseen`; and afterwards the modules have the parameters and attributes that they had before the block.
+
+        For a run that only looks: a network may scale itself by its first batch, count its runs, or let weights follow others.
+        It works on copies of its parameters, which takes their memory once more. What is inside an attribute (the entries of
+        a list) is not looked at.
+        """
+        lazy = nn.modules.lazy.LazyModuleMixin  # whose first run gives it its sizes, and another class
+        held = [(module, _attributes(module)) for module in self._model.modules() if not isinstance(module, lazy)]
+        data = [(p, p.data) for p in self._model.parameters() if not is_lazy(p)]
+        try:
+            for p, before in data:
+                p.data = before.clone()
+            with self.unseen():
+                yield
+        finally:
+            for p, before in data:
+                p.data = before
+            for module, attributes in held:
+                vars(module).clear()
+                for name, (value, entries) in attributes.items():
+                    vars(module)[name] = value
+                    if entries is not None:  # in place: handles of hooks refer to the dictionary that they are in
+                        value.clear()
+                        value.update(entries)
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
+    """The attributes of a module, and what is in those that are dictionaries: of parameters, buffers, children, hooks."""
+    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in vars(module).items()}
 
 
 @contextmanager
@@ -87,6 +123,7 @@ def frozen_statistics(model: nn.Module, start: dict[nn.Module, dict[str, Tensor 
         yield
     finally:
         for module, buffers in held:
+            module._buffers.clear()
             module._buffers.update(buffers)
 
 

@@ -98,7 +98,7 @@ def trial(model: nn.Module, x: Any) -> Pass:
         if name and "_orig_mod" not in name.split(".")
     ]
     try:
-        with Replay(model).unseen(), torch.enable_grad(), batch_statistics(model):
+        with Replay(model).untouched(), torch.enable_grad(), batch_statistics(model):
             output = call(model, x)
     finally:
         for handle in handles:

@@ -112,7 +112,7 @@ def _tried(model: nn.Module, x: Any) -> list[Problem]:
 
 
 def _outputs(model: nn.Module, x: Any) -> list[Tensor]:
-    with Replay(model).unseen(), torch.no_grad(), batch_statistics():
+    with Replay(model).untouched(), torch.no_grad(), batch_statistics():
         return [leaf.clone() for leaf in leaves(call(model, x))]
 
 

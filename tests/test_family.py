@@ -1038,9 +1038,10 @@ def test_samples_are_the_first_dimension(flatten: bool, options: dict[str, Any])
     model, x = TimeFirst(flatten), torch.randn(5, 6, 3)
     y = torch.randint(2, (30 if flatten else 5,))
     shape, rows = (r"\(5, 6, 4\)", 30) if flatten else (r"\(6, 5, 4\)", 5)
-    with pytest.raises(
-        UsageError, match=rf"cut 'hidden' has shape {shape}.* {rows} (rows|samples).*the sample dimension first"
-    ):
+    by_shape = rf"cut 'hidden' has shape {shape}.* {rows} (rows|samples).*the sample dimension first"
+    with pytest.raises(UsageError, match=by_shape):
+        ForwardGradient(model, ["hidden"], check=False, **options).estimate(x, y)
+    with pytest.raises(UsageError, match=by_shape if flatten else "cut 'hidden' has the samples in its second dimension"):
         ForwardGradient(model, ["hidden"], **options).estimate(x, y)
     model.zero_grad()
     ForwardGradient(model, ["hidden"], space="avg-weight").estimate(x, y)

@@ -303,3 +303,51 @@ def test_padding_of_a_weight_that_others_use_too() -> None:
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, slope * drawn[name])
     assert true["embed.weight"][0].any()
+
+
+class Stateful(nn.Module):
+    """Scales itself by its first batch, counts, caches, and lets weights follow others, all in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.teacher = nn.Linear(4, 6), nn.Linear(4, 6).requires_grad_(False)
+        self.scale, self.ready, self.runs = nn.Parameter(torch.ones(6)), False, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        h = self.linear(x)
+        if not self.ready:
+            self.scale.data.copy_(1 / h.detach().std(0))
+            self.register_buffer("first", h.detach().mean(0))
+            self.ready = True
+        with torch.no_grad():
+            self.teacher.weight.lerp_(self.linear.weight, 0.1)
+        return (h - self.first) * self.scale + self.teacher(x)
+
+
+@pytest.mark.filterwarnings("ignore:samples influence one another")  # in the first batch
+@pytest.mark.parametrize("kind", ["dfa", "fdfa", "fg-weight", "fg-reverse", "fg-feedback-reverse"])
+def test_the_look_leaves_no_trace_in_a_network(kind: str) -> None:
+    """Parameters, buffers, attributes: after a step they are as after one step without the look."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Stateful(), nn.Tanh(), nn.Linear(6, 3)).double()
+    handle = model[0].register_forward_hook(lambda *seen: None)
+    twin, found = copy.deepcopy(model), []
+    for each, check in ((model, True), (twin, False)):
+        step = {**FORWARD, **WITHOUT}[kind](each, ["1"] if "weight" not in kind else None, check=check).estimate(X, Y)
+        found.append([step.loss, *each.state_dict().values(), *(p.grad for p in each.parameters() if p.grad is not None)])
+    assert (model[0].runs, model[0].ready) == (twin[0].runs, twin[0].ready)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    handle.remove()
+    assert not model[0]._forward_hooks
+
+
+def test_validate_leaves_no_trace_in_a_network() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Stateful(), nn.Tanh(), nn.Linear(6, 3)).double()
+    before = copy.deepcopy(model.state_dict())
+    validate(model, X)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert (model[0].runs, model[0].ready) == (0, False)

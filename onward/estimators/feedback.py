@@ -175,7 +175,7 @@ class DirectFeedback(SignalEstimator):
             shapes.append((k, h))
             return h
 
-        with Replay(self.model).unseen(), torch.no_grad(), cut_graph(self.model, self.cuts, note):
+        with Replay(self.model).untouched(), torch.no_grad(), cut_graph(self.model, self.cuts, note):
             output = call(self.model, x)
         if not isinstance(output, Tensor):
             raise UsageError(

@@ -341,6 +341,36 @@ class Centred(nn.Module):
         return (h - (self.number if self.kept == "number" else self.average)).tanh()
 
 
+class FirstBatch(nn.Module):
+    """Scales by what the first batch that it sees asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale, self.ready = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.ones(WIDTH)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        if not self.ready:
+            with torch.no_grad():
+                self.scale.copy_(1 / (h.std(0) + 0.1))
+            self.ready = True
+        return (h * self.scale).tanh()
+
+
+class Following(nn.Module):
+    """A second layer that follows the first, a little at every run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.slow = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.slow.requires_grad_(False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.slow.weight.lerp_(self.layer.weight, 0.1)
+        return (self.layer(h) + self.slow(h)).tanh()
+
+
 class StopGradient(nn.Module):
     """Normalises by what it takes for a constant."""
 
@@ -830,6 +860,8 @@ KINDS: list[Case] = [
     middle("spectral norm, old style", partial(spectral, True)),
     middle("moving average in place", lambda: Centred("in place")),
     middle("moving average replaced", lambda: Centred("replaced"), divided=False),
+    middle("scale from the first batch", FirstBatch, either=AGAIN),
+    middle("weights that follow others", Following, either=AGAIN),
     *run_once("moving average in a number", lambda: Centred("number")),
     middle("batch norm", lambda: nn.Sequential(dense(), nn.BatchNorm1d(WIDTH)), told=OWN_SLOPES, unasked=PER_WEIGHT),
     middle("attention over the batch", AcrossRows, told=OWN_SLOPES),
