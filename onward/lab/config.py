@@ -262,6 +262,8 @@ class Recipe(Setup):
     """Seconds that an image may take to be read, before a disk or a network is taken to have stalled and the run stops."""
     epochs: int = 20
     test_batch_size: int = 1000
+    drop_last: bool = False
+    """Leave out the last batch of an epoch, if it is not full."""
     out: str | None = None
     """Folder to write to; a name under runs/ if not given."""
     overwrite: bool = False

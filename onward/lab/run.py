@@ -208,7 +208,8 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     generators.seed(config.seed)
     model = models.build(config.model, (channels, *size), data.classes, config.network).to(device)
     estimator = algorithms.build(model, config, torch.zeros(2, channels, *size, device=device))
-    drop_last = _leaves_too_few(len(data.train), config.batch_size, model, group.count)
+    too_few = _leaves_too_few(len(data.train), config.batch_size, model, group.count)
+    drop_last = too_few or (config.drop_last and len(data.train) >= config.batch_size)
     if group.rank:
         generators.seed(seed_of(config.seed, "process", group.rank))  # for masks of its own
     optimizers = make_optimizers(config, estimator)

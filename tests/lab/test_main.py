@@ -167,6 +167,7 @@ PAPER = Train(
     data="cifar10",
     epochs=100,
     batch_size=128,
+    drop_last=True,
     lr=0.05,
     log_interval=39,
     device="cuda:0" if torch.cuda.is_available() else "cpu",

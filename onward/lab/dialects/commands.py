@@ -160,4 +160,4 @@ def _own_folder(folder: Path) -> Iterator[Path]:
 
 def _first() -> bool:
     """Whether this is the process that writes and speaks, of those that `torchrun` has started."""
-    return os.environ.get("RANK", "0") == "0"
+    return processes.asked_for() == 1 or os.environ.get("RANK", "0") == "0"

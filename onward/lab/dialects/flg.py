@@ -233,6 +233,7 @@ def read(arguments: Sequence[str] | None = None) -> Command:
             data_dir=asked.path or None,
             epochs=epochs,
             batch_size=(128 if sgd else 512) if asked.batchsize is None else asked.batchsize,
+            drop_last=True,
             lr=asked.maxlr if asked.scheduler == "onecycle" else (0.05 if sgd else 1e-3) if asked.lr is None else asked.lr,
             seed=asked.seed,
             device=f"cuda:{asked.device}" if gpus else "cpu",
