@@ -43,8 +43,8 @@ def default_cuts(model: nn.Module) -> tuple[str, ...]:
     proposed = list(suggest_cuts(model))
     if not proposed:
         raise UsageError(
-            f"{type(model).__name__} has no module with parameters to train but its last, so there is nothing to cut: use "
-            "plain Backprop"
+            f"{type(model).__name__} has no module that ends with something to train both before and behind it, so there is "
+            "nothing to cut: unfreeze its output layer if that is frozen, or use plain Backprop"
         )
     raise UsageError(
         f"{type(model).__name__} has no default cuts: name the modules whose outputs end a block, for example cuts={proposed} "

@@ -93,7 +93,7 @@ def test_other_modules_must_say_and_are_told_how(estimator: type) -> None:
 def test_nothing_to_cut() -> None:
     model = Linear(3, 3)
     assert onward.suggest_cuts(model) == onward.suggest_cuts(model, X) == ()
-    with pytest.raises(UsageError, match=r"Linear has no module with parameters to train but its last, .* use plain Backprop"):
+    with pytest.raises(UsageError, match=r"Linear has no module that ends with something to train .* use plain Backprop"):
         DFA(model)
     Backprop(model).estimate(X, Y)
 

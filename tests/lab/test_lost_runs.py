@@ -92,7 +92,7 @@ def ends_the_program():
     sys.exit(0)
 """
 REFUSED = {
-    "frozen": "no parameters to train|no module with parameters to train but its last",
+    "frozen": "no parameters to train|unfreeze its output layer",
     "fails_in_a_test": r"net.py, line \d+ in a test: ValueError: not with me",
     "fails_in_training": r"net.py, line \d+ in a step of training: ValueError: not with me",
     "cannot_be_saved": "no checkpoint can hold this network's state",
