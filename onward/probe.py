@@ -101,9 +101,9 @@ def _signatures(model: nn.Module, names: Sequence[str], x: Any, samples: int, ag
     found: dict[str, Tensor] = {}
 
     def note(name: str, h: Tensor) -> Tensor:
-        if h.is_floating_point() and h.dim() > 1 and samples in h.shape[: h.dim() - 1][:2]:
+        if h.is_floating_point() and samples in h.shape[: max(1, h.dim() - 1)][:2]:
             kept = 2 if h.dim() > 2 and h.shape[1] == samples else 1
-            flat = h.detach().flatten(kept)
+            flat = h.detach().flatten(kept) if h.dim() > 1 else h.detach().unsqueeze(1)
             flat = flat if flat.dtype == torch.float64 else flat.float()
             found[name] = flat @ torch.arange(flat.shape[-1], device=h.device).to(flat.dtype).cos()
         return h

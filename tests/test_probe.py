@@ -217,6 +217,13 @@ def test_samples_that_influence_one_another(make: Callable[[], nn.Module]) -> No
     torch.testing.assert_close(model.a.weight.grad, true)
 
 
+def test_samples_that_influence_one_number_each() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), nn.Flatten(0), nn.Softmax(0))
+    (problem,) = validate(model, torch.randn(6, 4))
+    assert problem.module == "4"
+
+
 class TimeFirst(nn.Module):
     def __init__(self, batch_first: bool) -> None:
         super().__init__()
