@@ -200,6 +200,14 @@ def _decoded(
         if sample.label not in known:
             raise UsageError(f"{sample.place} has label {sample.label}, which no training image has: drop it or add some")
 
+    if unused := [label for label in range(classes) if not class_names and label not in known]:
+        log.warning(
+            "data set %s: no image has %s, though labels go up to %d: they count as classes, unless the classes are numbered "
+            "from 0 without gaps",
+            name,
+            _numbers(unused),
+            last.label,
+        )
     if "test" not in splits:
         rows, held = _hold_out([sample.label for sample in train])
         if not held:
@@ -223,6 +231,16 @@ def _decoded(
         classes=classes,
         class_names=class_names or tuple(map(str, range(classes))),
     )
+
+
+def _numbers(unused: Sequence[int]) -> str:
+    """Labels in words.
+
+    >>> _numbers([0]), _numbers([0, 7, 9]), _numbers(range(1, 9))
+    ('label 0', 'labels 0, 7, 9', 'labels 1, 2, 3, 4, 5 and 3 more')
+    """
+    others = f" and {len(unused) - 5} more" * (len(unused) > 5)
+    return f"label{'s' * (len(unused) > 1)} {', '.join(map(str, unused[:5]))}{others}"
 
 
 def _hold_out(labels: Sequence[int]) -> tuple[list[int], list[int]]:

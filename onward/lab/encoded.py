@@ -62,31 +62,14 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
 
     Raises:
         Unlabelled: no column of labels.
-        UsageError: no column of images, an image or a label missing, labels that are no integers from 0.
+        UsageError: no column of images, or several that are as likely, an image or a label missing, labels that are no integers
+            from 0.
     """
     with lab_extra():
         import datasets
         import pyarrow as pa
         import pyarrow.compute as pc
-    try:
-        features = datasets.Features.from_arrow_schema(table.schema)
-        columns = {field.name: field.type for field in table.schema}
-    except Exception as error:  # names and metadata that are neither text nor JSON raise whatever parsing them does
-        raise UsageError(f"{file} describes its columns in a way that cannot be read ({error}): write it again") from error
-    held = ", ".join(columns) or "none"
-
-    def pick(kind: type, fitting: list[str], names: Sequence[str]) -> str | None:
-        typed = [name for name in columns if isinstance(features[name], kind)]
-        candidates = typed or fitting
-        return next((name for name in names if name in candidates), candidates[0] if candidates else None)
-
-    image = pick(datasets.Image, [name for name in columns if _holds_bytes(columns[name])], IMAGE_NAMES)
-    if image is None:
-        raise UsageError(f"{file} has no column of encoded images (columns: {held}): store PNG or JPEG bytes in 'image'")
-    label = pick(datasets.ClassLabel, [name for name in LABEL_NAMES if name in columns], LABEL_NAMES)
-    if label is None:
-        raise Unlabelled(f"{file} has no column of labels (columns: {held}): name the one with the classes 'label'")
-
+    image, label, feature = columns(table.schema, file)
     labels = table[label]
     if len(labels) and labels.null_count == len(labels):
         return [], ()
@@ -94,13 +77,14 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
         raise UsageError(f"labels in column {label!r} of {file} are {labels.type}, not integers: number the classes from 0")
     if labels.null_count:
         raise UsageError(f"row {_first(pc.is_null(labels))} of {file} has no label: fill in column {label!r} or drop the row")
-    negative = pc.less(labels, 0)
-    if len(labels) and pc.all(pc.equal(labels, -1)).as_py():
-        return [], ()
-    if pc.any(negative).as_py():
-        row = _first(negative)
-        raise UsageError(f"row {row} of {file} has label {labels[row]}: number the classes from 0, or drop unlabelled rows")
-    names = tuple(features[label].names) if isinstance(features[label], datasets.ClassLabel) else ()
+    if pa.types.is_signed_integer(labels.type):  # pyarrow cannot compare large unsigned ones with a negative number, or 0
+        negative = pc.less(labels, 0)
+        if len(labels) and pc.all(pc.equal(labels, -1)).as_py():
+            return [], ()
+        if pc.any(negative).as_py():
+            row = _first(negative)
+            raise UsageError(f"row {row} of {file} has label {labels[row]}: number the classes from 0, or drop unlabelled rows")
+    names = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else ()
 
     encoded, numbers = table[image], labels.to_pylist()
     if pa.types.is_struct(encoded.type):
@@ -110,6 +94,63 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
     if encoded.null_count:
         raise UsageError(f"row {_first(pc.is_null(encoded))} of {file} has no image bytes: store them in column {image!r}")
     return [Sample(data, number, file, row) for row, (data, number) in enumerate(zip(encoded, numbers, strict=True))], names
+
+
+def columns(schema: pyarrow.Schema, file: str) -> tuple[str, str, Any]:
+    """The column of images, that of labels, and what the hub's library knows of the labels."""
+    with lab_extra():
+        import datasets
+    features, held = _features(schema, file), ", ".join(schema.names) or "none"
+    image = image_column(schema, file)
+    if image is None:
+        raise UsageError(f"{file} has no column of encoded images (columns: {held}): store PNG or JPEG bytes in 'image'")
+    typed = [name for name in schema.names if isinstance(features[name], datasets.ClassLabel)]
+    label = _pick(typed or [name for name in LABEL_NAMES if name in schema.names], LABEL_NAMES, "class labels", file)
+    if label is None:
+        raise Unlabelled(f"{file} has no column of labels (columns: {held}): name the one with the classes 'label'")
+    return image, label, features[label]
+
+
+def image_column(schema: pyarrow.Schema, file: str) -> str | None:
+    """The column of images, if there is one."""
+    with lab_extra():
+        import datasets
+    features = _features(schema, file)
+    typed = [name for name in schema.names if isinstance(features[name], datasets.Image)]
+    return _pick(typed or [field.name for field in schema if _holds_bytes(field.type)], IMAGE_NAMES, "images", file)
+
+
+def refuse_other_columns(used: dict[str, str]) -> None:
+    """Refuse files that have their labels in columns of different names: the one may be another kind of label."""
+    first, label_of_first = next(iter(used.items()), ("", ""))
+    for file, label in used.items():
+        if label != label_of_first:
+            raise UsageError(
+                f"{first} has its labels in column {label_of_first!r}, but {file} in {label!r}: name the one with the classes "
+                "'label' in both"
+            )
+
+
+def _features(schema: pyarrow.Schema, file: str) -> Any:
+    import datasets
+
+    try:
+        features = datasets.Features.from_arrow_schema(schema)
+        return {name: features[name] for name in schema.names}
+    except Exception as error:  # names and metadata that are neither text nor JSON raise whatever parsing them does
+        raise UsageError(f"{file} describes its columns in a way that cannot be read ({error}): write it again") from error
+
+
+def _pick(candidates: list[str], usual: Sequence[str], content: str, file: str) -> str | None:
+    """The candidate with the likeliest of the usual names, or the only one; its place among others would tell nothing."""
+    if named := next((name for name in usual if name in candidates), None):
+        return named
+    if len(candidates) > 1:
+        raise UsageError(
+            f"{file} has {len(candidates)} columns of {content} ({', '.join(candidates)}), and none has a usual name "
+            f"({', '.join(usual)}): name the one that is meant {usual[0]!r}"
+        )
+    return candidates[0] if candidates else None
 
 
 def _files(encoded: pyarrow.ChunkedArray) -> list[Path]:

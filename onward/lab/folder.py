@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from onward.errors import UsageError
 from onward.lab import memory, torchvision_files
-from onward.lab.encoded import Sample, Unlabelled, from_table
+from onward.lab.encoded import Sample, Unlabelled, columns, from_table, refuse_other_columns
 from onward.lab.extra import lab_extra
 
 if TYPE_CHECKING:
@@ -167,16 +167,24 @@ def _parquet(folder: Path, entries: list[os.DirEntry[str]]) -> tuple[dict[str, l
         names = ", ".join(sorted(str(subset) for subset in subsets))
         raise UsageError(f"data folder {folder} holds several data sets: give one of its folders {names}")
     class_names: dict[Path, tuple[str, ...]] = {}
+    label_columns: dict[str, str] = {}
 
     def read(part: str) -> Labelled:
         _refuse_missing(parts[part])
         large = sum(file.stat().st_size for file in parts[part]) > memory.physical() // SHARE
-        labelled = {file: from_table(_read_parquet(file, mapped=large), str(file)) for file in parts[part]}
-        class_names.update({file: names for file, (samples, names) in labelled.items() if samples})
-        return [sample for samples, _ in labelled.values() for sample in samples], ()
+        labelled: list[Sample] = []
+        for file in parts[part]:
+            table = _read_parquet(file, mapped=large)
+            samples, class_names_of_file = from_table(table, str(file))
+            if samples:
+                class_names[file] = class_names_of_file
+                label_columns[str(file)] = columns(table.schema, str(file))[1]
+            labelled += samples
+        return labelled, ()
 
     chosen = choose_splits(parts, f"data folder {folder}")
     splits = {split: first_labelled(names, read)[0] for split, names in chosen.items()}
+    refuse_other_columns(label_columns)
     first, names_of_first = next(iter(class_names.items()), (folder, ()))
     for file, names_of_file in class_names.items():
         if names_of_file != names_of_first:

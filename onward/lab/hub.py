@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from onward.errors import UsageError
-from onward.lab.encoded import Sample, from_table
+from onward.lab.encoded import Sample, columns, from_table, refuse_other_columns
 from onward.lab.extra import lab_extra
-from onward.lab.folder import choose_splits, first_labelled
+from onward.lab.folder import Labelled, choose_splits, first_labelled
 
 PATIENCE = 4.0  # seconds for the hub to give any answer; its own client would retry for 24
 
@@ -45,11 +45,19 @@ def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
                 raise UsageError(
                     f"data set {name} cannot be had from the Hugging Face hub ({reason}): check it, {remedy}"
                 ) from error
+    used: dict[str, str] = {}
+
+    def read_part(part: str) -> Labelled:
+        table, place = found[part].with_format("arrow")[:], f"{path} ({part})"
+        samples, names = from_table(table, place)
+        if samples:
+            used[place] = columns(table.schema, place)[1]
+        return samples, names
+
     splits: dict[str, list[Sample]] = {}
     for split, parts in choose_splits(found, f"data set {path}").items():
-        splits[split], names = first_labelled(
-            parts, lambda part: from_table(found[part].with_format("arrow")[:], f"{path} ({part})")
-        )
+        splits[split], names = first_labelled(parts, read_part)
+    refuse_other_columns(used)
     return splits, names
 
 

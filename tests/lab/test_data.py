@@ -362,6 +362,66 @@ def test_columns_that_are_missing(parquet):
     assert refusal("digits", parquet) == f"row 2 of {file} has no image bytes: store them in column 'image'"
 
 
+def test_columns_that_are_as_likely_as_others(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    label, image = datasets.ClassLabel(names=CLASSES), datasets.Image()
+    file, six = tmp_path / "train.parquet", [0, 1, 2] * 2
+
+    def write(path, **columns):
+        features = datasets.Features({name: label if column is six else image for name, column in columns.items()})
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+
+    write(file, image=pictures(6), breed=six, colour=six)
+    assert refusal("digits", tmp_path) == (
+        f"{file} has 2 columns of class labels (breed, colour), and none has a usual name (label, labels, fine_label, class, "
+        "target): name the one that is meant 'label'"
+    )
+    write(file, front=pictures(6), back=pictures(6), breed=six)
+    assert refusal("digits", tmp_path) == (
+        f"{file} has 2 columns of images (front, back), and none has a usual name (image, img): name the one that is meant "
+        "'image'"
+    )
+    pq.write_table(pa.table({"front": [b"a"], "back": [b"a"], "label": [0]}), file)
+    assert refusal("digits", tmp_path).startswith(f"{file} has 2 columns of images (front, back), and none has")
+    write(file, image=pictures(6), breed=six)
+    write(tmp_path / "test.parquet", image=pictures(6), breed=six, label=six)
+    assert refusal("digits", tmp_path) == (
+        f"{file} has its labels in column 'breed', but {tmp_path / 'test.parquet'} in 'label': name the one with the classes "
+        "'label' in both"
+    )
+    write(tmp_path / "test.parquet", image=pictures(6), breed=six)
+    assert load("digits", tmp_path).class_names == tuple(CLASSES)
+
+
+def test_labels_beyond_what_a_signed_number_holds(tmp_path):
+    file = tmp_path / "train.parquet"
+    for labels in ([0, 1, 2**63], [0, 2**64 - 1, 1]):
+        write_parquet(file, pictures(3), pa.array(labels, pa.uint64()), names=None)
+        row, label = labels.index(max(labels)), max(labels)
+        expected = f"row {row} of {file} has label {label} among 3 images: number the classes from 0"
+        assert refusal("digits", tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([1, 2, 3], "no image has label 0, though labels go up to 3: "),
+        ([0, 7, 7], "no image has labels 1, 2, 3, 4, 5 and 1 more, though labels go up to 7: "),
+    ],
+)
+def test_numbers_that_labels_leave_out_are_told(tmp_path, caplog, labels, told):
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", pictures(9), labels * 3, names=None)
+    assert load("digits", tmp_path).classes == max(labels) + 1
+    assert f"data set {tmp_path.name}: {told}" in caplog.text
+    for part in ("train", "test"):
+        write_parquet(tmp_path / f"{part}.parquet", pictures(9), labels * 3, names=list("abcdefgh"))
+    caplog.clear()
+    load("digits", tmp_path)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_part_without_images(parquet, part):
     file = parquet / f"{part}-00000-of-00001.parquet"
