@@ -49,11 +49,34 @@ def read(folder: Path, name: str = "") -> tuple[dict[str, list[Sample]], tuple[s
         raise UsageError(f"data folder {folder} is a file: give the folder that holds it")
     try:
         if downloaded := torchvision_files.find(folder):
+            _compare_with_own(folder, downloaded, name)
             return torchvision_files.read(folder, downloaded, name)
         files = [entry for entry in _walk(folder) if entry.name.lower().endswith(".parquet")]
         return _parquet(folder, files) if files else _class_folders(folder)
     except OSError as error:
         raise UsageError(f"data folder {folder} cannot be read ({error.strerror}): check {error.filename}") from error
+
+
+def _compare_with_own(folder: Path, downloaded: list[torchvision_files.Downloaded], name: str) -> None:
+    """Refuse images of one's own beside what torchvision has downloaded; tell of them if `name` says what is meant."""
+    own = [path for path in torchvision_files.beside(folder, downloaded) if _holds_data(path)]
+    if not own:
+        return
+    if name not in [one.name for one in downloaded]:
+        held = ", ".join(f"{one.name or 'idx files'} in {one.folder}" for one in downloaded)
+        raise UsageError(
+            f"data folder {folder} holds what torchvision has downloaded ({held}) and other images ({own[0]}): give the folder "
+            "of the one that is meant, or move the other away"
+        )
+    _tell_left_out(folder, f"only {name} is read", own)
+
+
+def _holds_data(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.lower() in LEFTOVERS:
+        return False
+    if path.is_dir():
+        return any(_is_image(entry) or entry.name.lower().endswith(".parquet") for entry in _walk(path))
+    return path.suffix.lower() == ".parquet"
 
 
 # ---- parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import pickle
+import re
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 Read = tuple[dict[str, list[Sample]], tuple[str, ...]]
 DIGITS = tuple("0123456789")
-IDX_FOLDERS = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist", "KMNIST": "k-mnist"}
+IDX_FOLDERS = {"mnist": "mnist", "fashionmnist": "fashion-mnist", "kmnist": "k-mnist", "kuzushijimnist": "k-mnist"}
+"""What folders of idx files are called, in small letters and nothing else, and what is in them."""
+UNREAD = ("emnist", "qmnist")
+"""Data sets in idx files of the same names, but with images that lie on their side, or with labels of several numbers."""
 
 
 class Downloaded(NamedTuple):
@@ -32,12 +36,14 @@ class Downloaded(NamedTuple):
 
 def find(folder: Path) -> list[Downloaded]:
     """The data sets in the folder, in its folders, and in a folder called raw in any of these."""
-    near = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
+    near = [folder, *_subfolders(folder)]
     found = []
     for holder in dict.fromkeys(place for path in near for place in (path, path / "raw")):
-        if _idx_file(holder, "train", "images").is_file():
-            named = holder.resolve().parent if holder.resolve().name == "raw" else holder.resolve()
-            found.append(Downloaded(IDX_FOLDERS.get(named.name, ""), holder, _idx))
+        name = _idx_name(holder)
+        if name in UNREAD and any(holder.glob("*idx?-ubyte*")):
+            found.append(Downloaded(name, holder, _unread))
+        elif any(_idx_file(holder, prefix, kind).is_file() for prefix in ("train", "t10k") for kind in ("images", "labels")):
+            found.append(Downloaded(name, holder, _idx))
         if (holder / "data_batch_1").is_file():
             found.append(Downloaded("cifar10", holder, _cifar10))
         if holder.name == "cifar-100-python" and (holder / "train").is_file():
@@ -53,7 +59,7 @@ def read(folder: Path, found: Sequence[Downloaded], name: str) -> Read:
     Raises:
         UsageError: several and none of this name, another of the known ones, a file that is missing, damaged or hostile.
     """
-    known = {*IDX_FOLDERS.values(), "cifar10", "cifar100", "svhn"}
+    known = {*IDX_FOLDERS.values(), *UNREAD, "cifar10", "cifar100", "svhn"}
     called = [one for one in found if one.name == name] or [one for one in found if name not in known or not one.name]
     if len(called) == 1:
         return called[0].read(called[0].folder)
@@ -61,6 +67,16 @@ def read(folder: Path, found: Sequence[Downloaded], name: str) -> Read:
     if called:
         raise UsageError(f"data folder {folder} holds several data sets ({held}): say with --data which, or give its folder")
     raise UsageError(f"data folder {folder} holds no {name}, but {held}: give that name with --data, or another folder")
+
+
+def beside(folder: Path, found: Sequence[Downloaded]) -> list[Path]:
+    """What else the folder holds: the files in it, and those of its folders that none of the data sets is in."""
+    holders = {folder, *(one.folder for one in found)}
+    return [path for path in folder.iterdir() if path.is_file() or not any(path in (one, *one.parents) for one in holders)]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _samples(pixels: np.ndarray, labels: Sequence[int], file: Path) -> list[Sample]:
@@ -77,6 +93,20 @@ def _present(file: Path) -> Path:
 
 
 # ---- MNIST and what is stored alike
+
+
+def _idx_name(holder: Path) -> str:
+    """Which data set the folder, or the nearest of the two above it, is called after; empty if none."""
+    for path in (holder.resolve(), *holder.resolve().parents[:2]):
+        letters = re.sub("[^a-z]", "", path.name.lower())
+        if letters in IDX_FOLDERS or letters in UNREAD:
+            return IDX_FOLDERS.get(letters, letters)
+    return ""
+
+
+def _unread(folder: Path) -> Read:
+    name = _idx_name(folder)
+    raise UsageError(f"{folder} holds {name}, which is not read from idx files: give another folder, or its images as files")
 
 
 def _idx(folder: Path) -> Read:

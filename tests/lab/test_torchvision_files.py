@@ -14,7 +14,7 @@ import torch
 from onward.errors import UsageError
 from onward.lab import memory
 from onward.lab.data import load
-from tests.lab.image_files import refusal, write_classes
+from tests.lab.image_files import pictures, refusal, write_classes, write_parquet
 
 FINE = [f"fine {number}" for number in range(100)]
 
@@ -159,6 +159,57 @@ def test_idx_files_that_do_not_belong_together(tmp_path):
         (tmp_path / "more" / "other" / name).replace(tmp_path / name)
     file = tmp_path / "train-images-idx3-ubyte"
     assert refusal("digits", tmp_path) == f"{file} has 20 images, but 30 labels belong to it: download both again"
+
+
+FASHION = ["fashion-mnist", "Fashion_MNIST", "FASHIONMNIST/raw", "fashion-mnist/data/fashion", "fashion_mnist/data"]
+
+
+@pytest.mark.parametrize("place", FASHION)
+def test_folders_are_called_after_their_data_set_in_many_ways(tmp_path, place):
+    write_idx(tmp_path / place)
+    folder = (tmp_path / place).parent if len(Path(place).parts) > 1 else tmp_path
+    held = f"holds no mnist, but fashion-mnist in {tmp_path / place}"
+    for given in (folder, tmp_path / place):
+        assert refusal("mnist", given) == f"data folder {given} {held}: give that name with --data, or another folder"
+        assert load("fashion-mnist", given).shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize("place", ["EMNIST/raw", "qmnist", "e-mnist"])
+def test_data_sets_in_idx_files_that_are_not_read(tmp_path, place):
+    write_idx(tmp_path / place)
+    name = place.lower().replace("-", "")[:6]
+    assert refusal("digits", tmp_path) == (
+        f"{tmp_path / place} holds {name}, which is not read from idx files: give another folder, or its images as files"
+    )
+    assert refusal("mnist", tmp_path).startswith(f"data folder {tmp_path} holds no mnist, but {name} in {tmp_path / place}")
+    write_idx(tmp_path / "MNIST" / "raw")
+    assert load("mnist", tmp_path).shape == (1, 28, 28)
+
+
+@pytest.mark.parametrize("kept", ["t10k-images-idx3", "t10k-labels-idx1", "train-labels-idx1"])
+def test_one_idx_file_without_the_others(tmp_path, kept):
+    write_idx(tmp_path)
+    for path in tmp_path.iterdir():
+        if not path.name.startswith(kept):
+            path.unlink()
+    missing = tmp_path / "train-images-idx3-ubyte"
+    assert refusal("digits", tmp_path) == f"{missing} is missing beside the other files of its data set: download it again"
+
+
+@pytest.mark.parametrize("own", ["train", "train.parquet"])
+def test_images_of_ones_own_beside_a_download_are_not_hidden(tmp_path, caplog, own):
+    write_idx(tmp_path / "MNIST" / "raw")
+    if own == "train":
+        write_classes(tmp_path / "train", {"cat": 5, "dog": 5})
+    else:
+        write_parquet(tmp_path / own, pictures(3), [0, 1, 2])
+    assert refusal("digits", tmp_path) == (
+        f"data folder {tmp_path} holds what torchvision has downloaded (mnist in {tmp_path / 'MNIST' / 'raw'}) and other "
+        f"images ({tmp_path / own}): give the folder of the one that is meant, or move the other away"
+    )
+    assert load("mnist", tmp_path).shape == (1, 28, 28)
+    kind = "folder" if own == "train" else ".parquet"
+    assert caplog.messages == [f"data folder {tmp_path}: 1 left out (only mnist is read): 1 {kind} ({own})"]
 
 
 # ---- CIFAR
