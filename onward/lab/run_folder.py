@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,17 +30,11 @@ except ImportError:  # not on Windows
 CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
 FAILURE = "failed.txt"
 ALIGNED = ("alignment.json", "alignment.png", "alignment-histograms.png")
-CONTENTS = (
-    CONFIG,
-    METRICS,
-    "checkpoint*.pt",
-    ALIGNMENT,
-    *ALIGNED,
-    FAILURE,
-    "weights-*.pt",
-    "*.partial",
-    "events.out.tfevents.*",
-)
+WRITTEN = (CONFIG, METRICS, CHECKPOINT, checkpoint.previous(Path(CHECKPOINT)).name, ALIGNMENT, *ALIGNED, FAILURE)
+"""By name; besides these there are weights and TensorBoard's files."""
+NAMES = {*WRITTEN, *(f"{name}.partial" for name in WRITTEN)}
+"""These, and what they are called until they are whole."""
+OTHERS = re.compile(r"weights-\d+\.pt(\.partial)?|events\.out\.tfevents\..*")
 BINS = 40
 """Of a histogram of cosines, all equal, from -1 to 1."""
 NOT_IN_RESULT = {
@@ -82,6 +77,11 @@ def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
         disk.try_out(folder)
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder with --out") from error
+    for name in NAMES:
+        if (folder / name).is_dir():
+            raise UsageError(
+                f"{folder / name} is a folder, and a run has a file of that name: choose another folder with --out"
+            )
     if any(path.suffix != ".partial" for path in _contents(folder)) and not overwrite:
         raise UsageError(
             f"{folder} already holds a run: go on with it by onward train --resume {folder}, choose another folder with --out, "
@@ -347,7 +347,9 @@ def _with_defaults(found: dict[str, Any]) -> dict[str, Any]:
 
 def _contents(folder: Path) -> list[Path]:
     """The files of the run there; what `onward align` has found out is such only beside others, or else it is of other runs."""
-    found = [path for pattern in CONTENTS for path in folder.glob(pattern) if path.name != f"{CONFIG}.partial"]  # of the next
+    names = NAMES - {f"{CONFIG}.partial"}  # that one is of the next run
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in there if (path.name in names or OTHERS.fullmatch(path.name)) and not path.is_dir()]
     return found if any(path.name not in ALIGNED for path in found) else []
 
 

@@ -136,6 +136,23 @@ def test_a_network_that_cannot_be_trained_costs_no_earlier_run(config: Train, ne
     assert len(train(replace(config, out="new", epochs=1))) == 1  # the corrected command
 
 
+def test_files_and_folders_of_others_stay(config: Train) -> None:
+    Path("run").mkdir()
+    others = [Path("run/big.zip.partial"), Path("run/weights-old.pt"), Path("run/checkpoint-mine.pt")]
+    for path in others:
+        path.write_text("mine")
+    train(config)
+    for path in ("run/weights-7.pt", "run/x.partial", "run/weights-best.pt"):
+        Path(path).mkdir()
+    train(replace(config, overwrite=True))
+    assert [path.read_text() for path in others] == ["mine"] * 3
+    Path("run/failed.txt").mkdir()
+    before = content("run")
+    with pytest.raises(UsageError, match=r"run/failed.txt is a folder, and a run has a file of that name: choose another"):
+        train(replace(config, overwrite=True))
+    assert content("run") == before
+
+
 def test_numbers_that_are_not_finite_at_once_cost_no_earlier_run(config: Train) -> None:
     train(config)
     before = content("run")
