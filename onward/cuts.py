@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.utils.checkpoint
@@ -45,6 +44,8 @@ def check_names(model: nn.Module, cuts: Sequence[str]) -> tuple[str, ...]:
     for name in cuts:
         if name not in modules:
             raise unknown("cut", name, modules)
+        if isinstance(modules[name], torch.jit.ScriptModule):
+            raise UsageError(f"cut {name!r} is compiled by torch.jit, which takes no hooks: cut at a module around it")
     named, cuts = cuts, [one for name in cuts for one in _layers(name, modules[name])]
     if len(cuts) != len(named) or set(cuts) != set(named):
         order = source.order(model)
@@ -85,7 +86,7 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
     here = {name: k for k, name in enumerate(cuts) if not isinstance(model.get_submodule(name), Elsewhere)}
     order, done = list(here), list[str]()
     with_gradients = torch.is_grad_enabled()
-    handles = _guard_group_norms(model) if with_gradients else []
+    handles: list[RemovableHandle] = []
     watching: dict[str, BackwardHook] = {}
 
     def hook(k: int, name: str) -> Callable[..., Tensor | None]:
@@ -129,14 +130,15 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
             handles.append(module.register_forward_pre_hook(watch(name)))
         handles.append(module.register_forward_hook(hook(k, name)))
     try:
-        with _open_checkpoints():
+        with _cuttable():
             yield
     except RuntimeError as error:
         if not re.search("appears to not have been used in the graph|does not require grad and does not have", str(error)):
             raise
         raise UsageError(
-            "the network takes a gradient inside its forward that would have to cross a cut "
-            f"({str(error).splitlines()[0]}): cut where no such gradient passes, so that it stays inside one block"
+            f"the network takes a gradient inside its forward that finds no way ({str(error).splitlines()[0]}): it would have "
+            "to cross a cut, so cut where it stays inside one block; or the pass builds no graph, so use an estimator without "
+            "forward mode in its plain form, or ask for the gradient under torch.enable_grad"
         ) from error
     else:
         if len(done) < len(order):
@@ -189,40 +191,37 @@ class _OpenCheckpoint:
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
 
+_group_norm = torch.group_norm
+
+
+def _contiguous_group_norm(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """In the place of ``torch.group_norm``, whose backward kernel ends the process.
+
+    aten::native_group_norm_backward on a CPU, channels last, writes the gradient of its input even where none was asked for
+    (PyTorch 2.13; the kernels of the other layers, in every layout and with every gradient left out, do not). A network that
+    is trained by backpropagation asks for it everywhere but at its own input; behind a cut nobody does, and a sweep that wants
+    some gradients of a block need not either. Contiguous inputs have another kernel.
+    """
+    return _group_norm(x.contiguous() if x.device.type == "cpu" else x, *args, **kwargs)
+
+
 @contextmanager
-def _open_checkpoints() -> Iterator[None]:
-    """Within the block PyTorch's reentrant activation checkpointing works as the one that is not: the same numbers, in the same
-    memory, from a graph that can be cut."""
-    hiding = torch.utils.checkpoint.CheckpointFunction
+def _cuttable() -> Iterator[None]:
+    """Within the block PyTorch works in ways that can be cut.
+
+    Reentrant activation checkpointing works as the one that is not: the same numbers, in the same memory, from a graph that
+    can be seen. Group norm does not crash. Attention has no fast path for inference, whose outputs may be nested tensors.
+    """
+    hiding, fast = torch.utils.checkpoint.CheckpointFunction, torch.backends.mha.get_fastpath_enabled()
     torch.utils.checkpoint.CheckpointFunction = _OpenCheckpoint  # type: ignore[misc, assignment]
+    torch.group_norm = _contiguous_group_norm  # type: ignore[assignment]
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.utils.checkpoint.CheckpointFunction = hiding  # type: ignore[misc]
-
-
-def _guard_group_norms(model: nn.Module) -> list[RemovableHandle]:
-    """Hooks that keep PyTorch's CPU kernel for the backward pass of group norm from crashing.
-
-    aten::native_group_norm_backward, channels last, writes the gradient of its input even where none was asked for (PyTorch
-    2.13; the kernels of the other layers, in every layout and with every gradient left out, do not). A network that is
-    trained by backpropagation asks for it everywhere but at its own input; behind a cut nobody does, and a sweep that wants
-    some gradients of a block need not either. Contiguous inputs have another kernel.
-    """
-
-    def contiguous(layer: nn.Module, args: Any) -> Any:
-        x = args[0] if args else None
-        if isinstance(x, Tensor) and x.device.type == "cpu" and not x.is_contiguous():
-            return (x.contiguous(), *args[1:])
-        return None
-
-    if model not in _group_norms:
-        _group_norms[model] = [layer for layer in model.modules() if isinstance(layer, nn.GroupNorm)]
-    return [layer.register_forward_pre_hook(contiguous) for layer in _group_norms[model]]
-
-
-_group_norms: WeakKeyDictionary[nn.Module, list[nn.Module]] = WeakKeyDictionary()
-"""Those of a network, which is not searched for them in every pass."""
+        torch.group_norm = _group_norm
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _Enter(torch.autograd.Function):

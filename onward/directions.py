@@ -72,6 +72,13 @@ def draw(
     return out
 
 
+def without_row(direction: Tensor, row: int | None, dim: int = 0) -> Tensor:
+    """A direction that leaves out a row of its parameter, the padding of an embedding, if there is one."""
+    if row is not None:
+        direction.select(dim, row).zero_()
+    return direction
+
+
 def seed_of(*key: int | str) -> int:
     """A generator's seed out of what it is for: 64 well-mixed bits, the same on every machine.
 

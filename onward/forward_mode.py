@@ -61,6 +61,7 @@ class Tangents(TorchDispatchMode):
         self._parameters: list[Tensor] = []
         self._latest: dict[int, Any] = {}  # the tangents of the latest operation's outputs, by where these lie
         self._unpacked: dict[Any, tuple[Tensor, Any]] = {}  # of a backward pass inside: saved tensors and their tangents
+        self._uses: dict[torch.nn.Parameter, set[int | None]] = {}
         self._following = False
         self._unpacking = False
 
@@ -153,6 +154,8 @@ class Tangents(TorchDispatchMode):
             )
         if not any(held):
             return func(*args, **kwargs)
+        if self._parameters:
+            self._note_uses(func, args, kwargs)
         rule = RULES.get(func.overloadpacket)
         if rule is None and func.is_view:
             rule = _view
@@ -170,6 +173,17 @@ class Tangents(TorchDispatchMode):
                 if isinstance(part, Tensor):
                     self._give(part, [None if t is None else t[index] for t in tangents], func, held)
         return out
+
+    def padding_rows(self) -> dict[torch.nn.Parameter, int]:
+        """The row of each parameter with a tangent that is taken for a constant wherever the parameter is used: padding."""
+        return {p: row for p, (row, *others) in self._uses.items() if row is not None and not others}
+
+    def _note_uses(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        for argument in args:
+            if isinstance(argument, torch.nn.Parameter):
+                row = args[2] if len(args) > 2 else kwargs.get("padding_idx", -1)
+                padded = func.overloadpacket is torch.ops.aten.embedding and row >= 0
+                self._uses.setdefault(argument, set()).add(row if padded else None)
 
     def _stopped(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run an operation for which gradients are off: for what comes after, its result is a constant."""

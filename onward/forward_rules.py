@@ -137,19 +137,29 @@ def _layer_norm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     x, shape, weight, _, _ = args
     tangent = None
     if t[0] is not None:
-        tangent = aten.native_layer_norm_backward(t[0], x, shape, out[1], out[2], None, None, [True, False, False])[0]
+        moved, x, mean, inverse = _of_one_type(t[0], x, out[1], out[2])
+        tangent = aten.native_layer_norm_backward(moved, x, shape, mean, inverse, None, None, [True, False, False])[0]
         tangent = tangent if weight is None else tangent * weight
     if t[2] is not None:
         tangent = _plus(tangent, (x - out[1]) * out[2] * t[2])
     return (tangent if t[3] is None else _plus(tangent, _shaped(t[3], x))), None, None
 
 
+def _of_one_type(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in the widest of their types: statistics of half precision are in float32, which not every kernel takes."""
+    widest = tensors[0].dtype
+    for tensor in tensors[1:]:
+        widest = torch.promote_types(widest, tensor.dtype)
+    return tuple(tensor.to(widest) for tensor in tensors)
+
+
 def _group_norm(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
     x, weight, _, samples, channels, positions, groups, _ = args
     tangent = None
     if t[0] is not None:
+        moved, x, mean, inverse = _of_one_type(t[0].contiguous(), x.contiguous(), out[1], out[2])
         tangent = aten.native_group_norm_backward(
-            t[0].contiguous(), x.contiguous(), out[1], out[2], None, samples, channels, positions, groups, [True, False, False]
+            moved, x, mean, inverse, None, samples, channels, positions, groups, [True, False, False]
         )[0]
         tangent = tangent if weight is None else tangent * _per_channel(weight, x)
     if t[1] is not None:

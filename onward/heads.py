@@ -15,7 +15,7 @@ from onward.cuts import check_names, cut_graph
 from onward.directions import seed_of
 from onward.errors import UsageError, unknown
 from onward.estimators.base import accumulate
-from onward.replay import Replay
+from onward.replay import Replay, understudy
 from onward.run import Loss, as_rows, batch_statistics, call, check_samples, compute_loss, detached, device_of
 from onward.suggest import default_cuts
 
@@ -51,8 +51,9 @@ def make_heads(
         return h
 
     device = device_of(model)
-    with Replay(model).untouched(), torch.no_grad(), batch_statistics(model), cut_graph(model, cuts, note):
-        output = call(model, x)
+    tried = understudy(model)
+    with Replay(tried).untouched(), torch.no_grad(), batch_statistics(tried), cut_graph(tried, cuts, note):
+        output = call(tried, x)
     if not isinstance(output, Tensor):
         raise UsageError(
             f"the network returns a {type(output).__name__}, and heads are made for one tensor of outputs: give heads of your "

@@ -446,6 +446,22 @@ def parameters_behind(*outputs: Tensor) -> dict[nn.Parameter, int]:
     return places
 
 
+def padding_rows(*outputs: Tensor) -> dict[nn.Parameter, int]:
+    """The row that the graph behind a block's outputs leaves out of a parameter's gradient: ``padding_idx`` of an embedding.
+
+    None for a parameter that is used in any other way too, through which that row learns.
+    """
+    rows: dict[nn.Parameter, set[int | None]] = {}
+    for node in _graph(*outputs):
+        if node.name() in _VIEWS:
+            continue
+        for following, _ in node.next_functions:
+            if (p := _seen_through_views(following)) is not None:
+                row = node._saved_padding_idx if node.name() == "EmbeddingBackward0" else -1
+                rows.setdefault(p, set()).add(row if 0 <= row < len(p) else None)
+    return {p: row for p, (row, *others) in rows.items() if row is not None and not others}
+
+
 def _seen_through_views(node: Any) -> nn.Parameter | None:
     """The parameter that a node of the graph is, or is a view of."""
     while node is not None and node.name() in _VIEWS:

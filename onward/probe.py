@@ -15,14 +15,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_map
 
 from onward.cuts import cut_graph
 from onward.directions import draw
 from onward.errors import UsageError
 from onward.forward_mode import Tangents
-from onward.replay import Replay
-from onward.run import batch_statistics, call, leaves, samples_of, without_graph
+from onward.replay import Replay, uncompiled
+from onward.run import batch_statistics, call, device_of, leaves, replaced, samples_of, without_graph
 
 
 class Mixing(NamedTuple):
@@ -50,86 +49,93 @@ def mixing(model: nn.Module, names: Sequence[str], x: Any) -> list[Mixing]:
     >>> [found.module for found in mixing(nn.Sequential(nn.Linear(2, 2), Mean()), ["0", "1"], torch.randn(4, 2))]
     ['1']
     """
-    samples = samples_of(x)
-    changed = _every_second_changed(x, samples)
+    again = Replay(model)
+    first = _signatures(model, names, x, again)
+    samples = len(first[""]) if "" in first else samples_of(x)
+    rows = torch.randperm(samples, generator=torch.Generator().manual_seed(0))[: samples // 2]
+    changed = _changed(x, samples, rows)
     if changed is None:
         return []
-    again = Replay(model)
-    first, second = (_signatures(model, names, batch, samples, again) for batch in (x, changed))
-    found = [seen for name in names if (seen := _compare(name, first.get(name), second.get(name), samples)) is not None]
+    second = _signatures(model, names, changed, again, samples)
+    found = [seen for name in names if (seen := _compare(name, first.get(name), second.get(name), rows, samples)) is not None]
     if found:
-        third = _signatures(model, names, x, samples, again)
+        third = _signatures(model, names, x, again, samples)
         if any(not torch.allclose(first[seen.module], third[seen.module], rtol=1e-4) for seen in found):
             return []  # it is not the samples that make the difference: the network does not run twice alike
     return found
 
 
 def some_samples(x: Any, count: int) -> Any:
-    """The first samples of a batch."""
+    """So many samples of a batch, from all over it."""
     samples = samples_of(x)
-
-    def cut(leaf: Any) -> Any:
-        of_samples = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples
-        return leaf[:count] if of_samples and leaf.layout is torch.strided else leaf
-
-    return tree_map(cut, dict(x) if isinstance(x, Mapping) else x)
+    if samples <= count:
+        return x
+    rows = torch.linspace(0, samples - 1, count).long()
+    return replaced(x, lambda leaf: leaf[rows.to(leaf.device)] if _is_of_samples(leaf, samples) else leaf, integers=True)
 
 
-def _every_second_changed(x: Any, samples: int) -> Any:
-    """The batch with each odd sample replaced by the next one; None where nothing changes."""
-    rows = torch.arange(samples)
-    rows[1::2] = (rows[1::2] + 1) % samples
+def _is_of_samples(leaf: Tensor, samples: int) -> bool:
+    return leaf.dim() > 0 and leaf.shape[0] == samples and leaf.layout is torch.strided
+
+
+def _changed(x: Any, samples: int, rows: Tensor) -> Any:
+    """The batch with those samples replaced by the ones after them; None where nothing changes."""
+    source = torch.arange(samples)
+    source[rows] = (rows + 1) % samples
     changes = False
 
-    def change(leaf: Any) -> Any:
+    def change(leaf: Tensor) -> Tensor:
         nonlocal changes
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0 or leaf.shape[0] != samples or leaf.layout is not torch.strided:
+        if not _is_of_samples(leaf, samples):
             return leaf
-        changed = leaf.detach()[rows.to(leaf.device)]
+        changed = leaf.detach()[source.to(leaf.device)]
         changes = changes or not torch.equal(changed, leaf)
         return changed
 
-    changed = tree_map(change, dict(x) if isinstance(x, Mapping) else x)
+    changed = replaced(x, change, integers=True)
     return changed if changes else None
 
 
-def _signatures(model: nn.Module, names: Sequence[str], x: Any, samples: int, again: Replay) -> dict[str, Tensor]:
-    """For each named module a number for every sample of its output, or for every sample and place of a second such dimension.
+def _signatures(model: nn.Module, names: Sequence[str], x: Any, again: Replay, samples: int | None = None) -> dict[str, Tensor]:
+    """For each named module a number for every row of its output, or for every row and place of a second dimension, if one of
+    the two is as long as there are samples (as many as rows in the network's output, if not given).
 
-    The name of the network itself is empty.
+    The name of the network itself is empty. Graphs end at the named modules.
     """
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
-    def note(name: str, h: Tensor) -> Tensor:
-        if h.is_floating_point() and samples in h.shape[: max(1, h.dim() - 1)][:2]:
-            kept = 2 if h.dim() > 2 and h.shape[1] == samples else 1
-            flat = h.detach().flatten(kept) if h.dim() > 1 else h.detach().unsqueeze(1)
-            flat = flat if flat.dtype == torch.float64 else flat.float()
-            found[name] = flat @ torch.arange(flat.shape[-1], device=h.device).to(flat.dtype).cos()
-        return h
+    def note(k: int, h: Tensor) -> Tensor:
+        outputs[inner[k]] = h.detach()
+        return h.detach()
 
     inner = [name for name in names if name]
-    with again.untouched(), torch.no_grad(), _running_statistics(model), batch_statistics():
-        with cut_graph(model, inner, lambda k, h: note(inner[k], h)):
-            output = call(model, x)
-        note("", leaves(output)[0])
+    looking, cutting = again.untouched(noise=_NOISE), cut_graph(model, inner, note)
+    with looking, uncompiled(), _running_statistics(model), batch_statistics(), torch.enable_grad(), cutting:
+        outputs[""] = leaves(call(model, x))[0].detach()
+    samples = samples or (len(outputs[""]) if outputs[""].dim() else samples_of(x))
+    found: dict[str, Tensor] = {}
+    for name, h in outputs.items():
+        if name in names and h.is_floating_point() and samples in h.shape[: max(1, h.dim() - 1)][:2]:
+            kept = 2 if h.dim() > 2 and h.shape[1] == samples else 1
+            flat = h.flatten(kept) if h.dim() > 1 else h.unsqueeze(1)
+            flat = flat if flat.dtype == torch.float64 else flat.float()
+            found[name] = flat @ torch.arange(flat.shape[-1], device=h.device).to(flat.dtype).cos()
     return found
 
 
-def _compare(name: str, first: Tensor | None, second: Tensor | None, samples: int) -> Mixing | None:
+def _compare(name: str, first: Tensor | None, second: Tensor | None, rows: Tensor, samples: int) -> Mixing | None:
     if first is None or second is None or first.shape != second.shape:
         return None
     change = (second - first).abs()
     least = max(1e-3 * change.max().item(), 1e-4 * first.abs().max().item())
     moved = change > least
-    others = moved[::2]
-    if not others.any():
-        return None
-    transposed = moved.dim() == 2 and not moved[:, ::2].any()
-    if not transposed and len(moved) != samples:
-        return None  # its rows are something else
-    of_rows = others if others.dim() == 1 else others.any(1)
-    return Mixing(name, int(of_rows.sum()), bool(transposed))
+    kept = torch.ones(samples, dtype=torch.bool, device=moved.device)
+    kept[rows.to(moved.device)] = False
+    transposed = moved.dim() == 2 and moved.any() and not moved[:, kept].any()
+    if len(moved) != samples:
+        return Mixing(name, int(moved.any(1).sum()), True) if transposed else None  # else its rows are something else
+    others = moved[kept] if moved.dim() == 1 else moved[kept].any(1)
+    return Mixing(name, int(others.sum()), bool(transposed)) if others.any() else None
 
 
 @contextmanager
@@ -170,6 +176,8 @@ def disagreement(
     mode: where its statistics are of several processes, neither number is the whole here.
     """
     directions = {name: _direction(model.get_parameter(name), name) for name in parameters}
+    half = (torch.float16, torch.bfloat16)
+    coarse = torch.is_autocast_enabled(device_of(model).type) or any(p.dtype in half for p in model.parameters())
     found: list[Disagreement] = []
     seen: dict[str, tuple[float, float]] = {}  # at each module the slope, and the output itself, along w
 
@@ -188,7 +196,7 @@ def disagreement(
             seen[name] = forward, _along(ends, w)
         if arriving is not None:
             arriving.update(name for name, g in zip(parameters, arrived, strict=False) if g is not None)
-        if _differ(forward, reverse, moved, ends):
+        if _differ(forward, reverse, moved, ends, coarse):
             found.append(Disagreement(name, forward, reverse))
 
     def measured(name: str, tangents: Tangents, entered: Any, outputs: Sequence[Tensor]) -> None:
@@ -198,15 +206,21 @@ def disagreement(
             slope, value = _along(moved, w), _along(outputs, w)
         if name not in seen or found:
             return
-        if _differ(value, seen[name][1], outputs, outputs):
+        if _differ(value, seen[name][1], outputs, outputs, coarse):
             seen.clear()  # it does not run twice alike, so nothing can be compared
-        elif _differ(slope, seen[name][0], moved, outputs):
+        elif _differ(slope, seen[name][0], moved, outputs, coarse):
             found.append(Disagreement(name, slope, seen[name][0]))
 
     _run_apart(model, names, x, directions, differentiated, builds_graph=True)
     if not found:
         _run_apart(model, names, x, directions, measured, builds_graph=False)
     return found[0] if found else None
+
+
+_NOISE = 0.1
+"""How far the parameters are off in a look, relative to their size: branches that start at zero show."""
+_SAMPLES = 32
+"""Samples that are looked at where each could be looked at by itself."""
 
 
 def _along(tensors: Sequence[Tensor | None], directions: Sequence[Tensor]) -> float:
@@ -219,11 +233,14 @@ def _along(tensors: Sequence[Tensor | None], directions: Sequence[Tensor]) -> fl
     return total
 
 
-def _differ(one: float, other: float, tangents: Sequence[Tensor | None], outputs: Sequence[Tensor]) -> bool:
-    """Whether two inner products differ by more than rounding can make of tangents, or of what they are tangents of."""
+def _differ(one: float, other: float, tangents: Sequence[Tensor | None], outputs: Sequence[Tensor], coarse: bool) -> bool:
+    """Whether two inner products differ by more than rounding can make of tangents, or of what they are tangents of.
+
+    ``coarse``: somewhere numbers are of half precision, whatever the outputs are.
+    """
     size = max([abs(one), abs(other), *(t.detach().norm().item() for t in tangents if t is not None)])
     least = 1e3 * torch.finfo(outputs[0].dtype).eps * max(h.detach().norm().item() for h in outputs)
-    return abs(one - other) > _tolerance(outputs[0]) * size + least
+    return abs(one - other) > (0.1 if coarse else _tolerance(outputs[0])) * size + least
 
 
 def _run_apart(
@@ -252,7 +269,8 @@ def _run_apart(
             return leaf.clone() if builds_graph else leaf  # what follows may overwrite it
 
     graph = torch.enable_grad() if builds_graph else without_graph(model)
-    with Replay(model).untouched(), graph, _without_backward_hooks(model), _running_statistics(model), tangents:
+    looking = Replay(model).untouched(noise=_NOISE)
+    with looking, uncompiled(), graph, _running_statistics(model), tangents:
         for name, u in directions.items():
             p = model.get_parameter(name)
             tangents.set(p, u.clone())
@@ -273,23 +291,6 @@ def _tolerance(h: Tensor) -> float:
     return (1e-3 if h.device.type == "cpu" else 1e-2) if h.dtype == torch.float32 else 0.1
 
 
-@contextmanager
-def _without_backward_hooks(model: nn.Module) -> Iterator[None]:
-    """Within the block, hooks of the user's see no gradient: those here are of random signals."""
-    held: list[tuple[Any, dict[Any, Any]]] = []
-    owners: list[Any] = [*model.modules(), *model.parameters()]
-    for owner in owners:
-        for hooks in (owner._backward_hooks, getattr(owner, "_backward_pre_hooks", None)):
-            if hooks:
-                held.append((hooks, dict(hooks)))
-                hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, before in held:
-            hooks.update(before)
-
-
 def once_in_order(model: nn.Module, x: Any) -> list[str]:
     """The modules of a network that run once, where they can be cut, and return a tensor, in the order in which they end."""
     order: list[str] = []
@@ -304,10 +305,11 @@ def once_in_order(model: nn.Module, x: Any) -> list[str]:
 
         return hook
 
-    named = [(name, module) for name, module in model.named_modules() if name]
+    scripted = torch.jit.ScriptModule  # which takes no hooks
+    named = [(name, module) for name, module in model.named_modules() if name and not isinstance(module, scripted)]
     handles = [module.register_forward_hook(note(name)) for name, module in named]
     try:
-        with Replay(model).untouched(), without_graph(model), _running_statistics(model):
+        with Replay(model).untouched(), uncompiled(), without_graph(model), _running_statistics(model):
             call(model, x)
     finally:
         for handle in handles:
@@ -321,19 +323,19 @@ def refuse_disagreement(
     """Raise a :class:`onward.UsageError` where forward mode and the backward pass disagree, naming the module.
 
     With ``parameters`` these carry tangents, with ``where_gradients_arrive`` only those that have a gradient: directions are
-    gradients then. Two samples are enough for it, in a network that can run on two. A network without cuts is cut at every
-    module, so that no graph is larger than a module's; or nowhere, if it takes gradients across modules.
+    gradients then. Some samples of a large batch are enough. A network without cuts is cut at every module, so that no graph is
+    larger than a module's; or nowhere, if it takes gradients across modules.
     """
     on = trained(model) if parameters else []
     arriving: set[str] = set()
-    for apart, batch in itertools.product((True, False) if not cuts else (True,), (some_samples(x, 2), x)):
+    for apart, batch in itertools.product((True, False) if not cuts else (True,), (some_samples(x, _SAMPLES), x)):
         try:
             names = cuts or (once_in_order(model, batch) if apart else ())
             found = disagreement(model, names, batch, on, arriving if where_gradients_arrive else None)
             if found and where_gradients_arrive:
                 found = disagreement(model, names, batch, [name for name in on if name in arriving])
             break
-        except Exception:  # it does not run on two samples, or it takes a gradient across a module's end
+        except Exception:  # it does not run on fewer samples, or it takes a gradient across a module's end
             if batch is x and (cuts or not apart):
                 raise
     if found is not None:
@@ -361,14 +363,3 @@ def _place(model: nn.Module, cuts: Sequence[str], found: Disagreement, x: Any, o
 def trained(model: nn.Module) -> list[str]:
     """The names of the parameters that train and may carry tangents."""
     return [name for name, p in model.named_parameters() if p.requires_grad and not is_lazy(p) and p.is_floating_point()]
-
-
-def padding_rows(model: nn.Module) -> dict[str, set[int | None]]:
-    """The row of each weight that its modules leave out of its gradient (``padding_idx`` of an embedding), or None for none."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    rows: dict[str, set[int | None]] = {}
-    for module in model.modules():
-        padding = getattr(module, "padding_idx", None)
-        for name, p in module.named_parameters(recurse=False):
-            rows.setdefault(names[id(p)], set()).add(padding if name == "weight" and isinstance(padding, int) else None)
-    return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -70,36 +71,82 @@ class Replay:
                 restore(state)
 
     @contextmanager
-    def untouched(self) -> Iterator[None]:
+    def untouched(self, noise: float = 0.0) -> Iterator[None]:
         """As :meth:`unseen`; and afterwards the modules have the parameters and attributes that they had before the block.
 
         For a run that only looks: a network may scale itself by its first batch, count its runs, or let weights follow others.
-        It works on copies of its parameters, which takes their memory once more. What is inside an attribute (the entries of
-        a list) is not looked at.
+        It works on copies of its parameters, which takes their memory once more; with ``noise`` these are a little off, so
+        that branches that start at zero show. What an attribute refers to further in, only :func:`understudy` leaves alone.
         """
         lazy = nn.modules.lazy.LazyModuleMixin  # whose first run gives it its sizes, and another class
         held = [(module, _attributes(module)) for module in self._model.modules() if not isinstance(module, lazy)]
-        data = [(p, p.data) for p in self._model.parameters() if not is_lazy(p)]
+        data = [(p, p.data, p.grad) for p in self._model.parameters() if not is_lazy(p)]
         try:
-            for p, before in data:
-                p.data = before.clone()
+            for index, (p, before, _) in enumerate(data):
+                p.data, p.grad = before.clone(), None
+                if noise and before.is_floating_point():
+                    generator = torch.Generator(before.device).manual_seed(index)
+                    drawn = torch.randn(before.shape, generator=generator, dtype=before.dtype, device=before.device)
+                    p.data.add_(drawn * (noise * (before.square().mean().sqrt() + 0.3)))
             with self.unseen():
                 yield
         finally:
-            for p, before in data:
-                p.data = before
+            for p, before, gradient in data:
+                p.data, p.grad = before, gradient
             for module, attributes in held:
                 vars(module).clear()
-                for name, (value, entries) in attributes.items():
+                for name, (value, content) in attributes.items():
                     vars(module)[name] = value
-                    if entries is not None:  # in place: handles of hooks refer to the dictionary that they are in
-                        value.clear()
-                        value.update(entries)
+                    _put_back(value, content)
 
 
-def _attributes(module: nn.Module) -> dict[str, tuple[Any, dict[Any, Any] | None]]:
-    """The attributes of a module, and what is in those that are dictionaries: of parameters, buffers, children, hooks."""
-    return {name: (value, dict(value) if isinstance(value, dict) else None) for name, value in vars(module).items()}
+def understudy(model: nn.Module) -> nn.Module:
+    """A copy of a network, to try things on that leave no trace in it; the network itself where it cannot be copied.
+
+    Nor is it copied where functions are hooked to it or put over a module's forward: these may refer to the network.
+    """
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return model
+    try:
+        copied = copy.deepcopy(model)
+    except Exception:  # whatever a module's own way of being copied raises
+        return model
+    for p in copied.parameters():
+        p.grad = None
+    return copied
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within the block what is compiled runs as it is written: compiling it for a look would take minutes."""
+    if "torch._dynamo" in sys.modules:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """The attributes of a module, and the content of those that are tensors, lists or dictionaries (of hooks, of children)."""
+    return {name: (value, _content(value)) for name, value in vars(module).items()}
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else None
+
+
+def _put_back(value: Any, content: Any) -> None:
+    """Give an attribute the content that it had, in place: handles of hooks refer to the dictionary that they are in."""
+    if isinstance(value, Tensor) and value.shape == content.shape:
+        value.detach().copy_(content)
+    elif isinstance(value, list):
+        value[:] = content
+    elif isinstance(value, (dict, set)):
+        value.clear()
+        value.update(content)
 
 
 @contextmanager
@@ -117,7 +164,7 @@ def frozen_statistics(model: nn.Module, start: dict[nn.Module, dict[str, Tensor 
     """
     held = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     for module, buffers in held:
-        for name, buffer in (buffers if start is None else start[module]).items():
+        for name, buffer in (buffers if start is None else start.get(module, buffers)).items():
             module._buffers[name] = None if buffer is None else buffer.clone()
     try:
         yield
@@ -130,10 +177,9 @@ def frozen_statistics(model: nn.Module, start: dict[nn.Module, dict[str, Tensor 
 def check_same_output(first: Iterable[Tensor], second: Iterable[Tensor], remedy: str) -> None:
     """Raise a :class:`onward.UsageError` where two passes of one step have computed different outputs."""
     for one, other in zip(first, second, strict=True):
-        # Kernels without a graph may round otherwise; a mask that was drawn anew changes much more.
-        coarse = one.dtype in (torch.float16, torch.bfloat16)
-        off = (one.detach() - other.detach()).float().norm()
-        if off > (0.05 if coarse else 1e-3) * one.detach().float().norm():  # never where both are NaN, which others tell
+        # Kernels without a graph may round otherwise; a mask that was drawn anew changes more.
+        off, size = (one.detach() - other.detach()).norm(), one.detach().norm()
+        if off > _rounding(one) * size:  # never where both are NaN, which others tell
             raise UsageError(
                 "the network's second run in this step gave another output than its first, so it is another network: something "
                 "in it draws from a generator that is out of sight (of a module of Python's), or counts its own runs. Keep the "
@@ -159,7 +205,8 @@ def _generators(model: nn.Module) -> list[_Generator]:
     if numpy := sys.modules.get("numpy"):
         found.append((numpy.random.get_state, numpy.random.set_state))
     if model not in _owned:
-        _owned[model] = [value for module in model.modules() for value in vars(module).values() if _draws(value)]
+        held = (value for module in model.modules() for value in vars(module).values())
+        _owned[model] = [inner for value in held for inner in _entries(value) if _draws(inner)]
     for generator in _owned[model]:
         found.append(_accessors(generator))
     return found
@@ -167,6 +214,22 @@ def _generators(model: nn.Module) -> list[_Generator]:
 
 _owned: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 """The generators that the modules of a network keep."""
+
+
+def _entries(value: Any) -> Iterable[Any]:
+    """What is in a list or a dictionary; anything else is itself."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _rounding(tensor: Tensor) -> float:
+    """How far two runs of one network may be apart, relative to the length of their output."""
+    if tensor.dtype in (torch.float16, torch.bfloat16):
+        return 0.05
+    if tensor.device.type != "cpu":  # whose kernels add up in any order, and may use shorter numbers
+        return 1e-3
+    return 1e-9 if tensor.dtype in (torch.float64, torch.complex128) else 2e-5
 
 
 def _draws(value: Any) -> bool:

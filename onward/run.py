@@ -55,12 +55,18 @@ def leaves(output: Any) -> list[Tensor]:
     return [leaf for leaf in _flatten(output)[0] if _is_continuous(leaf)]
 
 
-def replaced(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The output with ``change`` applied to each of its :func:`leaves`."""
+def replaced(output: Any, change: Callable[[Tensor], Tensor], *, integers: bool = False) -> Any:
+    """The output with ``change`` applied to each of its :func:`leaves`, and to tensors of integers if these count too."""
+
+    def new(part: Any) -> Any:
+        return change(part) if _is_continuous(part) or (integers and isinstance(part, Tensor)) else part
+
     if isinstance(output, Tensor):
-        return change(output) if _is_continuous(output) else output
+        return new(output)
+    if isinstance(output, Mapping) and not isinstance(output, dict):  # PyTorch takes other mappings for one thing
+        return {name: replaced(part, change, integers=integers) for name, part in output.items()}
     parts, rebuild = _flatten(output)
-    return rebuild([change(part) if _is_continuous(part) else part for part in parts])
+    return rebuild([new(part) for part in parts])
 
 
 def detached(output: Any) -> Any:
@@ -126,6 +132,8 @@ def compute_loss(loss: Loss, output: Any, y: Any) -> Tensor:
             f"the loss refused the targets: {error} {known} the labels, or give the network as many outputs as there are "
             "classes"
         ) from error
+    if not isinstance(value, Tensor):
+        raise UsageError(f"the loss returned a {type(value).__name__}: it must return a tensor, a scalar with a graph")
     if value.dim() != 0:
         raise UsageError(f"the loss has shape {tuple(value.shape)}: it must return a scalar, the mean over samples")
     return value
@@ -292,6 +300,14 @@ def without_graph(model: nn.Module) -> Iterator[None]:
     try:
         with torch.enable_grad():
             yield
+    except RuntimeError as error:
+        if not re.search("requires_grad|require gradient|require grad", str(error)):
+            raise
+        raise UsageError(
+            f"the network needs a graph in its forward ({str(error).splitlines()[0]}), and the pass that measures builds none: "
+            "let it ask requires_grad first, or use an estimator that runs it once (DFA, DKP and FDFA without low_memory, "
+            "LocalLoss, engine='reverse')"
+        ) from error
     finally:
         for p in trained:
             p.requires_grad_(True)

@@ -18,7 +18,7 @@ class Separation(TorchDispatchMode):
     A graph node that is not a parameter and is reached from more than one block carries gradient around the cut between
     them. (A tied weight is reached from several blocks by right.)
 
-    A parameter that is used inside a :class:`torch.autograd.Function`, and is not behind the block's output, is hidden from
+    A parameter that is used inside a :class:`torch.autograd.Function`, and is none of the function's arguments, is hidden from
     the block: reentrant activation checkpointing and reversible layers run their modules there, and differentiate them in a
     backward pass of their own, which the block has no graph for.
     """
@@ -48,7 +48,7 @@ class Separation(TorchDispatchMode):
     def visit(self, k: int, *outputs: Tensor) -> None:
         """Take in block k through its outputs, before the graph is freed; raise where it reaches into an earlier block."""
         shared: dict[int, list[Any]] = {}
-        reached: set[int] = set()
+        given: set[int] = set()  # to functions, as arguments
         pending, mine = [output.grad_fn for output in outputs], set()
         while pending:
             node = pending.pop()
@@ -56,17 +56,17 @@ class Separation(TorchDispatchMode):
                 continue
             mine.add(node)
             if hasattr(node, "variable"):
-                reached.add(id(node.variable))
                 continue
             earlier = self._owner.setdefault(node, k)
             if earlier != k:
                 shared.setdefault(earlier, []).append(node)
                 continue
-            _refuse_crash(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                given.update(id(following.variable) for following, _ in node.next_functions if hasattr(following, "variable"))
             pending.extend(following for following, _ in node.next_functions)
         for earlier, nodes in sorted(shared.items()):
             self._refuse_bypass(k, earlier, self._modules_behind(nodes))
-        hidden = sorted(name for key, name in self._hidden.items() if key not in reached)
+        hidden = sorted(name for key, name in self._hidden.items() if key not in given)
         self._hidden.clear()
         if hidden:
             raise UsageError(
@@ -102,22 +102,6 @@ class Separation(TorchDispatchMode):
                 found += [] if name is None else [name.rpartition(".")[0] or name]
             pending.extend(following for following, _ in node.next_functions)
         return sorted(set(found))
-
-
-def _refuse_crash(node: Any) -> None:
-    """Raise where PyTorch's kernel for the backward pass of group norm would crash, and no hook on a module prevents it.
-
-    :func:`onward.cuts.cut_graph` guards the modules; a call of the function has none.
-    """
-    if node.name() != "NativeGroupNormBackward0" or node.next_functions[0][0] is not None:
-        return  # a gradient will be asked for
-    x = node._saved_input
-    if x.device.type == "cpu" and not x.is_contiguous():
-        raise UsageError(
-            f"torch.nn.functional.group_norm gets an input of shape {tuple(x.shape)} that is not contiguous and needs no "
-            "gradient, on which PyTorch's CPU kernel crashes in the backward pass: use torch.nn.GroupNorm, or give it "
-            "x.contiguous()"
-        )
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:

@@ -15,7 +15,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from onward.replay import Replay
+from onward.replay import Replay, understudy
 from onward.run import batch_statistics, call, leaves, samples_of
 
 
@@ -77,6 +77,7 @@ def _reached(starts: Iterable[Hashable], stops: Collection[Hashable], seen: Pass
 
 def trial(model: nn.Module, x: Any) -> Pass:
     """What a run over a batch shows, which leaves the network and all generators as they were."""
+    model = understudy(model)
     samples = samples_of(x)
     ended: list[tuple[str, Hashable | None]] = []
 

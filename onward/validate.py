@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from onward.errors import UsageError
 from onward.probe import Mixing, disagreement, mixing, mixing_seen, once_in_order, trained
-from onward.replay import Replay
+from onward.replay import Replay, understudy
 from onward.run import batch_statistics, call, leaves
 
 
@@ -75,7 +75,7 @@ def validate(model: nn.Module, x: Any = None) -> list[Problem]:
                 found.append(Problem(name, *problem))
     if x is None:
         return found + [_mixed(seen) for seen in mixing_seen.get(model, [])[:1]]
-    return found + _tried(model, x)
+    return found + _tried(understudy(model), x)
 
 
 def _tried(model: nn.Module, x: Any) -> list[Problem]:

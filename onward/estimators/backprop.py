@@ -55,10 +55,19 @@ class Backprop(Estimator):
         with _checkpointed(self.model, self.cuts) if self.checkpoint else nullcontext():
             output = call(self.model, x)
         loss = compute_loss(self.loss, output, y)
+        if not loss.requires_grad:
+            raise UsageError("nothing that the loss depends on requires a gradient: unfreeze what is to be trained")
         try:
             loss.backward()
         except CheckpointError as error:
             raise _second_run_differs(error) from error
+        except RuntimeError as error:
+            if not self.checkpoint or "inplace operation" not in str(error):
+                raise
+            raise UsageError(
+                "a block overwrites its input in place, so it cannot run a second time: use the form of its first module that "
+                "is not in place, or leave out checkpointing"
+            ) from error
         return Step(loss.detach(), detached(output))
 
 

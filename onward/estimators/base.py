@@ -20,6 +20,7 @@ from onward.distributed import Shard
 from onward.errors import UsageError, unknown
 from onward.per_sample import parameters_behind
 from onward.probe import Mixing, mixing, mixing_seen, refuse_disagreement
+from onward.replay import understudy
 from onward.run import Loss, batch_statistics, leaves, output_error
 from onward.separation import Separation
 from onward.suggest import default_cuts
@@ -143,8 +144,11 @@ class Estimator(nn.Module):
         """
         if any(isinstance(self.model.get_submodule(cut), Elsewhere) for cut in self.cuts):
             return  # the other blocks are in other processes
+        if not self.reads_rows and self.tangents_on is None:
+            return
+        model = understudy(self.model)
         if self.reads_rows:
-            mixing_seen[self.model] = found = mixing(self.model, [*self.cuts, ""], x)
+            mixing_seen[self.model] = found = mixing(model, [*self.cuts, ""], x)
             for seen in found:
                 if seen.transposed:
                     where = f"cut {seen.module!r}" if seen.module else "the network"
@@ -157,7 +161,7 @@ class Estimator(nn.Module):
                 self.tell_mixing(found[0])
         if self.tangents_on is not None:
             refuse_disagreement(
-                self.model,
+                model,
                 self.cuts,
                 x,
                 parameters=self.tangents_on != "outputs",

@@ -15,7 +15,7 @@ from onward.cuts import cut_graph
 from onward.directions import NOISES, seed_of
 from onward.errors import UsageError, unknown
 from onward.estimators.signals import OutputError, SignalEstimator
-from onward.replay import Replay
+from onward.replay import Replay, understudy
 from onward.run import Loss, as_rows, call, check_samples
 
 
@@ -175,8 +175,9 @@ class DirectFeedback(SignalEstimator):
             shapes.append((k, h))
             return h
 
-        with Replay(self.model).untouched(), torch.no_grad(), cut_graph(self.model, self.cuts, note):
-            output = call(self.model, x)
+        tried = understudy(self.model)
+        with Replay(tried).untouched(), torch.no_grad(), cut_graph(tried, self.cuts, note):
+            output = call(tried, x)
         if not isinstance(output, Tensor):
             raise UsageError(
                 f"the network returns a {type(output).__name__}, and only its loss tells which of it has errors: call estimate "

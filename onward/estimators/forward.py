@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from onward.cuts import Elsewhere, cut_graph
-from onward.directions import draw, seed_of
+from onward.directions import draw, seed_of, without_row
 from onward.errors import UsageError
 from onward.estimators.base import Step, accumulate, allocate_gradients, forget_unused
 from onward.estimators.reverse import accumulate_rows, estimate_samples, through
 from onward.estimators.signals import OutputError, perturb, tangents_of
 from onward.forward_mode import Tangents
-from onward.per_sample import Use, dots, parameters_behind, record_uses, weighted_sum
+from onward.per_sample import Use, dots, padding_rows, parameters_behind, record_uses, weighted_sum
 from onward.replay import Replay, check_same_output
 from onward.run import Loss, as_rows, call, check_samples, detached, leaves, output_error, without_graph
 
@@ -42,6 +42,8 @@ class Measured(NamedTuple):
     slopes: dict[Site, Tensor]
     loss: Tensor
     output: Any
+    padding: dict[nn.Parameter, int]
+    """The rows of parameters that the network leaves out of their gradients, where it was run as a whole."""
 
 
 def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
@@ -124,7 +126,9 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outpu
             return
         for i in range(fg.directions):
             if fg.guess == "random":
-                reached, found = members[k], [fg.drawn_weights(names[p], p, i) for p in members[k]]
+                padding = padding_rows(h)
+                reached = members[k]
+                found = [without_row(fg.drawn_weights(names[p], p, i), padding.get(p)) for p in members[k]]
             else:
                 arrived = zip(members[k], through(h, fg.observed(k, guess()[i]), members[k]), strict=True)
                 kept = [(p, u) for p, u in arrived if u is not None]  # a custom function may return no gradient
@@ -173,7 +177,7 @@ def _estimate_along(
             continue  # one direction and one slope for all the blocks that use the parameter
         estimated.add(str(site.parameter))
         sites = [site._replace(direction=i) for i in range(fg.directions)]
-        directions = [along.pop(s) for s in sites]
+        directions = [without_row(along.pop(s), measured.padding.get(named[str(s.parameter)])) for s in sites]
         zero = measured.loss.new_zeros(1)
         slopes = [slopes_of[s] * _sign(fg, s, ()) if s in slopes_of else zero for s in sites]
         assert site.parameter is not None
@@ -245,7 +249,7 @@ def _measure(
     names = {p: name for name, p in fg.model.named_parameters()}
     at_once = len(slots) if fg.passes == "one" else _AT_ONCE
     chunks = [slots[start : start + at_once] for start in range(0, len(slots), max(1, at_once))]
-    loss, output = torch.empty(0), None
+    loss, output, tangents = torch.empty(0), None, Tangents()
     for index, chunk in enumerate(chunks):
         tangents = Tangents(len(chunk), through_gradients=True)
 
@@ -307,7 +311,7 @@ def _measure(
             f"no tangent reached the target's loss from cut {fg.cuts[site.block]!r}: something after it is invisible to "
             "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
         )
-    return Measured(slopes, loss, output)
+    return Measured(slopes, loss, output, tangents.padding_rows() if not fg.cuts else {})
 
 
 def _slope(moved: Sequence[tuple[Tensor, Tensor]], *, by_sample: bool) -> Tensor:

@@ -20,7 +20,7 @@ from onward.estimators.feedback import FEEDBACK
 from onward.estimators.signals import OutputError
 from onward.heads import Heads
 from onward.per_sample import dots, weighted_sum
-from onward.probe import Mixing, padding_rows
+from onward.probe import Mixing
 from onward.run import Loss
 
 TARGETS = {
@@ -127,6 +127,11 @@ class ForwardGradient(Estimator):
         self.target, self.guess, self.space, self.passes = target, guess, space, passes
         self.noise, self.scaling, self.directions, self.orthogonal, self.eps = noise, scaling, directions, orthogonal, eps
         self._check_combination(engine, heads)
+        if space in (*spaces.OF_SAMPLES, "avg-weight") and (odd := [n for n, p in model.named_parameters() if p.is_complex()]):
+            raise UsageError(
+                f"space={space!r} compares gradients of parameters, and {odd[0]} is complex: use another space, such as "
+                "activation, or parameters of real numbers (torch.view_as_complex in the network)"
+            )
         self._estimate_by = ENGINES[engine]
         self.engine = engine
         # The random directions of parameters are the same everywhere, and so is what is made of them.
@@ -144,8 +149,6 @@ class ForwardGradient(Estimator):
             self.tangents_on = of_weights if space == "avg-weight" else "outputs"
         elif self.feedback is not None and self.feedback.directions:
             self.tangents_on = "outputs"
-        # Padding never learns; a weight that others use too, as an output layer does, learns through those.
-        self._left_out = {name: row for name, (row, *others) in padding_rows(model).items() if row is not None and not others}
 
     def _check_combination(self, engine: str, heads: Mapping[str, nn.Module] | None) -> None:
         for what, name in (("target", self.target), ("guess", self.guess)):
@@ -226,19 +229,13 @@ class ForwardGradient(Estimator):
         return [self._draw(h.shape, k, 0, h, self.seed, self.shard.first)]
 
     def drawn_weights(self, name: str, p: Tensor, i: int) -> Tensor:
-        """The i-th direction of a parameter, one for the whole batch; none where its gradient is left out on purpose."""
-        drawn = self._draw(p.shape, name, i, p, self.seed)
-        if (row := self._left_out.get(name)) is not None:
-            drawn[row] = 0
-        return drawn
+        """The i-th direction of a parameter, one for the whole batch."""
+        return self._draw(p.shape, name, i, p, self.seed)
 
     def drawn_rows(self, name: str, p: Tensor, k: int, i: int, part: slice) -> Tensor:
         """The i-th direction of a parameter for each of a range of samples."""
         shape = (part.stop - part.start, *p.shape)
-        drawn = self._draw(shape, k, i, p, seed_of(self.seed, name), self.shard.first + part.start)
-        if (row := self._left_out.get(name)) is not None:
-            drawn[:, row] = 0
-        return drawn
+        return self._draw(shape, k, i, p, seed_of(self.seed, name), self.shard.first + part.start)
 
     def coin(self, name: str, k: int, samples: int, like: Tensor) -> Tensor:
         """+1 or -1 for each sample, in units of this shard's guesses."""

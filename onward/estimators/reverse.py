@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,11 +12,22 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from onward import spaces
 from onward.cuts import cut_graph, enter
+from onward.directions import without_row
 from onward.errors import UsageError
 from onward.estimators.base import Step, accumulate, check_last_block
 from onward.estimators.signals import OutputError, perturb, tangents_of
 from onward.forward_mode import Tangents
-from onward.per_sample import Drawn, PerSample, Use, dots, parameters_behind, per_sample_gradients, record_uses, weighted_sum
+from onward.per_sample import (
+    Drawn,
+    PerSample,
+    Use,
+    dots,
+    padding_rows,
+    parameters_behind,
+    per_sample_gradients,
+    record_uses,
+    weighted_sum,
+)
 from onward.run import LossGradient, call, detached, leaves, output_error
 
 if TYPE_CHECKING:
@@ -115,7 +125,7 @@ def _sweep(
     parameters = list(parameters_behind(*trained))
     e = [e.to(z.dtype) for z, e in zip(found.at, found.e, strict=True) if z.requires_grad]
     if not fg.cuts and fg.space == "avg-weight":  # there is no last block
-        _estimate_parameters(fg, parameters, through(trained, e, parameters), None)
+        _estimate_parameters(fg, parameters, through(trained, e, parameters), None, padding_rows(*trained))
         return
     if fg.ends_here:
         entered = list(sweep.entries)
@@ -183,7 +193,7 @@ def _learn(fg: ForwardGradient, k: int, block: Block, sweep: Sweep, error: Outpu
     if not parameters:
         return
     if fg.space == "avg-weight":
-        _estimate_parameters(fg, parameters, at_target, None if drawn_in_weights else at_guesses)
+        _estimate_parameters(fg, parameters, at_target, None if drawn_in_weights else at_guesses, padding_rows(h))
     elif fg.space == "activation-2":
         weights = fg.row_weights([dots(target, u) for u in guesses], guesses)
         accumulate_rows(h, uses, guesses, at_guesses, weights)
@@ -222,10 +232,15 @@ def estimate_samples(
 ) -> None:
     """Add to ``.grad`` the estimates in the spaces of each sample's parameter gradients."""
     names = {p: name for name, p in fg.model.named_parameters()}
+    padding = padding_rows(h)
     for p, gradients in per_sample_gradients(h, uses, signals, arrived):
-        name = names[p]
+        name, row = names[p], padding.get(p)
         if len(signals) == 1:
-            gradients = Drawn(gradients, partial(fg.drawn_rows, name, p, k))
+
+            def rows(i: int, part: slice, name: str = name, p: Tensor = p, row: int | None = row) -> Tensor:
+                return without_row(fg.drawn_rows(name, p, k, i, part), row, dim=1)
+
+            gradients = Drawn(gradients, rows)
         accumulate([p], [_estimate_one(fg, name, k, gradients, p)])
 
 
@@ -251,8 +266,9 @@ def _estimate_parameters(
     parameters: Sequence[nn.Parameter],
     target: Sequence[Tensor | None],
     guesses: Sequence[Sequence[Tensor | None]] | None,
+    padding: Mapping[nn.Parameter, int],
 ) -> None:
-    """Add to ``.grad`` the estimates in the space of the batch's gradients; guesses None: random."""
+    """Add to ``.grad`` the estimates in the space of the batch's gradients; guesses None: random, but for rows of padding."""
     names = {p: name for name, p in fg.model.named_parameters()}
     # A custom function may return no gradient; what then does not arrive has no estimate either.
     kept = [j for j, found in enumerate(zip(target, *(guesses or ()), strict=True)) if all(g is not None for g in found)]
@@ -260,7 +276,7 @@ def _estimate_parameters(
     known = [fg.shard.mean([u for j in kept if (u := at_guess[j]) is not None]) for at_guess in guesses or ()]
     for index, (p, g) in enumerate(zip([parameters[j] for j in kept], reached, strict=True)):
         if guesses is None:
-            along = [fg.drawn_weights(names[p], p, i) for i in range(fg.directions)]
+            along = [without_row(fg.drawn_weights(names[p], p, i), padding.get(p)) for i in range(fg.directions)]
         else:
             along = [at_guess[index] for at_guess in known]
         slopes = [dots(g.unsqueeze(0), u.unsqueeze(0)) for u in along]
