@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onward.errors import UsageError
 from onward.lab import memory, torchvision_files
-from onward.lab.encoded import Sample, Unlabelled, columns, from_table, refuse_other_columns
+from onward.lab.encoded import Sample, Unlabelled, columns, from_table, image_column, refuse_other_columns
 from onward.lab.extra import lab_extra
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def read(folder: Path, name: str = "") -> tuple[dict[str, list[Sample]], tuple[s
             _compare_with_own(folder, downloaded, name)
             return torchvision_files.read(folder, downloaded, name)
         files = [entry for entry in _walk(folder) if entry.name.lower().endswith(".parquet")]
-        return _parquet(folder, files) if files else _class_folders(folder)
+        return _parquet(folder, files) if files and not _beside_the_images(folder, files) else _class_folders(folder)
     except OSError as error:
         raise UsageError(f"data folder {folder} cannot be read ({error.strerror}): check {error.filename}") from error
 
@@ -100,16 +100,25 @@ def choose_splits(found: Iterable[str], place: str) -> dict[str, list[str]]:
     return {split: names for split, names in chosen.items() if names}
 
 
-def first_labelled(parts: Iterable[str], read: Callable[[str], Labelled]) -> Labelled:
-    """The first of the parts that has labels. If none has, no samples, or what is wrong with the first."""
+def first_labelled(parts: Sequence[str], read: Callable[[str], Labelled], notes: list[str]) -> Labelled:
+    """The first of the parts that has labels. If none has, no samples, or what is wrong with the first.
+
+    The notes get what is to be told of those that are passed over before it, or not used after it.
+    """
     refused = None
-    for part in parts:
+    for number, part in enumerate(parts):
         try:
             labelled = read(part)
         except Unlabelled as error:
             refused = refused or error
             continue
         if labelled[0]:
+            if before := parts[:number]:
+                notes.append(
+                    f"passed over, without images that are labelled with the training part's classes: {', '.join(before)}"
+                )
+            if after := parts[number + 1 :]:
+                notes.append(f"not used, for {part} is: {', '.join(after)}")
             return labelled
     if refused:
         raise refused
@@ -119,10 +128,10 @@ def first_labelled(parts: Iterable[str], read: Callable[[str], Labelled]) -> Lab
 def _part(name: str) -> str | None:
     """The word for a part of a data set that a name is, if it is one.
 
-    >>> _part("Training"), _part("val-set"), _part("test images"), _part("trainer"), _part("test tube")
-    ('training', 'val', 'test', None, None)
+    >>> _part("Training"), _part("val-set"), _part("test images"), _part("train2017"), _part("test_1"), _part("test tube")
+    ('training', 'val', 'test', 'train', 'test', None)
     """
-    match = re.fullmatch(rf"({WORDS})([ _-]?(set|data|images))?", name.lower())
+    match = re.fullmatch(rf"({WORDS})([ _-]?(set|data|images))?([ _-]?\d+)?", name.lower())
     return match and match[1]
 
 
@@ -134,6 +143,16 @@ def _part_of_file(stem: str) -> str | None:
     """
     match = re.match(rf"({WORDS})([ _-]?set)?(?![a-z])", stem.lower())
     return match and match[1]
+
+
+def _goes_on(stem: str) -> bool:
+    """Whether other words than those of shards follow the word for a part in a file's name, or a folder's above it.
+
+    >>> [_goes_on(stem) for stem in ("train-00000-of-00002-0a1b2c3d4e5f6071", "test_1", "train_augmented", "test.v2")]
+    [False, False, True, True]
+    """
+    shard = r"([^a-z]|of|part|shard|split|chunk|set|data|images|[0-9a-f]{16})*"
+    return re.fullmatch(rf"({WORDS}){shard}", stem.lower()) is None
 
 
 # ---- what a folder holds
@@ -180,15 +199,20 @@ def _subfolders(folder: Path) -> list[Path]:
 def _parquet(folder: Path, entries: list[os.DirEntry[str]]) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
     _refuse_dangling(entries)
     parts: dict[str, list[Path]] = {}
+    doubtful: dict[str, list[Path]] = {}
     subsets = set()
     for file in (Path(entry.path) for entry in entries):
         # train-00000-of-00001.parquet or train/0000.parquet, perhaps below a folder for each subset
         parent = file.parent.relative_to(folder)
-        parts.setdefault(_part_of_file(file.stem) or _part_of_file(parent.name) or file.stem, []).append(file)
+        word = _part_of_file(file.stem) or _part_of_file(parent.name)
+        named = file.stem if _part_of_file(file.stem) else parent.name
+        kind = doubtful if word and _goes_on(named) else parts
+        kind.setdefault(word or file.stem, []).append(file)
         subsets.add(parent.parent if _part_of_file(parent.name) else parent)
     if len(subsets) > 1:
         names = ", ".join(sorted(str(subset) for subset in subsets))
         raise UsageError(f"data folder {folder} holds several data sets: give one of its folders {names}")
+    left, notes = _settle(folder, parts, doubtful)
     class_names: dict[Path, tuple[str, ...]] = {}
     label_columns: dict[str, str] = {}
 
@@ -206,16 +230,42 @@ def _parquet(folder: Path, entries: list[os.DirEntry[str]]) -> tuple[dict[str, l
         return labelled, ()
 
     chosen = choose_splits(parts, f"data folder {folder}")
-    splits = {split: first_labelled(names, read)[0] for split, names in chosen.items()}
+    splits = {split: first_labelled(names, read, notes)[0] for split, names in chosen.items()}
     refuse_other_columns(label_columns)
     first, names_of_first = next(iter(class_names.items()), (folder, ()))
     for file, names_of_file in class_names.items():
         if names_of_file != names_of_first:
             raise UsageError(f"{first} and {file} name their classes differently: give files of one data set")
-    left = [file for part in parts if not _part(part) for file in parts[part]]
+    left += [file for part in parts if not _part(part) for file in parts[part]]
     left += [Path(entry.path) for entry in _walk(folder) if _is_image(entry)]
-    _tell_left_out(folder, "only parquet files with the name of a part are read", left)
+    _tell_left_out(folder, "only parquet files with the name of a part are read", left, notes)
     return splits, names_of_first
+
+
+def _settle(folder: Path, parts: dict[str, list[Path]], doubtful: dict[str, list[Path]]) -> tuple[list[Path], list[str]]:
+    """Add doubtful files (train_augmented.parquet) to a part that has no others. Those that are left out, and what to tell."""
+    left, notes = [], []
+    for split, words in PARTS.items():
+        found = {word: doubtful[word] for word in words if word in doubtful}
+        files = [file for files in found.values() for file in files]
+        if any(word in parts for word in words):
+            left += files
+        elif files:
+            parts.update(found)
+            notes.append(f"taken for the {split} part: {_some({str(file.relative_to(folder)) for file in files})}")
+    return left, notes
+
+
+def _beside_the_images(folder: Path, entries: list[os.DirEntry[str]]) -> bool:
+    """Whether the parquet files hold no images, but folders do: those are a table of what the class folders hold, say."""
+    with lab_extra():
+        import pyarrow.parquet
+    try:
+        if any(image_column(pyarrow.parquet.read_schema(entry.path), entry.path) for entry in entries):
+            return False
+    except (pyarrow.ArrowException, OSError, ValueError, UsageError):
+        return False  # the sentence comes when it is read
+    return any(_holds_images(path) for path in _subfolders(folder))
 
 
 def _read_parquet(file: Path, *, mapped: bool) -> pyarrow.Table:
@@ -250,6 +300,7 @@ def _class_folders(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ..
     if not inside:
         raise UsageError(f"data folder {folder} holds no parquet files and no class folders of images: give one that does")
     left: list[Path] = []
+    notes: list[str] = []
     chosen = {"train": ["."]}  # the folder itself
     if parts := _parts(inside):
         chosen = choose_splits([path.name for path in parts], f"data folder {folder}")
@@ -268,16 +319,26 @@ def _class_folders(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ..
                 raise UsageError(f"class folder {path} has no counterpart in the training part: add one or remove it")
         left.extend(_files(folder / part))
         above = frozenset({_identity(folder), _identity(folder / part)})
-        return [sample for path, label in folders.items() for sample in _class_folder(path, label, above, left)], classes
+        samples: list[Sample] = []
+        empty: list[_Empty] = []
+        for path, label in folders.items():
+            try:
+                samples += _class_folder(path, label, above, left)
+            except _Empty as error:
+                empty.append(error)
+        if empty:
+            raise empty[0] if samples else Unlabelled(str(empty[0]))
+        return samples, classes
 
-    splits = {split: first_labelled(names, read)[0] for split, names in chosen.items()}
+    splits = {split: first_labelled(names, read, notes)[0] for split, names in chosen.items()}
     _refuse_parts_as_classes(train, splits["train"])
+    _refuse_masks(train, splits["train"])
     if not splits.get("test", True):
         raise UsageError(
             f"{' and '.join(str(folder / part) for part in chosen['test'])} has none of the class folders of {train}: sort its "
             "images into such, or move it away, and a part of the training images is held out instead"
         )
-    _tell_left_out(folder, "only images in class folders are read, by their endings", left)
+    _tell_left_out(folder, "only images in class folders are read, by their endings", left, notes)
     return splits, classes
 
 
@@ -285,11 +346,13 @@ def _parts(inside: list[Path]) -> list[Path]:
     """The folders that are parts of a data set, each with class folders, or none if all are classes.
 
     A folder named train may be a class (of vehicles), and one named test a class (of two groups). So beside folders of other
-    names, they are parts only if train holds class folders, and there is a test part or no other folder looks like a class.
+    names that hold images, they are parts only if train holds class folders, and there is a test part or no other folder looks
+    like a class; or if both have a number (train2017 and val2017), which no two classes would have.
     """
     parts = [path for path in inside if _part(path.name)]
     others = [path for path in inside if path not in parts]
-    if not others:
+    numbered = {_part(path.name) in PARTS["train"] for path in parts if path.name[-1].isdigit()}
+    if not others or len(numbered) == 2 or (len(parts) > 1 and not any(_holds_images(path) for path in others)):
         return parts
     trains = [path for path in parts if _part(path.name) in PARTS["train"]]
     classes = {name for path in trains for name in _classes(path)}
@@ -305,6 +368,10 @@ def _holds_images(folder: Path) -> bool:
     return any(_is_image(entry) for entry in _walk(folder))
 
 
+class _Empty(UsageError):
+    """A class folder has no images."""
+
+
 def _class_folder(folder: Path, label: int, above: frozenset[tuple[int, int]], left: list[Path]) -> list[Sample]:
     """The images of one class; what else its folder holds is added to what is left out."""
     images, others = [], []
@@ -315,7 +382,7 @@ def _class_folder(folder: Path, label: int, above: frozenset[tuple[int, int]], l
     if not images:
         unread = _summary(folder, [Path(entry.path) for entry in others])
         held = f" (what it holds is not read: {unread})" if others else ""
-        raise UsageError(f"class folder {folder} has no images: add some or remove it{held}")
+        raise _Empty(f"class folder {folder} has no images: add some or remove it{held}")
     return [Sample(Path(entry.path), label, entry.path) for entry in images]
 
 
@@ -363,6 +430,28 @@ def _refuse_parts_as_classes(root: Path, samples: list[Sample]) -> None:
             raise UsageError(f"{held}, not the images of a class: give it as the data folder")
 
 
+def _refuse_masks(root: Path, samples: list[Sample]) -> None:
+    """A folder of images and one of their masks are no two classes; the same file names in both tell."""
+    stems: dict[str, set[str]] = {}
+    for sample in samples:
+        path = Path(sample.file).relative_to(root)
+        stems.setdefault(path.parts[0], set()).add(re.sub(r"[ _-]*(mask|label|gt|seg\w*)$", "", path.stem.lower()))
+    images = [name for name in stems if _named(name, "images?|imgs?|inputs?|jpegimages")]
+    masks = [
+        name for name in stems if _named(name, "masks?|labels?|annotations?|annots?|seg(mentation)?s?|gt|targets?|trimaps?")
+    ]
+    for one, other in product(images, masks):
+        if same := stems[one] & stems[other]:
+            raise UsageError(
+                f"{root / one} and {root / other} hold files of the same names ({_some(same)}), as images and their masks do: "
+                "segmentation is not learnt here, give images in a folder for each class"
+            )
+
+
+def _named(name: str, words: str) -> bool:
+    return re.fullmatch(rf"(({WORDS})[ _-]?)?({words})", name.lower()) is not None
+
+
 def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)[:3])
 
@@ -370,9 +459,10 @@ def _some(names: set[str]) -> str:
 # ---- what is left out
 
 
-def _tell_left_out(folder: Path, reason: str, left: list[Path]) -> None:
-    if left:
-        log.warning("data folder %s: %d left out (%s): %s", folder, len(left), reason, _summary(folder, left))
+def _tell_left_out(folder: Path, reason: str, left: list[Path], notes: Sequence[str] = ()) -> None:
+    told = [f"{len(left)} left out ({reason}): {_summary(folder, left)}"] if left else []
+    if told := [*told, *notes]:
+        log.warning("data folder %s: %s", folder, "; ".join(told))
 
 
 def _summary(folder: Path, left: list[Path]) -> str:

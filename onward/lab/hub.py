@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import urllib.error
 import urllib.request
@@ -13,6 +14,8 @@ from onward.errors import UsageError
 from onward.lab.encoded import Sample, columns, from_table, refuse_other_columns
 from onward.lab.extra import lab_extra
 from onward.lab.folder import Labelled, choose_splits, first_labelled
+
+log = logging.getLogger(__name__)
 
 PATIENCE = 4.0  # seconds for the hub to give any answer; its own client would retry for 24
 
@@ -46,6 +49,7 @@ def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
                     f"data set {name} cannot be had from the Hugging Face hub ({reason}): check it, {remedy}"
                 ) from error
     used: dict[str, str] = {}
+    notes: list[str] = []
 
     def read_part(part: str) -> Labelled:
         table, place = found[part].with_format("arrow")[:], f"{path} ({part})"
@@ -56,8 +60,10 @@ def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
 
     splits: dict[str, list[Sample]] = {}
     for split, parts in choose_splits(found, f"data set {path}").items():
-        splits[split], names = first_labelled(parts, read_part)
+        splits[split], names = first_labelled(parts, read_part, notes)
     refuse_other_columns(used)
+    if notes:
+        log.warning("data set %s: %s", name, "; ".join(notes))
     return splits, names
 
 

@@ -4,6 +4,8 @@ import os
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -119,9 +121,7 @@ def test_parts_without_class_folders_are_no_classes(tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "parts", [("A", "B"), ("fold1", "fold2", "fold3"), ("train2017", "val2017"), ("seg_train/seg_train", "seg_test/seg_test")]
-)
+@pytest.mark.parametrize("parts", [("A", "B"), ("fold1", "fold2", "fold3"), ("seg_train/seg_train", "seg_test/seg_test")])
 def test_classes_that_hold_the_same_class_folders_are_refused(tmp_path, parts):
     for part in parts:
         fill(tmp_path / part, "cat", "dog")
@@ -156,6 +156,105 @@ def test_classes_may_hold_folders_of_their_own_and_one_of_the_same_name(tmp_path
         fill(tmp_path / "nested" / name, *kinds)
         fill(tmp_path / "tiny" / name, "images")
     assert load("digits", tmp_path / "nested").class_names == load("digits", tmp_path / "tiny").class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("test", ["test1", "test_1", "Test 2", "val2017", "testset-1"])
+@pytest.mark.parametrize("train", ["train", "train2017", "train_1"])
+def test_parts_may_have_numbers(tmp_path, train, test):
+    fill(tmp_path / train, "cat", "dog")
+    fill(tmp_path / test, "cat", "dog", start=100)
+    data = load("digits", tmp_path)
+    assert data.class_names == ("cat", "dog")
+    assert greys(data.test) == [*range(100, 106), *range(140, 146)]
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "test1"), "train has no class folders: put the images of each class in a folder of its own"),
+        (("train2017", "val2017"), "train2017 has no class folders: put the images of each class in a folder of its own"),
+        (
+            ("train2017", "val2017", "unlabeled2017"),
+            "train2017 has no class folders: put the images of each class in a folder ",
+        ),
+        (("train1", "train2"), "has 2 training parts (train1, train2): keep one of them"),
+        (("test1", "test2"), "has no training part (found: test1, test2): name it 'train'"),
+    ],
+)
+def test_numbered_parts_without_class_folders_are_no_classes(tmp_path, folders, message):
+    fill(tmp_path, *folders)
+    assert message in refusal("digits", tmp_path)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances.json").write_text("{}")
+    assert message in refusal("digits", tmp_path)
+
+
+def test_parts_that_are_passed_over_or_not_used_are_told_in_the_one_line(tmp_path, caplog):
+    for start, part in enumerate(("train", "val", "dev")):
+        fill(tmp_path / part, "cat", "dog", start=start)
+    fill(tmp_path / "test", "0", "1")
+    (tmp_path / "labels.csv").write_text("")
+    assert greys(load("digits", tmp_path).test)[0] == 1
+    assert left_out(caplog).endswith(
+        "1 .csv (labels.csv); passed over, without images that are labelled with the training part's classes: test; "
+        "not used, for val is: dev"
+    )
+    for path in (tmp_path / "test").rglob("*.png"):
+        path.unlink()
+    for old, new in (("0", "cat"), ("1", "dog")):
+        (tmp_path / "test" / old).rename(tmp_path / "test" / new)
+    caplog.clear()
+    assert greys(load("digits", tmp_path).test)[0] == 1
+    assert "passed over, without images that are labelled with the training part's classes: test;" in left_out(caplog)
+    fill(tmp_path / "test", "dog")
+    assert refusal("digits", tmp_path) == f"class folder {tmp_path / 'test' / 'cat'} has no images: add some or remove it"
+
+
+def test_parquet_parts_that_are_passed_over_or_not_used_are_told(tmp_path, caplog):
+    for name, labels in (("train", [0, 1, 2]), ("test", [-1] * 3), ("validation", [0, 1, 2]), ("dev", [2, 1, 0])):
+        write_parquet(tmp_path / f"{name}.parquet", pictures(3), labels)
+    assert load("digits", tmp_path).test.labels.tolist() == [0, 1, 2]
+    assert caplog.messages == [
+        f"data folder {tmp_path}: passed over, without images that are labelled with the training part's classes: test; not "
+        "used, for validation is: dev"
+    ]
+
+
+def test_files_whose_names_go_on_after_the_word_join_and_replace_no_others(tmp_path, caplog):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "train_augmented", "test_predictions", "dev"):
+        write_parquet(tmp_path / f"{name}.parquet", pictures(3), [2, 2, 2] if name == "test_predictions" else [0, 1, 2])
+    data = load("digits", tmp_path)
+    assert (len(data.train), data.test.labels.tolist()) == (6, [0, 1, 2])
+    assert left_out(caplog).endswith("are read): 2 .parquet (train_augmented.parquet, ...)")
+    (tmp_path / "dev.parquet").unlink()
+    caplog.clear()
+    assert load("digits", tmp_path).test.labels.tolist() == [2, 2, 2]
+    assert left_out(caplog).endswith("1 .parquet (train_augmented.parquet); taken for the test part: test_predictions.parquet")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "suffix"), [("images", "masks", ""), ("JPEGImages", "labels", ""), ("train_img", "train_mask", "_mask")]
+)
+@pytest.mark.parametrize("part", ["", "train"])
+def test_images_and_their_masks_are_no_classes(tmp_path, part, one, other, suffix):
+    root = tmp_path / part
+    fill(root, one, other)
+    for path in (root / other).iterdir():
+        path.rename(path.with_stem(path.stem + suffix))
+    assert refusal("digits", tmp_path) == (
+        f"{root / one} and {root / other} hold files of the same names (0, 1, 2), as images and their masks do: segmentation "
+        "is not learnt here, give images in a folder for each class"
+    )
+
+
+@pytest.mark.parametrize("name", ["meta.parquet", "train/metadata.parquet"])
+def test_a_table_beside_class_folders_is_left_out_and_named(tmp_path, caplog, name):
+    for part in ("train", "test"):
+        fill(tmp_path / part, "cat", "dog")
+    pq.write_table(pa.table({"file_name": ["cat/0.png"], "label": [1]}), tmp_path / name)
+    data = load("digits", tmp_path)
+    assert (data.class_names, len(data.train), len(data.test)) == (("cat", "dog"), 12, 12)
+    assert left_out(caplog).endswith(f"1 .parquet ({name})")
 
 
 # ---- what is no image
