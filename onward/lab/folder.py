@@ -59,7 +59,7 @@ def read(folder: Path, name: str = "") -> tuple[dict[str, list[Sample]], tuple[s
 
 def _compare_with_own(folder: Path, downloaded: list[torchvision_files.Downloaded], name: str) -> None:
     """Refuse images of one's own beside what torchvision has downloaded; tell of them if `name` says what is meant."""
-    own = [path for path in torchvision_files.beside(folder, downloaded) if _holds_data(path)]
+    own = [path for path in sorted(torchvision_files.beside(folder, downloaded)) if _holds_data(path)]
     if not own:
         return
     if name not in [one.name for one in downloaded]:

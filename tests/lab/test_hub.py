@@ -13,7 +13,7 @@ import pytest
 from onward.lab.data import DATASETS, ON_HUB
 from onward.lab.encoded import decode, from_table
 from tests.lab.fake_hub import serve
-from tests.lab.image_files import pictures, write_classes, write_parts
+from tests.lab.image_files import pictures, write_classes, write_parquet, write_parts
 
 SCRIPT = """
 import sys, time
@@ -66,6 +66,17 @@ def test_a_data_set_comes_from_the_hub_once_and_from_its_cache_afterwards(tmp_pa
     lines, noise = load_elsewhere(home, "http://127.0.0.1:9", "someone/animals", HF_HUB_OFFLINE="1")
     assert lines == ["someone/animals (1, 5, 6) 9 3 cat dog owl"]
     assert noise == ""
+
+
+def test_parts_of_the_hub_that_are_passed_over_or_not_used_are_told(tmp_path):
+    parts = {"train": [0, 1, 2], "test": [-1] * 3, "validation": [2, 1, 0], "dev": [0, 1, 2]}
+    for part, labels in parts.items():
+        write_parquet(tmp_path / "files" / f"{part}-00000-of-00001.parquet", pictures(3), labels)
+    files = {f"data/{file.name}": file.read_bytes() for file in (tmp_path / "files").iterdir()}
+    with serve("someone/animals", files) as endpoint:
+        lines, noise = load_elsewhere(tmp_path / "home", endpoint, "someone/animals")
+    assert lines == ["someone/animals (1, 5, 6) 3 3 cat dog owl"]
+    assert "passed over, without images that are labelled with the training part's classes: test" in noise
 
 
 def test_an_image_folder_of_the_hub_library_is_read(tmp_path):
