@@ -263,7 +263,7 @@ def test_what_the_look_costs() -> None:
             return h
 
     model = nn.Sequential(nn.Linear(4, 8), Counts(), nn.Tanh(), nn.Linear(8, 3))
-    for make, most in ((FDFA, 4), (DFA, 2), (ForwardGradient, 4), (partial(ForwardGradient, space="avg-weight"), 3)):
+    for make, most in ((FDFA, 5), (DFA, 3), (ForwardGradient, 5), (partial(ForwardGradient, space="avg-weight"), 3)):
         counts = []
         for check in (False, True):
             runs.clear()
