@@ -110,8 +110,8 @@ def load(
     `owner/name` (or `owner/name:subset`) is looked for in the hub's cache, then on the hub. `data_dir` wins over
     `name`: a folder of parquet files as on the hub (train-*.parquet, test-*.parquet), of class folders of images
     (train/cat/1.png, test/cat/2.png, or cat/1.png), or of files that torchvision has downloaded (of several data sets, the one
-    called `name`). A part may have any of the hub's names for it (training, validation, dev, ...). Without a test part, a
-    fixed fifth of each class is held out for it. `train_samples`, `test_samples` keep a fixed random subset.
+    called `name`). A part may have any of the hub's names for it (training, validation, dev, ...), and a number. Without a test
+    part, a fixed fifth of each class is held out for it. `train_samples`, `test_samples` keep a fixed random subset.
 
     Images are decoded once, into memory, if they are all of one size and take at most a quarter of the machine's memory. If
     not, each is decoded when a batch needs it. Both ways give the same batches. An image that cannot be read within `patience`
