@@ -222,7 +222,7 @@ def disagreement(
 
 _NOISE = 0.1
 """How far the parameters are off in a look, relative to their size: branches that start at zero show."""
-_SAMPLES = 32
+_SAMPLES = 8
 """Samples that are looked at where each could be looked at by itself."""
 
 

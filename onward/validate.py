@@ -45,7 +45,7 @@ def validate(model: nn.Module, x: Any = None) -> list[Problem]:
     """Name each module that forward mode cannot differentiate or that mixes samples, with a remedy.
 
     Without a batch, by the modules' types, and by what the first batch of an estimator has shown. With a batch ``x`` (as
-    ``estimate`` takes it) the network is tried, which costs about three steps and changes nothing: every second sample is
+    ``estimate`` takes it) the network is tried, which costs a few steps and changes nothing: half of the samples are
     changed, to see which modules' other rows change; each module that runs once is differentiated by itself in forward mode and
     in reverse, which must agree; and its second run must give the output of the first.
 

@@ -47,7 +47,8 @@ class Estimator(nn.Module):
     ``loss(output, y)`` returns a scalar, the mean over samples of a per-sample loss, of all that the network returns.
 
     The first batch is looked at before it is learned from, for what an estimator takes for granted: that rows are samples, and
-    that forward mode and the backward pass agree. That costs less than three more steps, once; ``check=False`` leaves it out.
+    that forward mode and the backward pass agree. That costs about two more steps, once, and the memory of a copy of the
+    network; ``check=False`` leaves it out.
     """
 
     engine: str
