@@ -17,7 +17,7 @@ from onward.lab.compare import failures, images_for, runs_of, train_all
 from onward.lab.config import Align
 from onward.lab.plots import draw, empty, formats, save
 from onward.lab.report import short_names
-from onward.lab.run import TrainingFailed, load_data, prepare, standing
+from onward.lab.run import TrainingFailed, check_place, load_data, prepare, standing
 from onward.lab.run import align as align_run
 
 JSON, MAP, HISTOGRAMS = run_folder.ALIGNED
@@ -93,6 +93,7 @@ def _of_checkpoint(folder: Path, config: Align) -> list[dict[str, Any]]:
     settings = replace(settings, device=config.device, align_estimates=config.align_estimates)
     data = load_data(settings)
     run_folder.check_data(folder, data, saved)
+    run_folder.check_code(folder, settings, saved)
     run = prepare(settings, data)
     try:
         epoch = len(standing(saved, settings).rows)
@@ -109,6 +110,7 @@ def _of_training(config: Align, folder: Path) -> tuple[list[Entry], list[str]]:
     """What is measured while every algorithm trains the network, each run in a folder of its own; and which runs failed."""
     models.check(config.model)
     runs = runs_of(config, config.algorithms, [config.seed], folder)
+    check_place(folder, config)
     with run_folder.claimed(folder, overwrite=True):
         outcomes = train_all(runs, "seed", config.overwrite, images_for(runs, config))
     found = [

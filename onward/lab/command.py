@@ -33,7 +33,7 @@ def guarded(work: Callable[[], object]) -> int:
             try:
                 return _told(work)
             finally:
-                sys.stdout.flush()
+                surroundings.flush()
         except (BrokenPipeError, SystemExit) as stopped:
             if not isinstance(stopped, BrokenPipeError) and not isinstance(stopped.__context__, BrokenPipeError):
                 raise

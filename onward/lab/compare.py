@@ -22,7 +22,7 @@ from onward.lab import algorithms, disk, interrupt, models, run_folder
 from onward.lab.config import Compare, Recipe, Train
 from onward.lab.data import ImageData, held_out
 from onward.lab.plots import draw, formats, learning_curves
-from onward.lab.run import Row, TrainingFailed, load_data, try_out
+from onward.lab.run import Row, TrainingFailed, check_place, load_data, try_out
 from onward.lab.train import progress, resume, train
 
 JSON, CSV, RATES, CURVES = "table.json", "table.csv", "rates.json", "curves.png"
@@ -53,6 +53,7 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     runs = runs_of(config, config.algorithms, range(config.seeds), folder)
     trials = {label: _trials(config, runs[label][0], folder) for label in runs if config.lr_grid and not _has_rate(label)}
     data = images_for(runs, config)
+    check_place(folder, config)
     with run_folder.claimed(folder, overwrite=True):
         if trials:
             for label in {} if config.overwrite else runs:

@@ -7,12 +7,15 @@ child but the last) are the block boundaries that the papers use. Initial weight
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,13 +23,19 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _device
 
+from onward.distributed import ProcessLost
 from onward.errors import UsageError, unknown
-from onward.lab import memory
+from onward.lab import memory, surroundings
 from onward.lab.blocks import Shape, chain, scaled
 from onward.lab.config import Network
 from onward.lab.resnets import initialize, resnet18_2b, resnet18_8b, resnet18_16b, small_net
 from onward.replay import frozen_statistics
+
+
+class NetworkError(UsageError):
+    """A network of one's own fails, in a line of its file or of one beside it."""
 
 
 def mlp(shape: Shape, classes: int, *, width: float = 1.0, layers: int = 2) -> nn.Sequential:
@@ -202,6 +211,15 @@ def build(name: str, shape: Shape, classes: int, options: Network) -> nn.Module:
     return make(**arguments)
 
 
+def digest(name: str) -> str | None:
+    """A hexadecimal number of what is in the file of a network of one's own; None of another network, or without the file."""
+    own = _own(name)
+    try:
+        return hashlib.sha256(own[0].read_bytes()).hexdigest() if own else None
+    except OSError:  # whoever builds it is told
+        return None
+
+
 def options_of(name: str) -> set[str]:
     """The fields of `Network` that this network takes.
 
@@ -265,8 +283,7 @@ def _imported(path: Path) -> ModuleType:
     source = path.read_bytes()
     before = sys.modules.get(spec.name)
     sys.modules[spec.name] = module
-    if (folder := str(path.resolve().parent)) not in sys.path:
-        sys.path.insert(0, folder)
+    _move_to(str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except Exception:
@@ -278,6 +295,44 @@ def _imported(path: Path) -> ModuleType:
     return module
 
 
+class _Place:
+    """The folder of the file that was run last, and the modules beside it, which those beside another may be namesakes of."""
+
+    folder: str | None = None
+    added = False
+    """Whether it was not on the import path before."""
+    others: frozenset[str] = frozenset()
+    """What had been imported before."""
+    left: dict[str, dict[str, ModuleType]] = {}  # noqa: RUF012 (there is one place)
+    """By folder, to be there again when a file of it is."""
+
+
+def _move_to(folder: str) -> None:
+    """Put a folder on the import path in place of the one before, and let what is imported from that one be imported anew."""
+    if folder != _Place.folder:
+        if _Place.folder is not None:
+            beside = [name for name, module in sys.modules.items() if _is_beside(name, module)]
+            _Place.left[_Place.folder] = {name: sys.modules.pop(name) for name in beside}
+            if _Place.added and _Place.folder in sys.path:
+                sys.path.remove(_Place.folder)
+        _Place.others = frozenset(name.partition(".")[0] for name in sys.modules)
+        sys.modules.update(_Place.left.pop(folder, {}))
+        _Place.folder, _Place.added = folder, folder not in sys.path
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    importlib.invalidate_caches()
+
+
+def _is_beside(name: str, module: ModuleType) -> bool:
+    """Whether a module came from the folder that was run last."""
+    top = name.partition(".")[0]
+    if top in _Place.others or name.endswith("(--model)"):
+        return False
+    found = sys.modules.get(top, module)
+    paths = [*getattr(found, "__path__", ())] or [getattr(found, "__file__", None)]
+    return any(path and os.path.realpath(os.path.dirname(path)) == _Place.folder for path in paths)  # noqa: PTH120
+
+
 def own_errors(name: str, when: str) -> AbstractContextManager[None]:
     """Tell an error in a network of one's own with its file and line; those of others pass, and those of other networks."""
     own = _own(name)
@@ -286,17 +341,48 @@ def own_errors(name: str, when: str) -> AbstractContextManager[None]:
 
 @contextmanager
 def _its_own_errors(path: Path, when: str = "", *, elsewhere: bool = True) -> Iterator[None]:
-    """Tell an error of the file with its line; one that has come about `elsewhere` too, unless that is off."""
+    """Tell an error of the file, or of one beside it, with its line; one that has come about `elsewhere` too, unless that is
+    off. What the file changes for the whole program is changed back."""
     try:
-        yield
+        with _undisturbed():
+            yield
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         places = [(frame.filename, frame.lineno) for frame in frames]
         if isinstance(error, SyntaxError) and error.filename:
             places.append((error.filename, error.lineno))
-        lines = [line for file, line in places if Path(file).resolve() == path.resolve()]
-        if not elsewhere and (not lines or isinstance(error, UsageError) or memory.exhausted(error)):
+        home = path.resolve()
+        lines = [(path, line) for file, line in places if Path(file).resolve() == home]
+        beside = [(file, line) for file, line in places if Path(file).resolve().parent == home.parent]
+        if not elsewhere and (not beside or isinstance(error, UsageError | ProcessLost) or memory.exhausted(error)):
             raise
-        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        where = "{}, line {}".format(*(lines or beside)[-1]) if beside else str(path)
         said = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
-        raise UsageError(f"{where}{when}: {type(error).__name__}: {said}") from error
+        raise NetworkError(f"{where}{when}: {type(error).__name__}: {said}") from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """What the body does to the working folder, the standard streams, and PyTorch's default type and device, is undone."""
+    try:
+        folder = os.getcwd()  # noqa: PTH109 (at every step)
+    except OSError:  # it is gone
+        folder = None
+    streams = sys.stdin, sys.stdout, sys.stderr
+    dtype, device = torch.get_default_dtype(), _default_device()
+    try:
+        yield
+    finally:
+        if folder is not None:
+            with suppress(OSError):
+                os.chdir(folder)
+        surroundings.mend(streams)
+        if torch.get_default_dtype() != dtype:
+            torch.set_default_dtype(dtype)
+        if _default_device() != device:
+            torch.set_default_device(device)
+
+
+def _default_device() -> torch.device | None:
+    """The one that was set; None if none was."""
+    return _device.CURRENT_DEVICE

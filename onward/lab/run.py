@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from onward.distributed import STATISTICS
 from onward.errors import UsageError, unknown
 from onward.lab import algorithms, checkpoint, generators, models, processes, run_folder
 from onward.lab.batches import Transform, batches
-from onward.lab.config import Train
+from onward.lab.config import Recipe, Train
 from onward.lab.data import ImageData, held_out, load
 from onward.lab.processes import ALONE, Processes
 from onward.lab.schedules import Rate
@@ -55,6 +56,8 @@ class Run:
     drop_last: bool
     """Leave out the last batch of an epoch, which is not full."""
     processes: Processes = ALONE
+    code: str | None = None
+    """What `models.digest` says of a network of one's own."""
 
     def training_batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's images of one epoch, in its own order, without its first `skip` batches."""
@@ -116,6 +119,7 @@ class Run:
         """What a checkpoint holds: all that decides how the run goes on, and what it was trained on."""
         return {
             "data": run_folder.described(self.data),
+            "code": self.code,
             "rows": at.rows,
             "progress": {name: value for name, value in vars(at).items() if name != "rows"},
             "estimator": self.estimator.state_dict(),
@@ -206,6 +210,7 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     channels, *size = data.shape
     size = [transform.size] * 2 if transform.size else size
     generators.seed(config.seed)
+    code = models.digest(config.model)
     model = models.build(config.model, (channels, *size), data.classes, config.network).to(device)
     estimator = algorithms.build(model, config, torch.zeros(2, channels, *size, device=device))
     too_few = _leaves_too_few(len(data.train), config.batch_size, model, group.count)
@@ -216,7 +221,7 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     full, rest = divmod(len(data.train), config.batch_size)
     steps = full + (rest > 0 and not drop_last)
     rate = Rate(config.schedule, optimizers["network"], epochs=config.epochs, steps=steps)
-    return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last, group)
+    return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last, group, code)
 
 
 def try_out(
@@ -265,7 +270,10 @@ def train_epoch(run: Run, at: Standing) -> Iterator[float]:
     start = time.perf_counter()
     for x, y in run.training_batches(at.epoch, at.step):
         try:
-            done = run.step(x, y, run.place(at))
+            with models.own_errors(run.config.model, f" at {run.place(at)}"):
+                done = run.step(x, y, run.place(at))
+        except models.NetworkError:
+            raise
         except UsageError as error:
             if run.processes.count > 1:  # each says what is wrong with its own part
                 raise
@@ -290,7 +298,8 @@ def evaluate(run: Run) -> Row:
     loss, correct = 0.0, 0
     x = torch.empty(0)
     for x, y in run.test_batches():
-        batch_loss, hits = _test(run, x, y)
+        with models.own_errors(run.config.model, " in a test"):
+            batch_loss, hits = _test(run, x, y)
         loss += batch_loss * len(y)
         correct += hits
     n = len(run.data.test)
@@ -311,11 +320,27 @@ def align(run: Run) -> dict[str, Block]:
     """How the estimates of each block agree with its true gradient, on the same batch every time."""
     run.estimator.train()
     x, y = next(run.training_batches(1))
-    with generators.untouched(run.device):
+    with generators.untouched(run.device), models.own_errors(run.config.model, " as its gradients are looked at"):
         return measure(run.estimator, x, y, estimates=run.config.align_estimates, cuts=run.config.cuts)
 
 
-def load_data(config: Train) -> ImageData:
+def check_place(folder: Path, config: Recipe) -> None:
+    """Raise a UsageError if a run there would be a class, or images of one, to whoever reads the images of `config` next."""
+    if not config.data_dir:
+        return
+    root, place = Path(config.data_dir).expanduser().resolve(), folder.resolve()
+    if not place.is_relative_to(root):
+        return
+    names = load_data(config).class_names
+    above = [path for path in (place, *place.parents) if path.is_relative_to(root)]
+    if any((path / name).is_dir() for path in above for name in names):
+        raise UsageError(
+            f"{folder} is among the class folders of --data-dir {config.data_dir}, where it would be a class: choose a folder "
+            "elsewhere with --out"
+        )
+
+
+def load_data(config: Recipe) -> ImageData:
     """The images that `config` names."""
     data = load(
         config.data,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onward.alignment import Block
 from onward.errors import UsageError
-from onward.lab import checkpoint, disk
+from onward.lab import checkpoint, disk, models
 from onward.lab.algorithms import folder_name
 from onward.lab.config import Recipe, Train, from_dict
 from onward.lab.data import ImageData
@@ -157,11 +157,39 @@ def described(data: ImageData) -> dict[str, Any]:
     }
 
 
-def note_data(folder: Path, found: dict[str, Any]) -> None:
-    """Write into config.json what the run is trained on, if it says anything else."""
+def note(folder: Path, data: dict[str, Any], code: str | None) -> None:
+    """Write into config.json what the run is trained on, and the digest of the network's file, if it says anything else."""
     known = read_config(folder)
-    if known.get("data") != found:
-        disk.write_text(folder / CONFIG, json.dumps({**known, "data": found}, indent=2) + "\n")
+    environment = {name: value for name, value in known.get("environment", {}).items() if name != "code"}
+    now = {**known, "environment": environment | ({"code": code} if code else {}), "data": data}
+    if now != known:
+        disk.write_text(folder / CONFIG, json.dumps(now, indent=2) + "\n")
+
+
+def check_code(folder: Path, config: Train, state: dict[str, Any] | None = None) -> None:
+    """Raise a UsageError if the run there, or its checkpoint, is of a network of one's own whose file has changed.
+
+    One that does not say what it is of is taken: it is from before that was kept, or the file was to be mended.
+    """
+    try:
+        known = read_config(folder).get("environment", {}).get("code")
+    except (OSError, ValueError, AttributeError):
+        known = None
+    now = models.digest(config.model)
+    if now and any(then not in (None, now) for then in (known, (state or {}).get("code"))):
+        raise UsageError(
+            f"{folder} is a run of another network: {config.model.rpartition(':')[0]} has changed since; bring that back, "
+            "choose another folder with --out, or replace the run with --overwrite"
+        )
+
+
+def complete(folder: Path, config: Train) -> list[dict[str, Any]] | None:
+    """The metrics of the run there if they are of all its epochs."""
+    try:
+        rows = _lines(folder / METRICS)
+    except (OSError, ValueError):
+        return None
+    return rows if len(rows) == config.epochs else None
 
 
 def check_data(folder: Path, data: ImageData, state: dict[str, Any] | None = None) -> None:
@@ -281,9 +309,10 @@ def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
     """The metrics of a run that is already complete there, one row per epoch; why it stopped for good; or None for neither.
 
     Raises:
-        UsageError: the run there has other settings.
+        UsageError: the run there has other settings, or is of another network.
     """
     check(folder, config)
+    check_code(folder, config)
     try:
         _with_defaults(read_config(folder)["config"])  # or nothing there can be relied on
         rows = _lines(folder / METRICS)

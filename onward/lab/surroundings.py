@@ -19,7 +19,7 @@ NARROWEST = 20
 @contextmanager
 def settled() -> Iterator[None]:
     """While the body runs, it can write to its standard streams; what others have left in the environment does not stop it."""
-    if shutil.get_terminal_size().columns < NARROWEST:
+    if shutil.get_terminal_size().columns < NARROWEST or _asked_columns() < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
     _warn_only()
     before = sys.stdin, sys.stdout, sys.stderr
@@ -33,6 +33,43 @@ def settled() -> Iterator[None]:
         for stream in ours:
             with suppress(OSError):  # a reader that has gone
                 stream.close()
+
+
+def _asked_columns() -> int:
+    """What COLUMNS says; others than `shutil` take a 0 at its word."""
+    try:
+        return int(os.environ.get("COLUMNS", NARROWEST))
+    except ValueError:
+        return NARROWEST
+
+
+def mend(before: tuple[TextIO | None, TextIO | None, TextIO | None]) -> None:
+    """Give the program standard streams again where others have closed them or taken them away since it had these."""
+    names = ("stdin", "stdout", "stderr")
+    if all(was is None or _works(getattr(sys, name)) for name, was in zip(names, before, strict=True)):
+        return
+    _occupy(range(len(before)))
+    for number, (name, was) in enumerate(zip(names, before, strict=True)):
+        if was is not None and not _works(getattr(sys, name)):
+            setattr(sys, name, was if _works(was) else _anew(number))
+
+
+def flush() -> None:
+    """Write what standard output still holds, if there is any."""
+    if _works(sys.stdout):
+        sys.stdout.flush()
+
+
+def _works(stream: Any) -> bool:
+    return stream is not None and not getattr(stream, "closed", False)
+
+
+def _anew(number: int) -> TextIO:
+    """A stream in place of one that was closed: to where that one went."""
+    if number == 0:
+        return open(os.devnull)  # noqa: PTH123 (for as long as the program runs)
+    file = io.BufferedWriter(_Forgiving(number, tells_of_readers=number == 1))
+    return io.TextIOWrapper(file, errors="replace", line_buffering=True)
 
 
 def _warn_only() -> None:

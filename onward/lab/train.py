@@ -28,6 +28,7 @@ from onward.lab.run import (
     Standing,
     TrainingFailed,
     align,
+    check_place,
     describe,
     evaluate,
     load_data,
@@ -55,6 +56,7 @@ def train(config: Train, data: ImageData | None = None, advance: Callable[[str],
                 algorithms.check(config.algorithm)
                 models.check(config.model)
                 log.check(config)
+                check_place(folder, config)
                 if group.writes:
                     until_the_end.enter_context(run_folder.claimed(folder, overwrite=config.overwrite))
                     until_the_end.enter_context(run_folder.held(folder))
@@ -70,6 +72,7 @@ def train(config: Train, data: ImageData | None = None, advance: Callable[[str],
                 parameters=sum(parameter.numel() for parameter in run.estimator.model.parameters()),
                 device=describe(run.device),
                 processes=group.count,
+                **({"code": run.code} if run.code else {}),
                 onward=onward.__version__,
                 torch=torch.__version__,
                 python=platform.python_version(),
@@ -100,10 +103,13 @@ def resume(
                 if group.writes:
                     until_the_end.enter_context(run_folder.held(folder))
                 state = checkpoint.load(folder / run_folder.CHECKPOINT)
-                at = Standing() if state is None else standing(state, config)
+                at = Standing(run_folder.complete(folder, config) or []) if state is None else standing(state, config)
                 complete = len(at.rows) == config.epochs
                 if not complete:
-                    run, aligned = _tried(config, data, group, folder, state, at)
+                    images = data or load_data(config)
+                    run_folder.check_data(folder, images, state)
+                    run, aligned = _tried(config, images, group, folder, state, at)
+                    run_folder.check_code(folder, config, state)
                     tell = until_the_end.enter_context(log.begin(folder, config)) if group.writes else None
             if not complete:
                 _distribute(run)
@@ -115,7 +121,9 @@ def resume(
             _console(group, advance).print(f"{folder} is complete")
             return at.rows
         if group.writes:
-            run_folder.note_data(folder, run_folder.described(run.data))
+            run_folder.note(folder, run_folder.described(run.data), run.code)
+        if state is None:
+            _console(group, advance).print(f"{folder} has no checkpoint: it is trained from its beginning")
         return _go_on(run, folder, at, advance, tell, aligned)
 
 
@@ -129,8 +137,6 @@ def _tried(
 ) -> tuple[Run, dict[str, Block] | None]:
     """A run that is known to work, from the state of a checkpoint if there is one, and how its estimates align before it."""
     images = data or load_data(config)
-    if state is not None:
-        run_folder.check_data(folder, images, state)
     size = try_out(config, images, group, state, at)
     if group.writes:
         run_folder.check_space(folder, size, overwrite=config.overwrite and state is None)
@@ -237,17 +243,19 @@ def _go_on(
         with contextlib.suppress(OSError):  # a disk that is full too must not hide why
             run_folder.write_failure(folder, str(error))
         raise TrainingFailed(f"{error}; {_kept(folder)}") from None
-    except (
-        UsageError,
-        TimeoutError,
-    ) as error:  # an image that is broken, or does not come: between two steps, or after the last
+    except (UsageError, TimeoutError) as error:  # an image is broken, or does not come, or the network fails: before a step is
+        own = isinstance(error, models.NetworkError)  # complete, or after the last
         with contextlib.suppress(OSError):
             if group.count == 1:  # else the others are in a step
                 state = run.state(at)
-                state["data"]["digest"] = None  # of an image that will be mended
+                if own:
+                    state["code"] = None  # of a file that will be mended
+                else:
+                    state["data"]["digest"] = None  # of an image that will be mended
                 checkpoint.save(folder / run_folder.CHECKPOINT, state)
-                run_folder.note_data(folder, state["data"])
+                run_folder.note(folder, state["data"], state["code"])
         said = str(error).replace("replace or remove it", "replace it")  # without it, the data would be others
+        said += ": mend it" if own else ""
         raise OSError(f"{said}, then go on by onward train --resume {folder}; {_kept(folder)}") from error
     except OSError as error:  # a disk that is full
         raise OSError(f"{error}, then go on by onward train --resume {folder}; {_kept(folder)}") from error

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from PIL import Image
 from test_resume import assert_same, outcome
 
 from onward.errors import UsageError
-from onward.lab import checkpoint, command, generators, run_folder
+from onward.lab import checkpoint, command, generators, models, run_folder
 from onward.lab.align import align
 from onward.lab.bench import bench
 from onward.lab.compare import compare
@@ -292,6 +293,38 @@ def test_what_weights_and_biases_no_longer_takes_is_told_once(
     )
 
 
+@pytest.mark.parametrize("answer", ["nothing", "exit"])
+def test_weights_and_biases_may_answer_in_any_way(
+    answer: str, config: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**_: Any) -> None:
+        if answer == "exit":
+            sys.exit(0)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    assert command.guarded(lambda: train(replace(config, wandb=True))) == 2
+    assert "--wandb: Weights & Biases refuses (" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_weights_and_biases_cannot_end_a_run(
+    config: Train, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Session:
+        def __enter__(self) -> Session:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            sys.exit(3)
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            sys.exit(3)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: Session()))
+    assert command.guarded(lambda: train(replace(config, wandb=True))) == 0
+    assert capsys.readouterr().err == "warning: Weights & Biases takes no more (3); the run goes on without it\n"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -345,6 +378,145 @@ def test_a_file_that_registers_something_is_run_twice(config: Train) -> None:
         f'{NETWORKS}\nlibrary = torch.library.Library("onward_tests", "DEF")\nlibrary.define("twice() -> int")\n'
     )
     assert len(train(replace(config, epochs=1))) == 1
+
+
+FOR_ALL = {
+    "folder": "os.chdir(os.path.dirname(__file__) + '/elsewhere')",
+    "no-stream": "sys.stdout = sys.stderr = None",
+    "closed-stream": "sys.stdout.close(); sys.stderr.close()",
+    "type": "torch.set_default_dtype(torch.float64)",
+    "device": "torch.set_default_device('meta')",
+}
+PLACES = {
+    "file": "\nimport os\n{}\n",
+    "function": "\nimport os\ndef good():\n    {}\n    return network()\n",
+    "forward": (
+        "\nimport os\nclass Changes(nn.Module):\n    def forward(self, x):\n        {}\n        return x\n"
+        "def good():\n    return network(Changes())\n"
+    ),
+}
+REFUSED_THERE = {("type", "function"), ("device", "function")}
+
+
+@pytest.mark.parametrize(("change", "place"), [pair for pair in product(FOR_ALL, PLACES) if pair != ("device", "forward")])
+def test_what_a_network_changes_for_the_whole_program_is_changed_back(
+    change: str, place: str, config: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("elsewhere/run").mkdir(parents=True)
+    Path("elsewhere/run/config.json").write_text("of others")
+    here = Path.cwd()
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        monkeypatch.setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+    Path("net.py").write_text(NETWORKS + PLACES[place].format(FOR_ALL[change]))
+    assert command.guarded(lambda: train(config)) == (2 if (change, place) in REFUSED_THERE else 0)
+    assert Path("run/metrics.jsonl").exists() == ((change, place) not in REFUSED_THERE)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.get_default_device().type == "cpu"
+    assert Path.cwd() == here
+    assert content("elsewhere") == {"elsewhere/run/config.json": b"of others"}
+
+
+def test_files_that_import_namesakes_have_their_own(config: Train) -> None:
+    for folder, width in (("a", 3), ("b", 5)):
+        Path(folder).mkdir()
+        Path(folder, "layers.py").write_text(f"WIDTH = {width}")
+        Path(folder, "net.py").write_text(
+            "from torch import nn\nimport layers\ndef make():\n    import layers as late\n"
+            "    assert late is layers\n    width = layers.WIDTH\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(4, width), nn.Linear(width, 2))"
+        )
+    before = list(sys.path)
+    widths = [
+        models.build(f"{folder}/net.py:make", (1, 2, 2), 2, Network())[1].out_features  # type: ignore[index,union-attr]
+        for folder in ("a", "b", "a", "b")
+    ]
+    assert widths == [3, 5, 3, 5]
+    assert len(sys.path) <= len(before) + 1
+    sys.modules.pop("layers")
+
+
+# ---- networks of one's own
+
+
+def test_a_run_goes_on_only_with_its_network(config: Train) -> None:
+    train(config)
+    unfinished("run")
+    before = content("run")
+    assert before["run/config.json"].count(b'"code"') == 1
+    Path("net.py").write_text(NETWORKS.replace("nn.ReLU()", "nn.Tanh()"))
+    said = r"run is a run of another network: net.py has changed since; bring that back, choose another folder with --out"
+    with pytest.raises(UsageError, match=said):
+        resume(Path("run"))
+    with pytest.raises(UsageError, match=said):
+        align(Align(runs=("run",), out="looked"))
+    assert content("run") == before
+    Path("net.py").write_text(NETWORKS)
+    assert len(resume(Path("run"))) == 3
+
+
+def test_a_run_from_before_its_network_was_kept_goes_on(config: Train) -> None:
+    train(config)
+    unfinished("run")
+    found = run_folder.read_config(Path("run"))
+    del found["environment"]["code"]
+    Path("run/config.json").write_text(json.dumps(found))
+    state = checkpoint.load(Path("run/checkpoint.pt"))
+    assert state is not None
+    del state["code"]
+    checkpoint.save(Path("run/checkpoint.pt"), state)
+    Path("net.py").write_text(NETWORKS + "\n")
+    assert len(resume(Path("run"))) == 3
+    assert run_folder.read_config(Path("run"))["environment"]["code"] == models.digest("net.py:good")
+
+
+def test_compared_runs_are_of_one_network(config: Train) -> None:
+    asked = Compare(algorithms=("bp", "dfa"), seeds=1, model="net.py:good", epochs=1, out="both", subset=config.subset)
+    compare(asked)
+    Path("net.py").write_text(NETWORKS.replace("nn.ReLU()", "nn.Tanh()"))
+    with pytest.raises(UsageError, match=r"both/bp-s0 is a run of another network: net.py has changed since"):
+        compare(asked)
+
+
+@pytest.mark.parametrize("statement", ["raise KeyError('small')", "sys.exit(0)"])
+@pytest.mark.parametrize(
+    ("when", "place"), [("len(x) == 28", "epoch 1, step 2 of 2"), ("not self.training and len(x) == 4", "")]
+)
+def test_a_network_that_fails_on_the_way_keeps_what_was_trained(
+    statement: str, when: str, place: str, config: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config, batch_size=100, test_batch_size=60)
+    fails = (
+        f"class Fails(nn.Module):\n    def forward(self, x):\n        if {when}:\n            {statement}\n        return x\n"
+    )
+    source = f"{NETWORKS}\n{fails}def good():\n    return network(Fails())\n"
+    Path("net.py").write_text(source)
+    assert command.guarded(lambda: train(config)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    kind = "KeyError: 'small'" if "KeyError" in statement else "SystemExit: 0"
+    assert re.match(rf"error: net.py, line \d+ {'at ' + place if place else 'in a test'}: {kind}: mend it, then go on by", said)
+    kept = 1 if place else 2
+    assert said.endswith(f"onward train --resume run; run/checkpoint.pt keeps the state after step {kept} of epoch 1")
+    Path("net.py").write_text(source.replace(statement, "pass"))
+    assert len(resume(Path("run"))) == 2
+    assert run_folder.read_config(Path("run"))["environment"]["code"] == models.digest("net.py:good")
+
+
+def test_without_a_checkpoint_nothing_is_trained_in_silence(config: Train, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = train(config)
+    for path in Path("run").glob("checkpoint*.pt"):
+        path.unlink()
+    before = content("run")
+    assert resume(Path("run")) == rows
+    assert "run is complete" in capsys.readouterr().out
+    assert content("run") == before
+    unfinished("run")
+    kept = Path("run/config.json").read_text()
+    Path("run/config.json").write_text(kept.replace('"digest": "', '"digest": "0'))
+    with pytest.raises(UsageError, match="run is a run on other data"):
+        resume(Path("run"))
+    Path("run/config.json").write_text(kept)
+    assert len(resume(Path("run"))) == 3
+    assert "run has no checkpoint: it is trained from its beginning" in capsys.readouterr().out
 
 
 # ---- generators
@@ -525,6 +697,21 @@ def test_a_broken_image_on_the_way_keeps_what_was_trained(
     assert state.pop("data")["digest"] != wanted.pop("data")["digest"]
     assert_same(state, wanted)
     assert run_folder.read_config(Path("run"))["data"] == run_folder.described(load("digits", images))
+
+
+def test_a_run_among_class_folders_is_refused_before_it_is_made(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [path for path in images.iterdir() if path.name == "train"]
+    monkeypatch.chdir(parts[0] if parts else images)
+    before = content(".")
+    for asked in (["train"], ["compare", "--algorithms", "bp"], ["align", "--algorithms", "bp"]):
+        assert command.main([*asked, "--data-dir", ".", "--epochs", "1"]) == 2
+        said = capsys.readouterr().err
+        assert "is among the class folders of --data-dir ., where it would be a class: choose a folder elsewhere" in said
+        assert said.startswith("error: runs/")
+    assert content(".") == before
+    assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
