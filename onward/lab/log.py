@@ -68,8 +68,10 @@ def begin(folder: Path, config: Train) -> Iterator[Sink | None]:
     there = own.exists()
     name = config.wandb_name or folder.name
     try:
-        session = wandb.init(project=config.wandb_project, name=name, dir=str(folder), config=dataclasses.asdict(config))
-    except Exception as error:  # it has many kinds, and so have the libraries that it uses
+        session = _something(
+            wandb.init(project=config.wandb_project, name=name, dir=str(folder), config=dataclasses.asdict(config))
+        )
+    except (Exception, SystemExit) as error:  # it has many kinds, and so have the libraries that it uses
         if not there:
             shutil.rmtree(own, ignore_errors=True)
         raise UsageError(
@@ -82,7 +84,7 @@ def begin(folder: Path, config: Train) -> Iterator[Sink | None]:
         nonlocal refused
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if not refused:
                 print(f"warning: Weights & Biases takes no more ({_said(error)}); the run goes on without it", file=sys.stderr)
             refused = True
@@ -105,6 +107,13 @@ def begin(folder: Path, config: Train) -> Iterator[Sink | None]:
         raise
     with offering():
         session.__exit__(None, None, None)
+
+
+def _something(session: Any) -> Any:
+    """What wandb.init has returned, if that is anything."""
+    if session is None:
+        raise TypeError("wandb.init returned nothing")
+    return session
 
 
 @contextmanager
@@ -174,7 +183,7 @@ def _silent_threads() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     """The first line of an error, without the stop at its end; or its kind if it says nothing.
 
     >>> _said(ValueError("It is late. Go home.\\nNow."))

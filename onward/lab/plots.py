@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import math
 import os
 import statistics
@@ -102,7 +103,12 @@ def draw(pictures: Mapping[Path, Callable[[Path], None]]) -> None:
 
 def save(figure: Any, path: Path, dpi: int = 150) -> None:
     """Write a matplotlib figure, in the format that its name ends in; never half of it."""
-    disk.write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi))
+    held = io.BytesIO()
+    try:
+        figure.savefig(held, format=path.suffix[1:], dpi=dpi)
+    except OSError as error:  # of a program or a font that it needs: not of the file
+        raise RuntimeError(str(error)) from error
+    disk.write_whole(path, lambda file: file.write(held.getbuffer()))
 
 
 def formats() -> list[str]:

@@ -239,6 +239,21 @@ def test_a_picture_that_cannot_be_drawn_is_told_after_the_results(
     assert told.out.splitlines()[-1].startswith("table: ")
 
 
+def test_a_program_that_drawing_lacks_is_not_the_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Figure:
+        def savefig(self, *_: object, **__: object) -> None:
+            raise FileNotFoundError(2, "No such file or directory: 'latex'")
+
+    plots.draw({tmp_path / "a.png": lambda path: plots.save(Figure(), path)})
+    said = capsys.readouterr().err
+    assert "a.png could not be drawn (RuntimeError: [Errno 2] No such file or directory: 'latex')" in said
+
+
+def test_no_columns_at_all_are_a_few(tmp_path: Path) -> None:
+    for columns in ("0", "-3", "5"):
+        assert b"written to run" in run(["train", *SMALL, "--overwrite", "--out", "run"], tmp_path, COLUMNS=columns).stdout
+
+
 def test_the_other_pictures_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(path: Path) -> None:
         raise RuntimeError("no")
