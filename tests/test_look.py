@@ -320,3 +320,41 @@ def test_sentences() -> None:
         Backprop(copy.deepcopy(model).requires_grad_(False)).estimate(X, Y)
     with pytest.raises(UsageError, match=r"space='avg-weight' compares gradients of parameters, and 0.weight is complex"):
         ForwardGradient(nn.Sequential(nn.Linear(2, 2).to(torch.cdouble)), space="avg-weight")
+
+
+class Unlisted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(6, 6).double()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x).tanh()
+
+
+@pytest.mark.parametrize("engine", ["forward", "reverse"])
+@pytest.mark.parametrize("space", ["avg-weight", "weight"])
+def test_a_parameter_that_the_network_does_not_list(space: str, engine: str) -> None:
+    if (space, engine) == ("weight", "forward"):
+        pytest.skip("there is no such combination")
+    with pytest.raises(UsageError, match=r"a parameter of shape \(6,( 6)?\) that it does not list, .*ModuleList"):
+        ForwardGradient(around(Unlisted()), ["0", "1"], space=space, engine=engine).estimate(X, Y)
+
+
+class Lazily(nn.Module):
+    """Makes its layer, and a buffer, when it first runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "layer"):
+            self.layer = nn.Linear(6, 6).double()
+            self.register_buffer("positions", torch.arange(6.0).double())
+        return (self.layer(x) + self.positions).tanh()
+
+
+@EACH
+def test_a_layer_that_is_made_in_the_first_run(kind: str) -> None:
+    torch.manual_seed(2)
+    model = around(Lazily())
+    estimator = MAKERS[kind](model, ["0", "1"])
+    for _ in range(2):
+        estimator.estimate(X, Y)
+    assert model[1].layer.weight.grad is not None

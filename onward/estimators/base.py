@@ -275,6 +275,19 @@ def check_last_block(cuts: Sequence[str], output: Any, entered: bool = False) ->
         )
 
 
+class ParameterNames(dict[nn.Parameter, str]):
+    """The names of a network's parameters, which directions are drawn by."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__((p, name) for name, p in model.named_parameters())
+
+    def __missing__(self, p: nn.Parameter) -> str:
+        raise UsageError(
+            f"the network uses a parameter of shape {tuple(p.shape)} that it does not list, such as that of a layer in a plain "
+            "list: keep layers in torch.nn.ModuleList or ModuleDict, and parameters in ParameterList"
+        )
+
+
 @torch.no_grad()
 def accumulate(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
     """Add each gradient to its parameter's ``.grad``, as a backward pass would; the gradients become ours."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from onward.cuts import Elsewhere, cut_graph
 from onward.directions import draw, seed_of, without_row
 from onward.errors import UsageError
-from onward.estimators.base import Step, accumulate, allocate_gradients, forget_unused
+from onward.estimators.base import ParameterNames, Step, accumulate, allocate_gradients, forget_unused
 from onward.estimators.reverse import accumulate_rows, estimate_samples, through
 from onward.estimators.signals import OutputError, perturb, tangents_of
 from onward.forward_mode import Tangents
@@ -118,9 +118,9 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outpu
     """Find each block's parameter gradients under the guess, then measure along them."""
     members: dict[int, list[nn.Parameter]] = {}
     along: dict[Site, Tensor] = {}
-    names = {p: name for name, p in fg.model.named_parameters()}
 
     def learn(k: int, h: Tensor, guess: Guess) -> None:
+        names = ParameterNames(fg.model)  # now: a layer may have been made in this pass
         members[k] = list(parameters_behind(h))
         if not members[k]:
             return
@@ -246,7 +246,7 @@ def _measure(
     slopes: dict[Site, Tensor] = {}
     shapes: dict[int, torch.Size] = {}
     last = len(fg.cuts)
-    names = {p: name for name, p in fg.model.named_parameters()}
+    names = ParameterNames(fg.model)
     at_once = len(slots) if fg.passes == "one" else _AT_ONCE
     chunks = [slots[start : start + at_once] for start in range(0, len(slots), max(1, at_once))]
     loss, output, tangents = torch.empty(0), None, Tangents()

@@ -14,7 +14,7 @@ from onward import spaces
 from onward.cuts import cut_graph, enter
 from onward.directions import without_row
 from onward.errors import UsageError
-from onward.estimators.base import Step, accumulate, check_last_block
+from onward.estimators.base import ParameterNames, Step, accumulate, check_last_block
 from onward.estimators.signals import OutputError, perturb, tangents_of
 from onward.forward_mode import Tangents
 from onward.per_sample import (
@@ -231,7 +231,7 @@ def estimate_samples(
     arrived: Sequence[Sequence[Tensor | None]],
 ) -> None:
     """Add to ``.grad`` the estimates in the spaces of each sample's parameter gradients."""
-    names = {p: name for name, p in fg.model.named_parameters()}
+    names = ParameterNames(fg.model)
     padding = padding_rows(h)
     for p, gradients in per_sample_gradients(h, uses, signals, arrived):
         name, row = names[p], padding.get(p)
@@ -269,7 +269,7 @@ def _estimate_parameters(
     padding: Mapping[nn.Parameter, int],
 ) -> None:
     """Add to ``.grad`` the estimates in the space of the batch's gradients; guesses None: random, but for rows of padding."""
-    names = {p: name for name, p in fg.model.named_parameters()}
+    names = ParameterNames(fg.model)
     # A custom function may return no gradient; what then does not arrive has no estimate either.
     kept = [j for j, found in enumerate(zip(target, *(guesses or ()), strict=True)) if all(g is not None for g in found)]
     reached = fg.shard.mean([g for j in kept if (g := target[j]) is not None])
