@@ -103,8 +103,11 @@ class Replay:
 def understudy(model: nn.Module) -> nn.Module:
     """A copy of a network, to try things on that leave no trace in it; the network itself where it cannot be copied.
 
-    Nor is it copied where functions are hooked to it or put over a module's forward: these may refer to the network.
+    Nor is it copied where functions are hooked to it or put over a module's forward: these may refer to the network, and those
+    of a parameter stay behind.
     """
+    if any(p._backward_hooks for p in model.parameters()):
+        return model
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return model

@@ -358,3 +358,15 @@ def test_a_layer_that_is_made_in_the_first_run(kind: str) -> None:
     for _ in range(2):
         estimator.estimate(X, Y)
     assert model[1].layer.weight.grad is not None
+
+
+def test_a_hook_on_a_parameter_that_changes_its_gradient() -> None:
+    model = around(nn.Sequential(nn.Linear(6, 6), nn.Tanh()))
+    model[1][0].weight.register_hook(lambda gradient: gradient * (torch.arange(6) > 2))
+    for options in ({}, {"cuts": ["0", "1"]}):
+        with pytest.raises(UsageError, match="forward mode and the backward pass disagree"):
+            ForwardGradient(model, space="avg-weight", **options).estimate(X, Y)
+    for kind in ("dfa", "fdfa", "fg", "fg-reverse"):
+        model.zero_grad()
+        MAKERS[kind](model, ["0", "1"]).estimate(X, Y)
+        assert not model[1][0].weight.grad[:, :3].any()
