@@ -98,6 +98,16 @@ def test_no_seed_draws_one() -> None:
     assert min(seeds) >= 0
 
 
+def test_grey_images_of_a_data_set_of_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for at in range(24):
+        Path("images", "ab"[at % 2]).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), 9 * at).save(Path("images", "ab"[at % 2], f"{at}.png"))
+    said = r"for images of 1 channel\(s\): --dataset cifar10 has set that, for grey images use --dataset mnist"
+    with pytest.raises(UsageError, match=said):
+        commands.run(flg.read(["--path", "images", "--arch", "resnet18-2b", "--n_epoch", "1"]))
+
+
 def test_several_processes_have_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onward.lab.processes.asked_for", lambda: 2)
     assert translate(["--seed", "3"]).seed == 3

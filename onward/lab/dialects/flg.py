@@ -219,6 +219,9 @@ def read(arguments: Sequence[str] | None = None) -> Command:
     method = {"fg": method, "local": ["local", asked.auxnet], "bp": ["std"]}[algorithm]
     names = {flag: spelled[name] for flag, name in FLAGS.items()}
     names |= PHRASES
+    names["give one number, or one per channel"] = (
+        f"{spelled['dataset']} {asked.dataset} has set that, for grey images use {spelled['dataset']} mnist"
+    )
     if asked.scheduler == "onecycle":
         names["--lr"] = spelled["maxlr"]
     if asked.scheduler == "plateau":
