@@ -375,7 +375,8 @@ def test_an_earlier_run_is_there_until_the_new_one_is(config: Train, monkeypatch
 
 def test_a_file_that_registers_something_is_run_twice(config: Train) -> None:
     Path("net.py").write_text(
-        f'{NETWORKS}\nlibrary = torch.library.Library("onward_tests", "DEF")\nlibrary.define("twice() -> int")\n'
+        f'{NETWORKS}\nfrom torch import library as operators\nheld = operators.Library("onward_tests", "DEF")\n'
+        'held.define("twice() -> int")\n'
     )
     assert len(train(replace(config, epochs=1))) == 1
 
