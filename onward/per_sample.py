@@ -32,6 +32,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from onward.errors import UsageError
+from onward.run import nodes_behind
 
 Pair = tuple[int, int]
 _CHUNK = 1 << 21  # numbers formed at a time
@@ -480,13 +481,7 @@ _VIEWS = {
 
 def _graph(*outputs: Tensor) -> Iterator[Any]:
     """The nodes of the graph behind tensors."""
-    pending, seen = [output.grad_fn for output in outputs], set()
-    while pending:
-        node: Any = pending.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            pending.extend(following for following, _ in node.next_functions)
+    return nodes_behind(output.grad_fn for output in outputs)
 
 
 def per_sample_gradients(

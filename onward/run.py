@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -207,15 +207,20 @@ def output_error(loss: Loss, output: Any, y: Any, moves: Callable[[Tensor], bool
 def _check_behind(value: Tensor, output: Sequence[Tensor]) -> None:
     """Raise a :class:`onward.UsageError` where a loss depends on more than the network's output."""
     known = {id(z) for z in output}
-    pending, seen = [value.grad_fn], set()
-    while pending:
-        node: Any = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+    for node in nodes_behind([value.grad_fn]):
         if (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in known:
             raise _reads_more(f"a tensor of shape {tuple(leaf.shape)} that requires a gradient")
-        pending.extend(following for following, _ in node.next_functions)
+
+
+def nodes_behind(starts: Iterable[Any]) -> Iterator[Any]:
+    """The nodes of an autograd graph from some of them on, each once."""
+    pending, seen = list(starts), set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending.extend(following for following, _ in node.next_functions)
 
 
 def _reads_more(what: str) -> UsageError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onward.errors import UsageError
+from onward.run import nodes_behind
 
 
 class Separation(TorchDispatchMode):
@@ -91,17 +92,9 @@ class Separation(TorchDispatchMode):
         return f"cut {self._cuts[k]!r}" if k < len(self._cuts) else "the output"
 
     def _modules_behind(self, nodes: Sequence[Any]) -> list[str]:
-        found, pending, seen = [], list(nodes), set()
-        while pending:
-            node = pending.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            if hasattr(node, "variable"):
-                name = self._names.get(id(node.variable))
-                found += [] if name is None else [name.rpartition(".")[0] or name]
-            pending.extend(following for following, _ in node.next_functions)
-        return sorted(set(found))
+        leaves = (node.variable for node in nodes_behind(nodes) if hasattr(node, "variable"))
+        names = (self._names.get(id(leaf)) for leaf in leaves)
+        return sorted({name.rpartition(".")[0] or name for name in names if name is not None})
 
 
 def _listed(names: Sequence[str], most: int = 3) -> str:
