@@ -140,7 +140,8 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
     file = folder / EVENTS
     with _silent_threads():
         with disk.writing(file):
-            writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+            # It opens its file in a thread of its own, whenever it comes to it; the network may have changed the directory by then.
+            writer = SummaryWriter(str(folder.absolute()), purge_step=done + 1 if done else None)
 
         def log(values: Mapping[str, Any], step: int) -> None:
             with disk.writing(file):
