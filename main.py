@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from types import ModuleType
 
 try:
-    from onward.lab.command import guarded
-    from onward.lab.config import Train
+    from onward.lab.cli import guarded
     from onward.lab.dialects import commands, fdfa, flg
+    from onward.lab.settings import Train
 except KeyboardInterrupt:  # they take seconds
     print("interrupted", file=sys.stderr)
     sys.exit(130)

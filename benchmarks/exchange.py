@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 import onward
-from onward.lab.config import Network
-from onward.lab.models import build
+from onward.lab.networks.models import build
+from onward.lab.settings import Network
 
 STEPS = 20
 COUNTERS = Path("/sys/class/net/lo/statistics/tx_bytes")

@@ -16,7 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from measure import in_turn, ratio
 from torch import nn
 
-from onward.forward_mode import Tangents
+from onward.derivatives.tangents import Tangents
 
 
 def main() -> None:

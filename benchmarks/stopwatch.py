@@ -80,8 +80,8 @@ def train(model: str, algorithm: str, steps: int) -> None:
     import torch
 
     import onward
-    from onward.lab import models
-    from onward.lab.config import Network
+    from onward.lab.networks import models
+    from onward.lab.settings import Network
 
     shape = INPUTS[model]
     name, width, batch, classes = ("mlp", 0.01, 2, 2) if model == "tiny" else (model, 1.0, 64, 10)

@@ -1,13 +1,15 @@
 """onward: train PyTorch networks without backpropagating through them."""
 
-from onward import alignment, directions, forward_mode
-from onward.distributed import ProcessLost, distribute
+from onward import alignment
+from onward.derivatives import directions
+from onward.derivatives import tangents as forward_mode
 from onward.errors import UsageError
 from onward.estimators import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, Step
-from onward.heads import make_heads
-from onward.pipeline import Stage
-from onward.suggest import default_cuts, suggest_cuts
-from onward.validate import Problem, validate
+from onward.network.heads import make_heads
+from onward.network.suggest import default_cuts, suggest_cuts
+from onward.network.validate import Problem, validate
+from onward.parallel.shards import ProcessLost, distribute
+from onward.parallel.stage import Stage
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,6 +2,6 @@
 
 import sys
 
-from onward.lab.command import main
+from onward.lab.cli import main
 
 sys.exit(main())

@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from onward.cuts import cut_graph
-from onward.directions import draw, seed_of
+from onward.derivatives.directions import draw, seed_of
+from onward.derivatives.graph import parameters_behind
 from onward.errors import UsageError
 from onward.estimators.backprop import Backprop
 from onward.estimators.base import Estimator
 from onward.estimators.feedback import Feedback
-from onward.per_sample import parameters_behind
-from onward.replay import Replay
-from onward.run import Loss, as_rows, call, compute_loss, leaves, output_error
-from onward.suggest import default_cuts
+from onward.network.cuts import cut_graph
+from onward.network.replay import Replay
+from onward.network.run import Loss, as_rows, call, compute_loss, leaves, output_error
+from onward.network.suggest import default_cuts
 
 
 class Agreement(NamedTuple):

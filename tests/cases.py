@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onward.cuts import check_names
-from onward.suggest import default_cuts
+from onward.network.cuts import check_names
+from onward.network.suggest import default_cuts
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SAMPLES, CLASSES = 4, 3

@@ -18,7 +18,7 @@ from cases import Built, Case
 from reference import Gradients
 from torch import Tensor, nn
 
-from onward.directions import draw, seed_of
+from onward.derivatives.directions import draw, seed_of
 
 TARGETS = ("global", "local", "above", "sum")
 GUESSES = (*TARGETS, "random", "ntk", "fixed-ntk", "feedback")

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onward.directions import draw
+from onward.derivatives.directions import draw
 from onward.errors import UsageError
 
 NOISES = ["gaussian", "rademacher"]

@@ -18,8 +18,8 @@ from together import in_group, start, together
 from torch import Tensor, nn
 
 import onward
-from onward.estimators.forward_gradient import GUESSES, OF_HEADS, TARGETS
-from onward.spaces import SPACES
+from onward.estimators.forward_gradient.estimator import GUESSES, OF_HEADS, TARGETS
+from onward.estimators.forward_gradient.spaces import SPACES
 
 FORWARD = {"local", "random", "ntk", "fixed-ntk", "feedback"}, ("activation", "activation-2", "avg-weight", "f-activation")
 SHARDS = {2: (5, 4), 4: (3, 1, 3, 2)}

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from onward.lab import align, bench, command, compare, report  # noqa: F401 (before their functions are replaced)
+from onward.lab import cli as command
+from onward.lab.studies import (
+    align,  # noqa: F401 (before their functions are replaced)
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -29,7 +32,7 @@ def test_the_readmes_commands_can_be_parsed(monkeypatch: pytest.MonkeyPatch) -> 
     asked = []
     for name in ("train.train", "compare.compare", "bench.bench", "align.align", "report.report"):
         monkeypatch.setattr(f"onward.lab.{name}", asked.append)
-    monkeypatch.setattr("onward.lab.train.resume", lambda folder, changes: asked.append(folder))
+    monkeypatch.setattr("onward.lab.run.loop.resume", lambda folder, changes: asked.append(folder))
     assert [command.main(line[1:]) for line in lines] == [0] * len(lines)
     assert [type(one).__name__ for one in asked] == [
         "Train",

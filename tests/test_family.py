@@ -16,9 +16,10 @@ from family_reference import GUESSES, SPACES, TARGETS, WEIGHT_SPACES, Family, he
 from test_feedback import close
 from torch import Tensor, nn
 
-from onward import ForwardGradient, LocalLoss, UsageError, make_heads, per_sample
-from onward.lab.config import Network
-from onward.lab.models import build as build_network
+from onward import ForwardGradient, LocalLoss, UsageError, make_heads
+from onward.derivatives import per_sample
+from onward.lab.networks.models import build as build_network
+from onward.lab.settings import Network
 
 SEED = 11
 FROM_HEADS = {"local", "above", "sum"}  # targets and guesses through heads that are trained

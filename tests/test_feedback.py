@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from cases import CASES, Case, by_name
 from torch import Tensor, nn
 
-from onward import DFA, DKP, FDFA, Backprop, UsageError, directions
+from onward import DFA, DKP, FDFA, Backprop, UsageError
+from onward.derivatives import directions
 
 SEED = 11
 KINDS = {

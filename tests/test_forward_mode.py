@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
-from onward.forward_mode import Tangents
 
 STEP = 1e-6
 

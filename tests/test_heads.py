@@ -14,7 +14,7 @@ from cases import CASES, Case
 from torch import Tensor, nn
 
 from onward import LocalLoss, UsageError, make_heads
-from onward.heads import HEADS, PredSim
+from onward.network.heads import HEADS, PredSim
 
 KINDS = ("cnn", "mlp", "linear", "predsim")
 

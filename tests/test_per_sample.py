@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from onward import ForwardGradient, UsageError, per_sample
+from onward import ForwardGradient, UsageError
+from onward.derivatives import per_sample
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 FORMS = (None, True, False)  # of the inner products: the cheaper one, Gram, direct

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from cases import CASES, Case, headed
 from torch import Tensor, nn
 
-from onward import DFA, DKP, FDFA, Estimator, ForwardGradient, UsageError, validate
-from onward.probe import disagreement, mixing, once_in_order, trained
+from onward import DFA, DKP, FDFA, Estimator, ForwardGradient, UsageError
+from onward.network import validate
+from onward.network.probe import disagreement, mixing, once_in_order, trained
 
 FORWARD: dict[str, Callable[..., Estimator]] = {
     "fdfa": FDFA,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError, alignment, make_heads
-from onward.run import as_rows, from_rows, leaves, output_error, replaced
+from onward.network.run import as_rows, from_rows, leaves, output_error, replaced
 
 
 @dataclasses.dataclass

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import onward
-from onward import DFA, DKP, FDFA, Backprop, ForwardGradient, UsageError, source
-from onward.trial import traced
+from onward import DFA, DKP, FDFA, Backprop, ForwardGradient, UsageError
+from onward.network import source
+from onward.network.trial import traced
 
 Linear, Sequential = nn.Linear, nn.Sequential
 X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])

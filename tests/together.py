@@ -19,7 +19,15 @@ import torch.distributed as dist
 # Forked from one process that has torch in memory: starting one takes a moment, not seconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch.distributed", "torch._dynamo", "torch.utils.tensorboard", "sklearn.datasets", "onward", "onward.lab.train"]
+    [
+        "torch",
+        "torch.distributed",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+        "sklearn.datasets",
+        "onward",
+        "onward.lab.run.loop",
+    ]
 )
 PATIENCE = 60  # seconds
 

@@ -3,7 +3,7 @@
 from onward.estimators.backprop import Backprop
 from onward.estimators.base import Estimator, Step
 from onward.estimators.feedback import DFA, DKP, FDFA
-from onward.estimators.forward_gradient import ForwardGradient
+from onward.estimators.forward_gradient.estimator import ForwardGradient
 from onward.estimators.local import LocalLoss
 
 __all__ = ["DFA", "DKP", "FDFA", "Backprop", "Estimator", "ForwardGradient", "LocalLoss", "Step"]

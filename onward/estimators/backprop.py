@@ -14,8 +14,8 @@ from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_e
 
 from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step
-from onward.replay import Replay, check_same_output
-from onward.run import Loss, call, compute_loss, detached
+from onward.network.replay import Replay, check_same_output
+from onward.network.run import Loss, call, compute_loss, detached
 
 
 class Backprop(Estimator):

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from onward.cuts import cut_graph
-from onward.directions import NOISES, seed_of
+from onward.derivatives.directions import NOISES, seed_of
 from onward.errors import UsageError, unknown
 from onward.estimators.signals import OutputError, SignalEstimator
-from onward.replay import Replay, understudy
-from onward.run import Loss, as_rows, call, check_samples
+from onward.network.cuts import cut_graph
+from onward.network.replay import Replay, understudy
+from onward.network.run import Loss, as_rows, call, check_samples
 
 
 class Feedback(nn.ParameterList):

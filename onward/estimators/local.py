@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onward.cuts import cut_graph
-from onward.estimators.base import Estimator, Step, allocate_gradients, forget_unused
-from onward.heads import Heads
-from onward.run import Loss, call, detached, leaves
+from onward.estimators.base import Estimator, Step
+from onward.network.cuts import cut_graph
+from onward.network.gradients import allocate_gradients, forget_unused
+from onward.network.heads import Heads
+from onward.network.run import Loss, call, detached, leaves
 
 
 class LocalLoss(Estimator):

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from onward import directions
-from onward.cuts import cut_graph
+from onward.derivatives import directions
+from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
-from onward.estimators.base import Estimator, Step, allocate_gradients, check_last_block, forget_unused
-from onward.forward_mode import Tangents
-from onward.replay import Replay, check_same_output
-from onward.run import Loss, as_rows, call, detached, from_rows, leaves, output_error, without_graph
+from onward.estimators.base import Estimator, Step, check_last_block
+from onward.network.cuts import cut_graph
+from onward.network.gradients import allocate_gradients, forget_unused
+from onward.network.replay import Replay, check_same_output
+from onward.network.run import Loss, as_rows, call, detached, from_rows, leaves, output_error, without_graph
 
 
 class SignalEstimator(Estimator):

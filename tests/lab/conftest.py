@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from onward.lab.data import ImageData, Split
+from onward.lab.data.images import ImageData, Split
 
 
 @pytest.fixture

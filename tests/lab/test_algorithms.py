@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import onward
-from onward.cuts import cut_graph
 from onward.errors import UsageError
-from onward.lab import models
-from onward.lab.algorithms import ALGORITHMS, SETTINGS, build, folder_name, make_heads, variant
-from onward.lab.config import Feedback, Heads, Network, Train
+from onward.lab.networks import models
+from onward.lab.run.algorithms import ALGORITHMS, SETTINGS, build, folder_name, make_heads, variant
+from onward.lab.settings import Feedback, Heads, Network, Train
+from onward.network.cuts import cut_graph
 
 X = torch.zeros(2, 4)
 

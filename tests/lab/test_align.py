@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from onward.errors import UsageError
-from onward.lab import align as module
-from onward.lab import checkpoint
-from onward.lab.align import align
-from onward.lab.command import main
-from onward.lab.config import Align, Network, Subset, Train
-from onward.lab.report import read
-from onward.lab.train import TrainingFailed, train
+from onward.lab.cli import main
+from onward.lab.report.page import read
+from onward.lab.run import checkpoint
+from onward.lab.run.loop import TrainingFailed, train
+from onward.lab.settings import Align, Network, Subset, Train
+from onward.lab.studies import align as module
+from onward.lab.studies.align import align
 
 SMALL: dict[str, Any] = {
     "epochs": 2,

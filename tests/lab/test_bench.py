@@ -13,9 +13,11 @@ from PIL import Image
 from torch import nn
 
 from onward.errors import UsageError
-from onward.lab import bench, command, disk
-from onward.lab.bench import BASELINES, PHASES, Clock, Learner, Turn
-from onward.lab.config import Backprop, Bench, Network
+from onward.lab import cli as command
+from onward.lab.settings import Backprop, Bench, Network
+from onward.lab.studies import bench
+from onward.lab.studies.bench import BASELINES, PHASES, Clock, Learner, Turn
+from onward.lab.system import disk
 
 CPU = torch.device("cpu")
 VARIANTS = (

@@ -15,16 +15,16 @@ import pytest
 import torch
 
 import onward
-from onward.directions import NOISES
-from onward.estimators.forward_gradient import ENGINES, GUESSES, PASSES, SCALINGS, TARGETS
-from onward.heads import HEADS
-from onward.lab import command
-from onward.lab.algorithms import ALGORITHMS
-from onward.lab.config import ForwardGradient, Heads, Schedule
-from onward.lab.data import DATASETS
-from onward.lab.models import MODELS
-from onward.lab.schedules import SCHEDULERS
-from onward.spaces import SPACES
+from onward.derivatives.directions import NOISES
+from onward.estimators.forward_gradient.estimator import ENGINES, GUESSES, PASSES, SCALINGS, TARGETS
+from onward.estimators.forward_gradient.spaces import SPACES
+from onward.lab import cli as command
+from onward.lab.data.images import DATASETS
+from onward.lab.networks.models import MODELS
+from onward.lab.run.algorithms import ALGORITHMS
+from onward.lab.run.schedules import SCHEDULERS
+from onward.lab.settings import ForwardGradient, Heads, Schedule
+from onward.network.heads import HEADS
 
 ONWARD = [sys.executable, "-m", "onward"]
 SMALL = ["--epochs", "1", "--network.width", "0.04", "--subset.train", "64", "--subset.test", "32", "--device", "cpu"]
@@ -184,7 +184,7 @@ def test_too_little_memory_is_told(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_without_the_lab_it_says_what_to_install(tmp_path: Path) -> None:
-    program = "import sys; sys.modules['tyro'] = None; from onward.lab.command import main; sys.exit(main(['list']))"
+    program = "import sys; sys.modules['tyro'] = None; from onward.lab.cli import main; sys.exit(main(['list']))"
     environment = {**os.environ, "PYTHONPATH": str(Path(onward.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (2, "error: tyro is not installed: pip install onward[lab]\n")

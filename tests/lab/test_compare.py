@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from onward.errors import UsageError
-from onward.lab import train as training
-from onward.lab.compare import compare, show, summary
-from onward.lab.config import Compare, ForwardGradient, Heads, Network, Subset, Train
-from onward.lab.data import load
-from onward.lab.train import load_data, train
+from onward.lab.data.images import load
+from onward.lab.run import loop as training
+from onward.lab.run.loop import load_data, train
+from onward.lab.settings import Compare, ForwardGradient, Heads, Network, Subset, Train
+from onward.lab.studies.compare import compare, show, summary
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_a_request_to_stop_between_two_runs_is_heeded(
         return outcome
 
     config = replace(config, algorithms=("bp",), epochs=1)
-    monkeypatch.setattr("onward.lab.compare.train", train_as_it_arrives)
+    monkeypatch.setattr("onward.lab.studies.compare.train", train_as_it_arrives)
     with pytest.raises(KeyboardInterrupt, match=f"^{message}; the same command goes on with the runs that are missing$"):
         compare(config)
     assert not (tmp_path / "bp-s1").exists()

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from onward.errors import UsageError
-from onward.lab import memory
-from onward.lab.data import Split, load
+from onward.lab.data.images import Split, load
+from onward.lab.system import memory
 from tests.lab.image_files import CLASSES, pictures, png, refusal, write_classes, write_parquet, write_parts
 
 

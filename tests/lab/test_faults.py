@@ -26,12 +26,13 @@ import torch
 from PIL import Image
 
 import onward
-from onward.lab import command, disk
-from onward.lab.batches import Transform
-from onward.lab.config import Network, Schedule, Train
-from onward.lab.data import ImageData, load
-from onward.lab.encoded import Sample, decode
-from onward.lab.train import TrainingFailed, resume, train
+from onward.lab import cli as command
+from onward.lab.data.batches import Transform
+from onward.lab.data.encoded import Sample, decode
+from onward.lab.data.images import ImageData, load
+from onward.lab.run.loop import TrainingFailed, resume, train
+from onward.lab.settings import Network, Schedule, Train
+from onward.lab.system import disk
 
 Make = Callable[..., ImageData]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(onward.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -270,8 +271,10 @@ STALL = """
 import os, sys
 from pathlib import Path
 import torch
-from onward.lab.batches import _key
-from onward.lab import command, memory, train
+from onward.lab.data.batches import _key
+from onward.lab import cli as command
+from onward.lab.system import memory
+from onward.lab.run import loop as train
 
 loading = train.load_data
 

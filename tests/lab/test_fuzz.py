@@ -19,15 +19,18 @@ from hypothesis import strategies as st
 
 from main import translate
 from onward.errors import UsageError
-from onward.lab import align, bench, command, compare, report, run_folder
-from onward.lab import train as training
-from onward.lab.algorithms import ALGORITHMS
-from onward.lab.batches import AUGMENTATIONS, Transform
-from onward.lab.config import Align, Bench, Compare, Report, Train, from_dict
-from onward.lab.data import ImageData, Split
+from onward.lab import cli as command
+from onward.lab.data.batches import AUGMENTATIONS, Transform
+from onward.lab.data.images import ImageData, Split
 from onward.lab.dialects import fdfa, flg
-from onward.lab.models import MODELS
-from onward.lab.train import TrainingFailed, train
+from onward.lab.networks.models import MODELS
+from onward.lab.report import page as report
+from onward.lab.run import folder as run_folder
+from onward.lab.run import loop as training
+from onward.lab.run.algorithms import ALGORITHMS
+from onward.lab.run.loop import TrainingFailed, train
+from onward.lab.settings import Align, Bench, Compare, Report, Train, from_dict
+from onward.lab.studies import align, bench, compare
 
 Draw = Callable[..., Any]
 PARTS = {

@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onward.lab.data import DATASETS, ON_HUB
-from onward.lab.encoded import decode, from_table
+from onward.lab.data.encoded import decode, from_table
+from onward.lab.data.images import DATASETS, ON_HUB
 from tests.lab.fake_hub import serve
 from tests.lab.image_files import pictures, write_classes, write_parquet, write_parts
 
 SCRIPT = """
 import sys, time
 from onward.errors import UsageError
-from onward.lab.data import load
+from onward.lab.data.images import load
 for name in sys.argv[1:]:
     start = time.perf_counter()
     try:

@@ -21,14 +21,18 @@ from PIL import Image
 from test_resume import assert_same, outcome
 
 from onward.errors import UsageError
-from onward.lab import checkpoint, command, generators, models, run_folder
-from onward.lab.align import align
-from onward.lab.bench import bench
-from onward.lab.compare import compare
-from onward.lab.config import Align, Bench, Compare, Network, Subset, Train
-from onward.lab.data import ImageData, load
-from onward.lab.run import TrainingFailed
-from onward.lab.train import resume, train
+from onward.lab import cli as command
+from onward.lab.data.images import ImageData, load
+from onward.lab.networks import models
+from onward.lab.run import checkpoint
+from onward.lab.run import folder as run_folder
+from onward.lab.run.loop import resume, train
+from onward.lab.run.training import TrainingFailed
+from onward.lab.settings import Align, Bench, Compare, Network, Subset, Train
+from onward.lab.studies.align import align
+from onward.lab.studies.bench import bench
+from onward.lab.studies.compare import compare
+from onward.lab.system import generators
 
 NETWORKS = """
 import random
@@ -234,7 +238,7 @@ def test_runs_that_are_compared_are_not_erased_by_others_that_cannot_be(config: 
 
 
 def test_one_of_several_that_fails_at_once_is_told_in_the_table(config: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onward.lab import run
+    from onward.lab.run import training as run
 
     trained = run.Run.estimate
 
@@ -367,7 +371,7 @@ def test_an_earlier_run_is_there_until_the_new_one_is(config: Train, monkeypatch
     def full(path: Path) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr("onward.lab.disk.os.fsync", full)
+    monkeypatch.setattr("onward.lab.system.disk.os.fsync", full)
     with pytest.raises(OSError, match=r"run/config.json cannot be written"):
         train(replace(config, overwrite=True))
     assert content("run") == before
@@ -651,7 +655,7 @@ def test_a_digest_of_pixels_and_one_of_files_are_not_held_against_each_other(
     monkeypatch.chdir(tmp_path)
     train(of_images(write_images(tmp_path / "images", sizes=1)))
     unfinished("run")
-    monkeypatch.setattr("onward.lab.memory.physical", lambda: 100)  # now too little to keep the images
+    monkeypatch.setattr("onward.lab.system.memory.physical", lambda: 100)  # now too little to keep the images
     assert len(resume(Path("run"))) == 3
 
 
@@ -659,7 +663,7 @@ def broken(data: ImageData, part: str, index: int) -> Path:
     """Break an image of the part, which is the `index`th that is read in the first epoch."""
     samples = getattr(data, part).images.samples
     if part == "train":
-        from onward.lab.batches import _key
+        from onward.lab.data.batches import _key
 
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(_key(0, 1)))
         index = int(order[index])

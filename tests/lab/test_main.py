@@ -27,12 +27,12 @@ from torch.nn import functional as F
 import main
 from main import translate
 from onward.errors import UsageError
-from onward.lab.batches import Transform
-from onward.lab.config import Feedback, ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
-from onward.lab.data import ImageData
+from onward.lab.data.batches import Transform
+from onward.lab.data.images import ImageData
 from onward.lab.dialects import commands, fdfa, flg
-from onward.lab.run_folder import settings
-from onward.lab.train import TrainingFailed, prepare
+from onward.lab.run.folder import settings
+from onward.lab.run.loop import TrainingFailed, prepare
+from onward.lab.settings import Feedback, ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = Train(algorithm="fdfa", model="mlp", data="mnist", epochs=100, batch_size=64, lr=1e-4, schedule=Schedule(gamma=0.95))
@@ -109,7 +109,7 @@ def test_grey_images_of_a_data_set_of_colours(tmp_path: Path, monkeypatch: pytes
 
 
 def test_several_processes_have_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onward.lab.processes.asked_for", lambda: 2)
+    monkeypatch.setattr("onward.lab.run.processes.asked_for", lambda: 2)
     assert translate(["--seed", "3"]).seed == 3
     with pytest.raises(UsageError, match="--seed -1 would draw another seed in each of 2 processes: give one of at least 0"):
         translate([])

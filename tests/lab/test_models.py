@@ -8,8 +8,8 @@ from torch import nn
 
 import onward
 from onward.errors import UsageError
-from onward.lab.config import Network
-from onward.lab.models import MODELS, build, check, parse_shape
+from onward.lab.networks.models import MODELS, build, check, parse_shape
+from onward.lab.settings import Network
 
 
 def kinds(block: nn.Module) -> list[str]:

@@ -18,10 +18,14 @@ from test_command import SMALL
 
 import onward
 from onward.errors import UsageError
-from onward.lab import command, plots, processes, run_folder, surroundings
-from onward.lab.compare import compare
-from onward.lab.config import Align, Bench, Compare, Network, Report, Subset, Train
-from onward.lab.train import train
+from onward.lab import cli as command
+from onward.lab.report import figures as plots
+from onward.lab.run import folder as run_folder
+from onward.lab.run import processes
+from onward.lab.run.loop import train
+from onward.lab.settings import Align, Bench, Compare, Network, Report, Subset, Train
+from onward.lab.studies.compare import compare
+from onward.lab.system import surroundings
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(onward.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 ENVIRONMENT.pop("PYTHONUNBUFFERED", None)
@@ -230,7 +234,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_after_the_results(
         assert (tmp_path / "table.csv").exists()
         raise ValueError("no such font\nat all")
 
-    monkeypatch.setattr("onward.lab.compare.learning_curves", fail)
+    monkeypatch.setattr("onward.lab.studies.compare.learning_curves", fail)
     small: dict[str, Any] = {"network": Network(width=0.04), "subset": Subset(64, 32), "device": "cpu"}
     table = compare(Compare(algorithms=("dfa",), seeds=1, epochs=1, out=str(tmp_path), **small))
     assert json.loads((tmp_path / "table.json").read_text()) == table

@@ -17,9 +17,9 @@ from test_resume import assert_same, config_of, outcome
 from together import Ended, start
 
 import onward
-from onward.lab import command
-from onward.lab.config import Heads, Network, Train
-from onward.lab.train import resume, train
+from onward.lab import cli as command
+from onward.lab.run.loop import resume, train
+from onward.lab.settings import Heads, Network, Train
 
 NETWORK = """
 from torch import nn

@@ -15,11 +15,11 @@ import plotly.graph_objects as go
 import pytest
 
 from onward.errors import UsageError
-from onward.lab import command
-from onward.lab import report as module
-from onward.lab.batches import Transform
-from onward.lab.config import Backprop, Feedback, ForwardGradient, Heads, Network, Optimizer, Report, Schedule, Subset, Train
-from onward.lab.report import find, grouped, read, report, settings
+from onward.lab import cli as command
+from onward.lab.data.batches import Transform
+from onward.lab.report import page as module
+from onward.lab.report.page import find, grouped, read, report, settings
+from onward.lab.settings import Backprop, Feedback, ForwardGradient, Heads, Network, Optimizer, Report, Schedule, Subset, Train
 
 Write = Callable[..., Path]
 HOSTILE = "</script><img src=x onerror=alert(1)><b a='\"&{{ 7*7 }}%{x}"
@@ -174,7 +174,7 @@ def test_a_command_is_parsed_back_to_the_same_run(
     (line,) = make(tmp_path / "page.html", folder).commands
     command.main(["list"])  # imports all commands, which then keep the train that they know
     asked: list[Train] = []
-    monkeypatch.setattr("onward.lab.train.train", asked.append)
+    monkeypatch.setattr("onward.lab.run.loop.train", asked.append)
     words = shlex.split(line)
     assert words[0] == "onward"
     assert command.main(words[1:]) == 0

@@ -23,9 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onward.errors import UsageError
-from onward.lab import checkpoint
-from onward.lab.config import Feedback, ForwardGradient, Heads, Network, Optimizer, Schedule, Train
-from onward.lab.train import resume, train
+from onward.lab.run import checkpoint
+from onward.lab.run.loop import resume, train
+from onward.lab.settings import Feedback, ForwardGradient, Heads, Network, Optimizer, Schedule, Train
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "bp": {"algorithm": "bp", "optimizer": Optimizer("sgd", momentum=0.9), "schedule": Schedule("onecycle")},
@@ -144,7 +144,7 @@ def test_a_request_to_stop_is_heeded_after_the_step(
     whole = config_of("bp", tmp_path / "whole", checkpoint_every="1000")
     train(whole)
     broken = replace(whole, out=str(tmp_path / "broken"))
-    from onward.lab import train as training
+    from onward.lab.run import loop as training
 
     done = 0
     step = training.Run.step

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from onward.errors import UsageError
-from onward.lab.config import Recipe, Schedule
-from onward.lab.schedules import SCHEDULERS, Rate
+from onward.lab.run.schedules import SCHEDULERS, Rate
+from onward.lab.settings import Recipe, Schedule
 
 
 def rates(schedule: Schedule, epochs: int, steps: int, losses: list[float] | None = None) -> list[float]:

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from onward.lab import checkpoint
-from onward.lab.algorithms import ALGORITHMS
-from onward.lab.config import Backprop, ForwardGradient, Heads, Network, Subset, Train
-from onward.lab.memory import STATUS
-from onward.lab.train import Standing, evaluate, load_data, prepare, train_epoch
+from onward.lab.run import checkpoint
+from onward.lab.run.algorithms import ALGORITHMS
+from onward.lab.run.loop import Standing, evaluate, load_data, prepare, train_epoch
+from onward.lab.settings import Backprop, ForwardGradient, Heads, Network, Subset, Train
+from onward.lab.system.memory import STATUS
 from tests.lab.test_resume import FAMILIES
 
 ESTIMATORS: dict[str, dict[str, Any]] = {

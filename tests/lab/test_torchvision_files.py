@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from onward.errors import UsageError
-from onward.lab import memory
-from onward.lab.data import load
+from onward.lab.data.images import load
+from onward.lab.system import memory
 from tests.lab.image_files import pictures, refusal, write_classes, write_parquet
 
 FINE = [f"fine {number}" for number in range(100)]

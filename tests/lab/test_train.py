@@ -15,10 +15,13 @@ from PIL import Image
 
 import onward
 from onward.errors import UsageError
-from onward.lab import memory, models, run_folder
-from onward.lab import train as training
-from onward.lab.batches import Transform, batches
-from onward.lab.config import (
+from onward.lab.data.batches import Transform, batches
+from onward.lab.data.images import ImageData
+from onward.lab.networks import models
+from onward.lab.run import folder as run_folder
+from onward.lab.run import loop as training
+from onward.lab.run.loop import TrainingFailed, prepare, resume, train
+from onward.lab.settings import (
     Backprop,
     Feedback,
     ForwardGradient,
@@ -30,8 +33,7 @@ from onward.lab.config import (
     Train,
     from_dict,
 )
-from onward.lab.data import ImageData
-from onward.lab.train import TrainingFailed, prepare, resume, train
+from onward.lab.system import memory
 
 Make = Callable[..., ImageData]
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from onward.errors import UsageError
-from onward.lab import memory, processes
-from onward.lab.config import Subset, Train
-from onward.lab.train import Row, TrainingFailed, load_data, train
+from onward.lab.run import processes
+from onward.lab.run.loop import Row, TrainingFailed, load_data, train
+from onward.lab.settings import Subset, Train
+from onward.lab.system import memory
 
 OF_TRAIN = {
     "onward train --resume": "onward train --resume",  # goes on with any run, also with these codes'
@@ -111,7 +112,7 @@ def run(command: Command) -> list[Row]:
     """Train as the command line means, into a folder that no other run has.
 
     Raises:
-        UsageError, TrainingFailed: as `onward.lab.train.train`, in the command line's own words.
+        UsageError, TrainingFailed: as `onward.lab.run.loop.train`, in the command line's own words.
     """
     command.tell()
     os.environ.update(command.environment)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onward.errors import UsageError
-from onward.lab import processes
-from onward.lab.batches import Transform
-from onward.lab.config import Feedback, ForwardGradient, Network, Optimizer, Schedule, Subset, Train
-from onward.lab.data import DATASETS
+from onward.lab.data.batches import Transform
+from onward.lab.data.images import DATASETS
 from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
+from onward.lab.run import processes
+from onward.lab.settings import Feedback, ForwardGradient, Network, Optimizer, Schedule, Subset, Train
 
 DATA = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist", "CIFAR10": "cifar10", "CIFAR100": "cifar100"}
 ALGORITHMS = {"BP": "bp", "DFA": "dfa", "DKP": "dkp", "FDFA": "fdfa", "FwdGrad": "fg"}

@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 from onward.errors import UsageError
-from onward.estimators.forward_gradient import OF_HEADS
-from onward.lab.batches import Transform
-from onward.lab.blocks import scaled
-from onward.lab.config import ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
-from onward.lab.data import DATASETS
+from onward.estimators.forward_gradient.estimator import OF_HEADS
+from onward.lab.data.batches import Transform
+from onward.lab.data.images import DATASETS
 from onward.lab.dialects import fdfa
 from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
+from onward.lab.networks.blocks import scaled
+from onward.lab.settings import ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
 
 ARCHITECTURES = {"resnet18": "resnet18-8b"} | {
     name: name for name in ("resnet18-8b", "resnet18-16b", "resnet18-2b", "small-net")

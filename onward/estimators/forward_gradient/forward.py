@@ -1,0 +1,398 @@
+"""The forward engine of forward gradients: tangents measure derivatives, and no graph outlives one block's work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from onward.derivatives.directions import draw, seed_of, without_row
+from onward.derivatives.graph import padding_rows, parameters_behind
+from onward.derivatives.layers import Use, record_uses
+from onward.derivatives.per_sample import dots, weighted_sum
+from onward.derivatives.tangents import Tangents
+from onward.errors import UsageError
+from onward.estimators.base import Step
+from onward.estimators.forward_gradient.reverse import accumulate_rows, estimate_samples, through
+from onward.estimators.signals import OutputError, perturb, tangents_of
+from onward.network.cuts import Elsewhere, cut_graph
+from onward.network.gradients import ParameterNames, accumulate, allocate_gradients, forget_unused
+from onward.network.replay import Replay, check_same_output
+from onward.network.run import Loss, as_rows, call, check_samples, detached, leaves, output_error, without_graph
+
+if TYPE_CHECKING:
+    from onward.estimators.forward_gradient.estimator import ForwardGradient
+
+Guess = Callable[[], list[Tensor]]
+_AT_ONCE = 4  # tangents in one pass where every block has its own, so that memory does not grow with the number of blocks
+
+
+class Site(NamedTuple):
+    """Where a guess is a tangent: at the output of a block, or on a parameter while that block runs."""
+
+    block: int
+    parameter: str | None
+    direction: int
+
+
+class Measured(NamedTuple):
+    """The derivative along each site's tangent, of shape (N,), or (1,) for a parameter's; what the passes saw."""
+
+    slopes: dict[Site, Tensor]
+    loss: Tensor
+    output: Any
+    padding: dict[nn.Parameter, int]
+    """The rows of parameters that the network leaves out of their gradients, where it was run as a whole."""
+
+
+def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
+    """One step of ``fg``: passes without a graph, which measure, and one that differentiates block by block."""
+    # Weights are measured after the pass that differentiates, which moves running statistics.
+    again = Replay(fg, start_of_buffers=fg.space == "avg-weight" and bool(fg.cuts))
+    if not fg.cuts and fg.space == "avg-weight":
+        return _without_cuts(fg, x, y, again)
+    fresh = allocate_gradients(fg)
+    error = _output(fg, x, y, again) if fg.feedback is not None else None
+    step = (_parameters if fg.space == "avg-weight" else _activations)(fg, x, y, again, error)
+    forget_unused(fresh)
+    return step
+
+
+def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: OutputError | None) -> Step:
+    """Measure along guesses at the blocks' outputs, then deliver to each block its own, weighted."""
+    slopes: dict[Site, Tensor] = {}
+    measured = None
+    if fg.space != "random-sign-weight":  # which compares with nothing
+        here = [k for k, name in enumerate(fg.cuts) if not isinstance(fg.model.get_submodule(name), Elsewhere)]
+        sites = [Site(k, None, i) for k in here for i in range(fg.directions)]
+        slots = _slots(fg, sites)
+
+        def inject(h: Tensor, wanted: Sequence[Site]) -> list[Tensor]:
+            found = fg.guesses(wanted[0].block, h, y, error, [site.direction for site in wanted])
+            if not _signed(fg):
+                return found
+            return [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
+
+        measured = _measure(fg, x, y, again, slots, at_output=inject)
+        slopes = measured.slopes
+        slopes = {site: slope * _sign(fg, site, slope.shape) for site, slope in slopes.items()}
+    of_samples = fg.space in ("activation-2", "random-sign-weight")
+    recording: AbstractContextManager[list[Use]] = record_uses(fg.model) if of_samples else nullcontext([])
+
+    def learn(k: int, h: Tensor, guess: Guess) -> None:
+        guesses = guess()
+        with torch.autocast(h.device.type, enabled=False):
+            differentiate(k, h, guesses)
+
+    def differentiate(k: int, h: Tensor, guesses: list[Tensor]) -> None:
+        ran = list(uses)  # without those that a recomputation in the backward pass adds
+        if of_samples:
+            fg.observed(k, guesses[0])
+        if fg.space == "random-sign-weight":
+            # Its place among those compared is the target's, but here nothing is: random guesses only need the shapes.
+            signals = [guesses[0]] * (1 if fg.guess == "random" else 2)
+            arrived = through(h, guesses[0], [use.output for use in ran])
+            estimate_samples(fg, k, h, ran, signals, [arrived] * len(signals))
+            return
+        weights = fg.row_weights([slopes[Site(k, None, i)] for i in range(fg.directions)], guesses)
+        if fg.space == "activation-2":
+            accumulate_rows(h, ran, guesses, [through(h, u, [use.output for use in ran]) for u in guesses], weights)
+        else:
+            torch.autograd.backward(h, fg.observed(k, weighted_sum(guesses, weights)))
+
+    with recording as uses:
+        step = _block_by_block(fg, x, y, again, error, learn, after=uses.clear)
+    if measured is not None:
+        _check_same(measured.output, step)
+    return step
+
+
+def _check_same(output: Any, step: Step) -> None:
+    if output is None:  # nothing was measured: nothing trains in the hidden blocks
+        return
+    check_same_output(leaves(output), leaves(step.logits), "use engine='reverse', which runs the network once")
+
+
+def _parameters(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: OutputError | None) -> Step:
+    """Find each block's parameter gradients under the guess, then measure along them."""
+    members: dict[int, list[nn.Parameter]] = {}
+    along: dict[Site, Tensor] = {}
+
+    def learn(k: int, h: Tensor, guess: Guess) -> None:
+        names = ParameterNames(fg.model)  # now: a layer may have been made in this pass
+        members[k] = list(parameters_behind(h))
+        if not members[k]:
+            return
+        for i in range(fg.directions):
+            if fg.guess == "random":
+                padding = padding_rows(h)
+                reached = members[k]
+                found = [without_row(fg.drawn_weights(names[p], p, i), padding.get(p)) for p in members[k]]
+            else:
+                arrived = zip(members[k], through(h, fg.observed(k, guess()[i]), members[k]), strict=True)
+                kept = [(p, u) for p, u in arrived if u is not None]  # a custom function may return no gradient
+                reached, found = [p for p, _ in kept], fg.shard.mean([u for _, u in kept])
+            for p, direction in zip(reached, found, strict=True):
+                along[Site(k, names[p], i)] = direction
+
+    step = _block_by_block(fg, x, y, again, error, learn)
+    _check_same(_estimate_along(fg, x, y, again, members, along).output, step)
+    return step
+
+
+def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: Replay) -> Step:
+    """Baydin et al.: one direction for all parameters of the network; nothing is differentiated in reverse."""
+    named = {name: p for name, p in fg.model.named_parameters() if p.requires_grad}
+    along = {Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()}
+    measured = _estimate_along(fg, x, y, again, {0: list(named.values())}, along)
+    return Step(measured.loss, detached(measured.output))
+
+
+def _estimate_along(
+    fg: ForwardGradient,
+    x: Any,
+    y: Any,
+    again: Replay,
+    members: Mapping[int, Sequence[nn.Parameter]],
+    along: dict[Site, Tensor],
+) -> Measured:
+    """Measure along directions of parameters, block by block, and add the estimates to ``.grad``."""
+    named = dict(fg.model.named_parameters())
+
+    def tangent(site: Site) -> Tensor:
+        return along[site] * _sign(fg, site, ()) if _signed(fg) else along[site]
+
+    slots = _slots(fg, list(along))
+    measured = _measure(fg, x, y, again, slots, on_parameters=tangent, members=members)
+    slopes_of = _mean_slopes(fg, measured.slopes)
+    if along and not slopes_of:
+        raise UsageError(
+            "no tangent reached the target's loss from any parameter: part of the network is invisible to forward mode "
+            "(.detach(), NumPy, a custom operation), or nothing in it requires a gradient"
+        )
+    estimated: set[str] = set()
+    for site in [site for site in along if site.direction == 0]:
+        if fg.passes == "one" and fg.guess == "random" and site.parameter in estimated:
+            continue  # one direction and one slope for all the blocks that use the parameter
+        estimated.add(str(site.parameter))
+        sites = [site._replace(direction=i) for i in range(fg.directions)]
+        directions = [without_row(along.pop(s), measured.padding.get(named[str(s.parameter)])) for s in sites]
+        zero = measured.loss.new_zeros(1)
+        slopes = [slopes_of[s] * _sign(fg, s, ()) if s in slopes_of else zero for s in sites]
+        assert site.parameter is not None
+        with torch.no_grad():
+            accumulate([named[site.parameter]], [fg.along(slopes, directions)])
+    return measured
+
+
+def _mean_slopes(fg: ForwardGradient, slopes: dict[Site, Tensor]) -> dict[Site, Tensor]:
+    """The derivatives of the whole batch's loss; those that sites share, by sharing a tangent, are exchanged once."""
+    measured = list({id(slope): slope for slope in slopes.values()}.values())
+    means = dict(zip(map(id, measured), fg.shard.mean(measured), strict=True))
+    return {site: means[id(slope)] for site, slope in slopes.items()}
+
+
+def _block_by_block(
+    fg: ForwardGradient,
+    x: Any,
+    y: Any,
+    again: Replay,
+    error: OutputError | None,
+    learn: Callable[[int, Tensor, Guess], None],
+    after: Callable[[], object] = lambda: None,
+) -> Step:
+    """The pass that differentiates: one block's graph, its guesses, ``learn``; the last block gets the exact gradient."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def deliver(k: int, h: Tensor) -> Tensor:
+        check(k, h)
+        local = None
+        if fg.heads is not None:
+            local, value, z = fg.heads.differentiate(k, h, y, fg.loss, fg.mask_seed, fg.step, learn=True)
+            seen[fg.cuts[k]] = value, z
+        if h.requires_grad:
+            known = [local] if fg.guess == "local" and local is not None else None
+            learn(k, h, lambda: known or fg.guesses(k, h, y, error))
+        if fg.feedback is not None:
+            assert error is not None
+            with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+                fg.feedback.learn(k, h.detach(), error)
+        after()
+        return h.detach()
+
+    with again, fg.separation() as check, cut_graph(fg.model, fg.cuts, deliver):
+        output = call(fg.model, x)
+        check(len(fg.cuts), *leaves(output))
+    loss = fg.learn_last(output, y)
+    return Step(loss, detached(output), seen)
+
+
+def _measure(
+    fg: ForwardGradient,
+    x: Any,
+    y: Any,
+    again: Replay,
+    slots: Sequence[Sequence[Site]],
+    *,
+    at_output: Callable[[Tensor, Sequence[Site]], list[Tensor]] | None = None,
+    on_parameters: Callable[[Site], Tensor] | None = None,
+    members: Mapping[int, Sequence[nn.Parameter]] = MappingProxyType({}),
+) -> Measured:
+    """The derivative of the target along each site's tangent: one tangent for each slot, which may serve several sites.
+
+    A target is read where its losses are: at the heads, from the tangents of a block's output, and at the network's output.
+    """
+    slopes: dict[Site, Tensor] = {}
+    shapes: dict[int, torch.Size] = {}
+    last = len(fg.cuts)
+    names = ParameterNames(fg.model)
+    at_once = len(slots) if fg.passes == "one" else _AT_ONCE
+    chunks = [slots[start : start + at_once] for start in range(0, len(slots), max(1, at_once))]
+    loss, output, tangents = torch.empty(0), None, Tangents()
+    for index, chunk in enumerate(chunks):
+        tangents = Tangents(len(chunk), through_gradients=True)
+
+        def read(
+            point: int, criterion: Loss, output: Any, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk
+        ) -> Tensor:
+            found = output_error(criterion, output, y, lambda value: tangents.get(value) is not None)
+            for j, slot in enumerate(chunk):
+                moved = [(e, t) for z, e in zip(found.at, found.e, strict=True) if (t := tangents.get(z, j)) is not None]
+                if moved:
+                    slope = _slope(moved, by_sample=slot[0].parameter is None)
+                    for site in slot:
+                        if _reads(fg.target, site.block, point, last):
+                            if site.parameter is None and site.block in shapes:  # a cut that did not run is told of later
+                                check_samples(fg.cuts[site.block], shapes[site.block], len(slope), "a forward gradient")
+                            slopes[site] = slopes[site] + slope if site in slopes else slope
+            return found.loss
+
+        def enter(k: int, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> None:
+            """Give the parameters of block k their tangents."""
+            if on_parameters is None or k not in members:
+                return
+            tangent_of = on_parameters
+            for p in members[k]:
+                found: list[Tensor | None] = [
+                    next((tangent_of(s) for s in slot if s.block == k and s.parameter == names[p]), None) for slot in chunk
+                ]
+                if any(t is not None for t in found):
+                    tangents.set(p, *(torch.zeros_like(p) if t is None else t for t in found))
+
+        def deliver(k: int, h: Tensor, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> Tensor:
+            for p in members.get(k, ()):
+                tangents.clear(p)
+            shapes[k] = h.shape
+            moved = [tangents.get(h, j) for j in range(len(chunk))]
+            if fg.target == "above" and k > 0:
+                _at_head(fg, k, h, moved, tangents, read)
+            if at_output is not None:
+                wanted = {j: site for j, slot in enumerate(chunk) for site in slot if site.block == k}
+                for j, u in zip(wanted, at_output(h, list(wanted.values())) if wanted else (), strict=True):
+                    arrived = moved[j]
+                    moved[j] = u if arrived is None else arrived + u
+            if fg.target in ("local", "sum"):
+                _at_head(fg, k, h, moved, tangents, read)
+            passed_on = h.detach()
+            if fg.target != "local":
+                _give(tangents, passed_on, moved)
+            enter(k + 1)
+            return passed_on
+
+        # The only pass of a network without cuts is the one that moves its running statistics.
+        running = again if last == 0 and index == len(chunks) - 1 else again.frozen()
+        with running, without_graph(fg), tangents, cut_graph(fg.model, fg.cuts, deliver):
+            enter(min(members, default=0))
+            output = call(fg.model, x)
+            loss = read(last, fg.loss, output) if fg.ends_here else leaves(output)[0].new_zeros(())
+    for site in {site for slot in slots for site in slot if site.parameter is None} - slopes.keys():
+        raise UsageError(
+            f"no tangent reached the target's loss from cut {fg.cuts[site.block]!r}: something after it is invisible to "
+            "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
+        )
+    return Measured(slopes, loss, output, tangents.padding_rows() if not fg.cuts else {})
+
+
+def _slope(moved: Sequence[tuple[Tensor, Tensor]], *, by_sample: bool) -> Tensor:
+    """A loss's derivative along a tangent, from its gradient and the tangent at each output: each sample's, or the sum."""
+    if by_sample:
+        return dots(as_rows([e for e, _ in moved]), as_rows([t.to(e.dtype) for e, t in moved]))
+    parts = [(e * t).sum() if e.dim() == 0 else dots(as_rows(e), as_rows(t.to(e.dtype))).sum() for e, t in moved]
+    return torch.stack(parts).sum().view(1)
+
+
+def _reads(target: str, block: int, point: int, last: int) -> bool:
+    """Whether the target of a block contains the loss at a point: the head of that number, or the output (the last)."""
+    match target:
+        case "global":
+            return point == last
+        case "local":
+            return point == block
+        case "above":
+            return point == block + 1
+        case _:
+            return point >= block
+
+
+def _at_head(
+    fg: ForwardGradient, k: int, h: Tensor, moved: Sequence[Tensor | None], tangents: Tangents, read: Callable[..., Tensor]
+) -> None:
+    assert fg.heads is not None
+    probe = h.detach()
+    _give(tangents, probe, moved)
+    with fg.heads.randomness(k, fg.mask_seed, fg.step):
+        read(k, fg.loss, fg.heads[k](probe))
+
+
+def _give(tangents: Tangents, tensor: Tensor, moved: Sequence[Tensor | None]) -> None:
+    if any(t is not None for t in moved):
+        tangents.set(tensor, *(torch.zeros_like(tensor) if t is None else t.clone() for t in moved))
+
+
+def _output(fg: ForwardGradient, x: Any, y: Any, again: Replay) -> OutputError:
+    """The output error, which a feedback guess starts from, and the tangents that its matrices learn from."""
+    assert fg.feedback is not None
+    tangents = Tangents(fg.feedback.directions, through_gradients=True) if fg.feedback.directions else None
+
+    def pass_on(k: int, h: Tensor) -> Tensor:
+        passed_on = h.detach()
+        if tangents is not None:
+            perturb(tangents, h, passed_on, fg.feedback_direction(k, h))
+        return passed_on
+
+    with again.frozen(), without_graph(fg), tangents or nullcontext(), cut_graph(fg.model, fg.cuts, pass_on):
+        output = call(fg.model, x)
+    found = output_error(fg.loss, output, y)
+    return OutputError(found.e, tangents_of(tangents, fg.cuts, found.at), fg.feedback_direction)
+
+
+def _slots(fg: ForwardGradient, sites: Sequence[Site]) -> list[list[Site]]:
+    """Which sites share a tangent."""
+    if fg.passes == "block":
+        return [[site] for site in sites]
+    return [[site for site in sites if site.direction == i] for i in range(fg.directions)]
+
+
+def _signed(fg: ForwardGradient) -> bool:
+    return fg.passes == "one" and fg.guess != "random"  # noise has random signs already
+
+
+def _sign(fg: ForwardGradient, site: Site, shape: Sequence[int]) -> Tensor:
+    """What tells the sites in one tangent apart: a random sign for each sample at a block's output, one for a parameter."""
+    like = next(fg.model.parameters())
+    if not _signed(fg):
+        return like.new_ones(shape)
+    return draw(
+        shape,
+        seed=seed_of(fg.seed, "sign", site.parameter or ""),
+        step=fg.step,
+        block=site.block if site.parameter is None else f"block {site.block}",
+        offset=fg.shard.first,
+        noise="rademacher",
+        dtype=like.dtype,
+        device=like.device,
+    )

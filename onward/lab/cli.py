@@ -1,0 +1,147 @@
+"""The `onward` command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Union
+
+from onward.errors import UsageError
+from onward.lab.system import surroundings
+from onward.lab.system.extra import lab_extra
+
+
+@dataclass(frozen=True)
+class List:
+    """Name the algorithms, networks, heads, targets, guesses, spaces and data sets that there are."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code: 0, 1 if training failed, 2 if what was asked for cannot work."""
+    return guarded(lambda: _run(argv))
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Do the work; what goes wrong is told in one sentence on standard error and by the exit code. A reader that has heard
+    enough, as in `onward list | head`, is told nothing: the exit code is that of a program which the signal for it ends."""
+    with surroundings.settled():
+        try:
+            try:
+                return _told(work)
+            finally:
+                surroundings.flush()
+        except (BrokenPipeError, SystemExit) as stopped:
+            if not isinstance(stopped, BrokenPipeError) and not isinstance(stopped.__context__, BrokenPipeError):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still writes as it ends
+            return 128 + signal.SIGPIPE
+
+
+def _told(work: Callable[[], object]) -> int:
+    try:
+        with lab_extra():
+            from onward.lab.run.training import TrainingFailed
+            from onward.lab.system import memory
+        try:
+            work()
+        except TrainingFailed as error:
+            return _complain(error, 1)
+        except (MemoryError, RuntimeError) as error:
+            if not memory.exhausted(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            return _complain(f"out of memory ({reason}): use a smaller --batch-size, or a smaller network", 1)
+    except UsageError as error:
+        return _complain(error, 2)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a disk that is full, a folder that is gone
+        return _complain(error, 1)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _complain(error: object, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    with lab_extra():
+        import tyro
+
+        from onward.lab.report.page import report, settings
+        from onward.lab.run import processes
+        from onward.lab.run.folder import MAY_CHANGE
+        from onward.lab.run.loop import resume, train
+        from onward.lab.settings import Align, Bench, Compare, Report, Train
+        from onward.lab.studies.align import align
+        from onward.lab.studies.bench import bench
+        from onward.lab.studies.compare import compare
+
+    commands = [
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
+        for kind in (Train, Compare, Align, Bench, Report, List)
+    ]
+    asked = tyro.cli(
+        Union[tuple(commands)],  # noqa: UP007 (made at run time)
+        prog="onward",
+        description="Train PyTorch networks without backpropagating through them.",
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if (left := os.environ.get("WORLD_SIZE", "1")) != "1" and processes.asked_for() == 1 and isinstance(asked, Train):
+        print(f"WORLD_SIZE={left} is not from torchrun: this process trains alone", file=sys.stderr)
+    if processes.asked_for() > 1 and not isinstance(asked, Train):
+        raise UsageError(f"onward {type(asked).__name__.lower()} is one process's work: start it without torchrun")
+    match asked:
+        case Train(resume=str(folder)):
+            given, defaults = settings(replace(asked, resume=None)), settings(Train())
+            changes = {name: value for name, value in given.items() if value != defaults[name]}
+            if others := " ".join(f"--{name.replace('_', '-')}" for name in changes if name not in MAY_CHANGE):
+                raise UsageError(f"--resume {folder} keeps what decides the result of the run: leave out {others}")
+            resume(Path(folder), changes=changes)
+        case Train():
+            train(asked)
+        case Compare():
+            compare(asked)
+        case Align():
+            align(asked)
+        case Bench():
+            bench(asked)
+        case Report():
+            report(asked)
+        case List():
+            _list()
+
+
+def _list() -> None:
+    from onward.estimators.forward_gradient.estimator import GUESSES, TARGETS
+    from onward.estimators.forward_gradient.spaces import SPACES
+    from onward.lab.data.images import DATASETS
+    from onward.lab.networks.models import MODELS
+    from onward.lab.run.algorithms import ALGORITHMS
+    from onward.network.heads import HEADS
+
+    def first_lines(functions: Mapping[str, Callable[..., object]]) -> dict[str, str]:
+        return {name: (function.__doc__ or "").partition("\n")[0] for name, function in functions.items()}
+
+    kinds = {
+        "algorithms": first_lines(ALGORITHMS),
+        "models": first_lines(MODELS),
+        "heads": first_lines(HEADS),
+        "targets of fg": TARGETS,
+        "guesses of fg": GUESSES,
+        "spaces of fg": SPACES,
+        "data sets": DATASETS,
+    }
+    for kind, entries in kinds.items():
+        print(f"{kind}:")
+        for name, line in entries.items():
+            print(f"  {name:18} {line.rstrip('.')}")

@@ -1,0 +1,1 @@
+"""The networks that have a name, and networks of one's own."""

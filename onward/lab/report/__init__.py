@@ -1,0 +1,1 @@
+"""What runs have found out, as figures and as a page."""

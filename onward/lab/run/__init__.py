@@ -1,0 +1,1 @@
+"""One training: its loop, its folder, its checkpoints."""

@@ -1,0 +1,392 @@
+"""The folder of one run: what it was made of, what it measured, and where it stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onward.alignment import Block
+from onward.errors import UsageError
+from onward.lab.data.images import ImageData
+from onward.lab.networks import models
+from onward.lab.run import checkpoint
+from onward.lab.run.algorithms import folder_name
+from onward.lab.settings import Recipe, Train, from_dict
+from onward.lab.system import disk
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
+FAILURE = "failed.txt"
+ALIGNED = ("alignment.json", "alignment.png", "alignment-histograms.png")
+WRITTEN = (CONFIG, METRICS, CHECKPOINT, checkpoint.previous(Path(CHECKPOINT)).name, ALIGNMENT, *ALIGNED, FAILURE)
+"""By name; besides these there are weights and TensorBoard's files."""
+NAMES = {*WRITTEN, *(f"{name}.partial" for name in WRITTEN)}
+"""These, and what they are called until they are whole."""
+OTHERS = re.compile(r"weights-\d+\.pt(\.partial)?|events\.out\.tfevents\..*")
+BINS = 40
+"""Of a histogram of cosines, all equal, from -1 to 1."""
+NOT_IN_RESULT = {
+    "data_timeout",
+    "out",
+    "overwrite",
+    "wandb",
+    "wandb_project",
+    "wandb_name",
+    "log_interval",
+    "align_estimates",
+    "checkpoint_every",
+    "resume",
+}
+"""Settings that a result does not depend on."""
+MAY_CHANGE = {"device", "data_dir", *NOT_IN_RESULT} - {"out", "overwrite", "resume", "align_estimates"}
+"""Settings that a run may be given anew when it is resumed: where it runs, and where the same data are."""
+
+
+def default_path(config: Recipe, what: str) -> Path:
+    """runs/<data>-<model>-<what>.
+
+    >>> default_path(Recipe(data="owner/flowers"), "bp-s3").as_posix()
+    'runs/owner-flowers-mlp-bp-s3'
+    """
+    data = Path(config.data_dir).resolve().name if config.data_dir else config.data.replace("/", "-")
+    return Path("runs") / "-".join(folder_name(part) for part in (data, config.model, what))
+
+
+@contextmanager
+def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
+    """Create the folder and make sure that it can be written to; if the body fails and wrote nothing, what is new goes again.
+
+    Raises:
+        UsageError: it cannot be written to, or it holds a run and `overwrite` is off.
+    """
+    try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        disk.try_out(folder)
+    except OSError as error:
+        raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder with --out") from error
+    for name in NAMES:
+        if (folder / name).is_dir():
+            raise UsageError(
+                f"{folder / name} is a folder, and a run has a file of that name: choose another folder with --out"
+            )
+    if any(path.suffix != ".partial" for path in _contents(folder)) and not overwrite:
+        raise UsageError(
+            f"{folder} already holds a run: go on with it by onward train --resume {folder}, choose another folder with --out, "
+            "or replace it with --overwrite"
+        )
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # a folder that is not empty stays, and with it those it is in
+            for path in new:
+                path.rmdir()
+        raise
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """While the body runs, no other process writes a run there. The system lets go when we end, however we end.
+
+    Raises:
+        UsageError: another process writes one there.
+    """
+    if fcntl is None:
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"another process is training into {folder}: wait for it, stop it, or choose another folder with --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(lock)
+
+
+def check_space(folder: Path, checkpoint_size: int, *, overwrite: bool) -> None:
+    """Raise a UsageError if the disk has no space for a checkpoint; the run there, if it is overwritten, makes its own free."""
+    room = disk.space(folder) + sum(path.stat().st_size for path in _contents(folder) if overwrite)
+    if room < checkpoint_size:
+        raise UsageError(
+            f"{folder / CHECKPOINT} of {checkpoint_size / 1e6:.3g} MB cannot be written (No space left on device): make space "
+            "on its disk, or choose another folder with --out"
+        )
+
+
+def begin(folder: Path, config: Train, data: ImageData, **environment: Any) -> None:
+    """Take away the files of an earlier run, and write config.json: every setting, the data, and what it runs on.
+
+    The earlier run is there until the new file is complete.
+    """
+    settings = {"config": dataclasses.asdict(config), "environment": environment, "data": described(data)}
+    disk.write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n", before=lambda: clear(folder))
+
+
+def clear(folder: Path) -> None:
+    """Take away the files of a run; others stay."""
+    for path in _contents(folder):
+        path.unlink()
+
+
+def described(data: ImageData) -> dict[str, Any]:
+    """What tells images from others."""
+    return {
+        "class_names": list(data.class_names),
+        "train": len(data.train),
+        "test": len(data.test),
+        "in_memory": isinstance(data.train.images, Tensor),
+        "digest": data.digest,
+    }
+
+
+def note(folder: Path, data: dict[str, Any], code: str | None) -> None:
+    """Write into config.json what the run is trained on, and the digest of the network's file, if it says anything else."""
+    known = read_config(folder)
+    environment = {name: value for name, value in known.get("environment", {}).items() if name != "code"}
+    now = {**known, "environment": environment | ({"code": code} if code else {}), "data": data}
+    if now != known:
+        disk.write_text(folder / CONFIG, json.dumps(now, indent=2) + "\n")
+
+
+def check_code(folder: Path, config: Train, state: dict[str, Any] | None = None) -> None:
+    """Raise a UsageError if the run there, or its checkpoint, is of a network of one's own whose file has changed.
+
+    One that does not say what it is of is taken: it is from before that was kept, or the file was to be mended.
+    """
+    try:
+        known = read_config(folder).get("environment", {}).get("code")
+    except (OSError, ValueError, AttributeError):
+        known = None
+    now = models.digest(config.model)
+    if now and any(then not in (None, now) for then in (known, (state or {}).get("code"))):
+        raise UsageError(
+            f"{folder} is a run of another network: {config.model.rpartition(':')[0]} has changed since; bring that back, "
+            "choose another folder with --out, or replace the run with --overwrite"
+        )
+
+
+def complete(folder: Path, config: Train) -> list[dict[str, Any]] | None:
+    """The metrics of the run there if they are of all its epochs."""
+    try:
+        rows = _lines(folder / METRICS)
+    except (OSError, ValueError):
+        return None
+    return rows if len(rows) == config.epochs else None
+
+
+def check_data(folder: Path, data: ImageData, state: dict[str, Any] | None = None) -> None:
+    """Raise a UsageError that says what is different, if the run there, or its checkpoint, is of other images.
+
+    One that does not say what it is of is taken: it is from before that was kept.
+    """
+    try:
+        known = read_config(folder).get("data")
+    except (OSError, ValueError, AttributeError):
+        known = None
+    now = described(data)
+    for then in (known, (state or {}).get("data")):
+        if isinstance(then, dict) and (differences := _differences(then, now)):
+            raise UsageError(
+                f"{folder} is a run on other data ({'; '.join(differences)}): bring those back, choose another folder with "
+                "--out, or replace the run with --overwrite"
+            )
+
+
+def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two sets of images differ, in words.
+
+    >>> _differences({"class_names": ["cat", "dog"], "train": 120}, {"class_names": ["dog", "zebra"], "train": 220})
+    ['class 0 was cat, is dog', '120 training images, now 220']
+    """
+    found = []
+    before, after = (list(map(str, data.get("class_names") or now["class_names"])) for data in (then, now))
+    if len(before) != len(after):
+        found.append(f"{len(before)} classes, now {len(after)}")
+    elif before != after:
+        at = next(at for at, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1])
+        found.append(f"class {at} was {before[at]}, is {after[at]}")
+    for part, word in (("train", "training"), ("test", "test")):
+        if then.get(part, now.get(part)) != now.get(part):
+            found.append(f"{then[part]} {word} images, now {now[part]}")
+    # Where images are kept decides what a digest is taken of; and there is none where an image was to be mended.
+    comparable = then.get("digest") and then.get("in_memory") == now.get("in_memory")
+    if not found and comparable and then["digest"] != now["digest"]:
+        found.append("as many images of the same classes, but not the same, or not in the same order")
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `begin` wrote: `config`, the settings, and `environment`, what they ran on."""
+    return json.loads(disk.read_text(folder / CONFIG))
+
+
+def settings(folder: Path) -> Train:
+    """The settings of the run in a folder.
+
+    Raises:
+        UsageError: there is no run, or its settings cannot be used; the message names the one that is wrong.
+    """
+    if not (folder / CONFIG).exists():
+        raise UsageError(f"{folder} holds no run: give a folder that `onward train` has written")
+    try:
+        found = _with_defaults(read_config(folder)["config"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{folder / CONFIG} cannot be read ({type(error).__name__}: {reason}): train it again") from error
+    try:
+        return from_dict(Train, found)
+    except UsageError as error:
+        raise UsageError(f"{folder / CONFIG}: {error}") from error
+
+
+def write_metrics(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """metrics.jsonl, one line for each epoch."""
+    _write_lines(folder / METRICS, rows)
+
+
+def write_alignment(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
+    """alignment.jsonl, if there is anything to write."""
+    if entries:
+        _write_lines(folder / ALIGNMENT, entries)
+
+
+def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -> dict[str, Any]:
+    """A line of alignment.jsonl: for each block the agreement of error `signal`, `parameters` and `feedback` with the truth,
+    as far as it has them; of the error signals' cosines the `mean`, and how many fall into each bin (`counts`)."""
+    blocks = {}
+    for name, block in measured.items():
+        blocks[name] = {
+            what: {key: None if value is None or not math.isfinite(value) else value for key, value in found._asdict().items()}
+            for what in ("signal", "parameters", "feedback")
+            if (found := getattr(block, what)) is not None
+        }
+        if block.cosines is not None:
+            counts = block.cosines.float().clamp(-1, 1).histc(BINS, -1, 1).int().tolist()
+            blocks[name] = {"mean": blocks[name]["signal"]["cosine"], "counts": counts, **blocks[name]}
+    return {"epoch": epoch, "estimates": estimates, "from": -1, "to": 1, "blocks": blocks}
+
+
+def read_alignment(folder: Path) -> list[dict[str, Any]]:
+    """The lines of alignment.jsonl; none if there is no such file."""
+    return _lines(folder / ALIGNMENT)
+
+
+def write_failure(folder: Path, reason: str) -> None:
+    """failed.txt: why this run has stopped for good."""
+    disk.write_text(folder / FAILURE, reason + "\n")
+
+
+def write_weights(folder: Path, epoch: int, weights: dict[str, Tensor]) -> None:
+    """weights-<epoch>.pt, the network's own, for `load_state_dict`; `torch.load(path, weights_only=True)` reads it."""
+    disk.write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
+
+
+def forget_failure(folder: Path) -> None:
+    """Take away failed.txt: the run goes on after all."""
+    with disk.writing(folder / FAILURE):
+        (folder / FAILURE).unlink(missing_ok=True)
+
+
+def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
+    """The metrics of a run that is already complete there, one row per epoch; why it stopped for good; or None for neither.
+
+    Raises:
+        UsageError: the run there has other settings, or is of another network.
+    """
+    check(folder, config)
+    check_code(folder, config)
+    try:
+        _with_defaults(read_config(folder)["config"])  # or nothing there can be relied on
+        rows = _lines(folder / METRICS)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    if (folder / FAILURE).exists():
+        return disk.read_text(folder / FAILURE).strip()
+    return rows if len(rows) == config.epochs else None
+
+
+def check(folder: Path, config: Train, but: Container[str] = ()) -> None:
+    """Raise a UsageError if the run there has other settings than `config`, `but` for some."""
+    for name, (there, asked) in differing(folder, config).items():
+        if name not in but:
+            raise UsageError(
+                f"{folder} holds a run with {name} {there}, not {asked}: choose another folder with --out, "
+                "or replace it with --overwrite"
+            )
+
+
+def differing(folder: Path, config: Train) -> dict[str, tuple[Any, Any]]:
+    """The settings that make a result and are not the same in the run there, if there is one, and in `config`: both values."""
+    try:
+        found = _with_defaults(read_config(folder)["config"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return {}
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: (found[name], asked[name]) for name in asked if name not in NOT_IN_RESULT and found[name] != asked[name]}
+
+
+def engine(folder: Path, config: Train) -> str | None:
+    """The engine of the run there, if it is the one with these settings."""
+    try:
+        return None if differing(folder, config) else read_config(folder)["environment"]["engine"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def load(folder: Path) -> tuple[Train, dict[str, Any]]:
+    """The settings of the run there, and its last checkpoint.
+
+    Raises:
+        UsageError: there is none, or it cannot be used.
+    """
+    config = settings(folder)
+    state = checkpoint.load(folder / CHECKPOINT)
+    if state is None:
+        raise UsageError(f"{folder} has no {CHECKPOINT} yet: go on with the run by onward train --resume {folder}")
+    return config, state
+
+
+def _with_defaults(found: dict[str, Any]) -> dict[str, Any]:
+    """Settings as a file has them, with the defaults of those that are newer than it, without those that are no more."""
+    defaults = json.loads(json.dumps(dataclasses.asdict(Train())))
+    return {
+        name: {**default, **given} if isinstance(default, dict) and isinstance(given, dict) else given
+        for name, default in defaults.items()
+        for given in (found.get(name, default),)
+    }
+
+
+def _contents(folder: Path) -> list[Path]:
+    """The files of the run there; what `onward align` has found out is such only beside others, or else it is of other runs."""
+    names = NAMES - {f"{CONFIG}.partial"}  # that one is of the next run
+    there = folder.iterdir() if folder.is_dir() else ()
+    found = [path for path in there if (path.name in names or OTHERS.fullmatch(path.name)) and not path.is_dir()]
+    return found if any(path.name not in ALIGNED for path in found) else []
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in disk.read_text(path).splitlines()] if path.exists() else []
+
+
+def _write_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:
+    disk.write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))

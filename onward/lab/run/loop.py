@@ -1,0 +1,326 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+import onward
+from onward.alignment import Block
+from onward.errors import UsageError
+from onward.lab.data.images import ImageData
+from onward.lab.networks import models
+from onward.lab.run import algorithms, checkpoint, log, processes
+from onward.lab.run import folder as run_folder
+from onward.lab.run.processes import Processes
+from onward.lab.run.training import (
+    Row,
+    Run,
+    Standing,
+    TrainingFailed,
+    align,
+    check_place,
+    describe,
+    evaluate,
+    load_data,
+    prepare,
+    standing,
+    train_epoch,
+    try_out,
+)
+from onward.lab.settings import Train
+from onward.lab.system import interrupt, memory
+
+
+def train(config: Train, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
+    """Train as `config` says, into a run folder; returns the rows of its metrics.jsonl, one per epoch.
+
+    `data` saves loading it again. `advance`, if given, is called after every step, instead of anything being printed. Under
+    `torchrun` every process trains on its part of each batch, and the first one writes.
+
+    Raises:
+        UsageError: something that was asked for cannot work; nothing has been written or erased then.
+        TrainingFailed: a loss or a gradient is not finite; the last checkpoint stays, or the run that was to be replaced.
+    """
+    folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
+    with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
+        with _before_anything_is_written(lambda: "nothing was written"):
+            with group.agreeing(TrainingFailed):
+                algorithms.check(config.algorithm)
+                models.check(config.model)
+                log.check(config)
+                check_place(folder, config)
+                if group.writes:
+                    until_the_end.enter_context(run_folder.claimed(folder, overwrite=config.overwrite))
+                    until_the_end.enter_context(run_folder.held(folder))
+                run, aligned = _tried(config, data, group, folder)
+                tell = until_the_end.enter_context(log.begin(folder, config)) if group.writes else None
+            _distribute(run)
+        if group.writes:
+            run_folder.begin(
+                folder,
+                config,
+                run.data,
+                engine=run.estimator.engine,
+                parameters=sum(parameter.numel() for parameter in run.estimator.model.parameters()),
+                device=describe(run.device),
+                processes=group.count,
+                **({"code": run.code} if run.code else {}),
+                onward=onward.__version__,
+                torch=torch.__version__,
+                python=platform.python_version(),
+            )
+        return _go_on(run, folder, Standing(), advance, tell, aligned)
+
+
+def resume(
+    folder: Path,
+    data: ImageData | None = None,
+    advance: Callable[[str], None] | None = None,
+    changes: Mapping[str, Any] = MappingProxyType({}),
+) -> list[Row]:
+    """Go on with the run in `folder` from its last checkpoint, as if it had never stopped; what is complete is left alone.
+
+    The `changes` are settings for the rest of it, of those that `run_folder.MAY_CHANGE` names; config.json keeps its own.
+    Under `torchrun` with as many processes as there are now.
+
+    Raises:
+        UsageError: there is no run, neither its configuration nor a checkpoint of it can be used, or the data are others.
+        TrainingFailed: as `train`.
+    """
+    config = replace(run_folder.settings(folder), out=str(folder), **changes)
+    with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
+        with _before_anything_is_written(lambda: _kept(folder)):
+            with group.agreeing(TrainingFailed):
+                log.check(config)
+                if group.writes:
+                    until_the_end.enter_context(run_folder.held(folder))
+                state = checkpoint.load(folder / run_folder.CHECKPOINT)
+                at = Standing(run_folder.complete(folder, config) or []) if state is None else standing(state, config)
+                complete = len(at.rows) == config.epochs
+                if not complete:
+                    images = data or load_data(config)
+                    run_folder.check_data(folder, images, state)
+                    run, aligned = _tried(config, images, group, folder, state, at)
+                    run_folder.check_code(folder, config, state)
+                    tell = until_the_end.enter_context(log.begin(folder, config)) if group.writes else None
+            if not complete:
+                _distribute(run)
+        if group.writes and state is not None:
+            run_folder.write_metrics(folder, at.rows)
+            run_folder.write_alignment(folder, at.aligned)
+            run_folder.forget_failure(folder)
+        if complete:
+            _console(group, advance).print(f"{folder} is complete")
+            return at.rows
+        if group.writes:
+            run_folder.note(folder, run_folder.described(run.data), run.code)
+        if state is None:
+            _console(group, advance).print(f"{folder} has no checkpoint: it is trained from its beginning")
+        return _go_on(run, folder, at, advance, tell, aligned)
+
+
+def _tried(
+    config: Train,
+    data: ImageData | None,
+    group: Processes,
+    folder: Path,
+    state: dict[str, Any] | None = None,
+    at: Standing | None = None,
+) -> tuple[Run, dict[str, Block] | None]:
+    """A run that is known to work, from the state of a checkpoint if there is one, and how its estimates align before it."""
+    images = data or load_data(config)
+    size = try_out(config, images, group, state, at)
+    if group.writes:
+        run_folder.check_space(folder, size, overwrite=config.overwrite and state is None)
+    run = prepare(config, images, group)
+    run.estimator.check = False  # the one that was tried out has looked at the network
+    if state is not None:
+        run.restore(state)
+    return run, align(run) if config.align_every and state is None else None
+
+
+@contextlib.contextmanager
+def _before_anything_is_written(left: Callable[[], str]) -> Iterator[None]:
+    """A failure in the body says what is left."""
+    try:
+        yield
+    except (TrainingFailed, onward.ProcessLost) as error:
+        raise TrainingFailed(f"{error}; {left()}") from None
+
+
+def _distribute(run: Run) -> None:
+    """Let the processes, if there are several, estimate together from now on."""
+    if run.processes.count > 1:
+        with run.processes.agreeing():
+            onward.distribute(run.estimator, statistics=run.config.statistics)
+
+
+def _go_on(
+    run: Run,
+    folder: Path,
+    at: Standing,
+    advance: Callable[[str], None] | None,
+    tell: log.Sink | None,
+    aligned: dict[str, Block] | None,
+) -> list[Row]:
+    """Train from where the run stands to its end."""
+    config = run.config
+    group = run.processes
+    console = _console(group, advance)
+    several = f", {group.count} processes" if group.count > 1 else ""
+    where = f", on from epoch {at.epoch}, step {at.step}" if at.rows or at.step else ""
+    console.print(
+        f"{config.algorithm} ({run.estimator.engine}), {config.model}, {run.data.name}: {len(run.data.train)} training and "
+        f"{len(run.data.test)} test images of {run.data.classes} classes; {describe(run.device)}{several}, seed {config.seed}"
+        f"{where}"
+    )
+    due = _due(config.checkpoint_every)
+
+    def save() -> None:
+        state = run.state(at)
+        if group.writes:
+            checkpoint.save(folder / run_folder.CHECKPOINT, state)
+
+    def keep_alignment(epoch: int, measured: dict[str, Block]) -> list[dict[str, Any]]:
+        shown = {name: block.cosines.flatten() for name, block in measured.items() if block.cosines is not None}
+        write({"alignment": shown}, epoch * run.steps)
+        return [*at.aligned, run_folder.alignment_entry(epoch, config.align_estimates, measured)]
+
+    done = (at.epoch - 1) * run.steps + at.step
+    try:
+        with (
+            log.open_log(folder, tell, done) if group.writes else contextlib.nullcontext(_nothing) as write,
+            _advancing(advance, console, config.epochs * run.steps, done) as step_done,
+            interrupt.requests() as asked_to_stop,
+        ):
+            if aligned:
+                at.aligned = keep_alignment(0, aligned)
+            memory.reset_peak(run.device)
+            while at.epoch <= config.epochs:
+                for loss in train_epoch(run, at):
+                    step_done(f"epoch {at.epoch}/{config.epochs}, loss {loss:.3f}")
+                    if at.step % config.log_interval == 0:
+                        write({"step/train_loss": loss}, (at.epoch - 1) * run.steps + at.step)
+                    request = asked_to_stop()
+                    stop, save_now = group.any([request is not None, group.writes and due()])
+                    if stop or save_now:
+                        save()
+                    if stop:
+                        group.leave(130)
+                        _stop(folder, at, request or "a request to another process")
+                peak = max(at.peak_memory_bytes, memory.peak(run.device))
+                row = {**at.row(), **evaluate(run), "peak_memory_bytes": peak}
+                epoch = at.epoch
+                entries = at.aligned
+                if config.align_every and (epoch % config.align_every == 0 or epoch == config.epochs):
+                    entries = keep_alignment(epoch, align(run))
+                memory.reset_peak(run.device)  # what testing and looking take is not the training's
+                if group.writes and config.save_weights and (epoch % config.save_weights == 0 or epoch == config.epochs):
+                    run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())
+                run.rate.after_epoch(at.loss / at.seen)  # now that nothing more has to be read
+                at = Standing([*at.rows, row], entries, epoch + 1, peak_memory_bytes=peak)
+                save()
+                if group.writes:
+                    run_folder.write_metrics(folder, at.rows)
+                    run_folder.write_alignment(folder, at.aligned)
+                write(row, epoch * run.steps)
+                console.print(
+                    "epoch {epoch}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
+                    "test accuracy {test_accuracy:.2f} %  {seconds:.1f} s".format(**row)
+                )
+    except onward.ProcessLost as error:
+        raise TrainingFailed(f"{error}; {_kept(folder)}: onward train --resume {folder} goes on") from None
+    except TrainingFailed as error:  # in every process at once
+        group.leave(1)
+        with contextlib.suppress(OSError):  # a disk that is full too must not hide why
+            run_folder.write_failure(folder, str(error))
+        raise TrainingFailed(f"{error}; {_kept(folder)}") from None
+    except (UsageError, TimeoutError) as error:  # an image is broken, or does not come, or the network fails: before a step is
+        own = isinstance(error, models.NetworkError)  # complete, or after the last
+        with contextlib.suppress(OSError):
+            if group.count == 1:  # else the others are in a step
+                state = run.state(at)
+                if own:
+                    state["code"] = None  # of a file that will be mended
+                else:
+                    state["data"]["digest"] = None  # of an image that will be mended
+                checkpoint.save(folder / run_folder.CHECKPOINT, state)
+                run_folder.note(folder, state["data"], state["code"])
+        said = str(error).replace("replace or remove it", "replace it")  # without it, the data would be others
+        said += ": mend it" if own else ""
+        raise OSError(f"{said}, then go on by onward train --resume {folder}; {_kept(folder)}") from error
+    except OSError as error:  # a disk that is full
+        raise OSError(f"{error}, then go on by onward train --resume {folder}; {_kept(folder)}") from error
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(str(stopped) or _kept(folder)) from None
+    console.print(f"written to {folder}")
+    return at.rows
+
+
+def _nothing(*_: object) -> None:
+    """Where the log would be, in a process that does not write."""
+
+
+def _console(group: Processes, advance: Callable[[str], None] | None) -> Console:
+    return Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None or not group.writes)
+
+
+def _kept(folder: Path) -> str:
+    """What is left of a run that has failed."""
+    try:
+        state = checkpoint.load(folder / run_folder.CHECKPOINT)
+    except UsageError as error:
+        return str(error)
+    if state is None:
+        return "no epoch was completed, so there is no checkpoint"
+    at = state["progress"]  # our own
+    where = f"step {at['step']} of epoch {at['epoch']}" if at["step"] else f"epoch {at['epoch'] - 1}"
+    return f"{folder / run_folder.CHECKPOINT} keeps the state after {where}"
+
+
+def _stop(folder: Path, at: Standing, request: str) -> NoReturn:
+    raise KeyboardInterrupt(
+        f"{request} after step {at.step} of epoch {at.epoch}, which {folder} keeps: onward train --resume {folder} goes on"
+    )
+
+
+def _due(every: str) -> Callable[[], bool]:
+    """A function to be called after every step: is it time for a checkpoint, by steps ("500") or minutes ("10m")?"""
+    taken, last = 0, time.monotonic()
+
+    def due() -> bool:
+        nonlocal taken, last
+        taken += 1
+        minutes = every.endswith("m")
+        reached = time.monotonic() - last >= 60 * float(every[:-1]) if minutes else taken >= int(every)
+        if reached:
+            taken, last = 0, time.monotonic()
+        return reached
+
+    return due
+
+
+def _advancing(
+    advance: Callable[[str], None] | None, console: Console, total: int, done: int
+) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+    return contextlib.nullcontext(advance) if advance else progress(console, total, done)
+
+
+@contextlib.contextmanager
+def progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+    """One progress bar; the function that it gives advances it by a step, or by as many as it is told."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda description, steps=1: bar.update(task, advance=steps, description=description)

@@ -1,0 +1,449 @@
+"""What a run is made of. Each part's settings nest under its owner: `--feedback.lr` is the field `feedback.lr`."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from onward.errors import UsageError
+from onward.lab.data.batches import Transform
+from onward.lab.system.extra import lab_extra
+
+with lab_extra():
+    import tyro
+
+LARGEST = 2**31 - 1
+"""Of whole numbers: what every part of PyTorch takes."""
+Positional = tyro.conf.Positional
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Network:
+    """The network, beyond its name."""
+
+    width: float = 1.0
+    """Multiplies the width of every hidden layer."""
+    layers: int = 2
+    """Hidden layers of mlp, blocks of chain."""
+    pool_first: bool = False
+    """Max-pool after the first convolution of cnn too."""
+    downsample: Literal["conv", "avg-pool"] = "conv"
+    """How resnet18-8b and -2b halve what goes around a block, by stride or average pool; conv leaves small-net at full size."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """How the network's parameters follow their gradient estimates."""
+
+    name: Literal["adam", "sgd"] = "adam"
+    momentum: float = 0.0
+    """Of sgd."""
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of the network and its heads over time; the feedback's stays as it is."""
+
+    name: Literal["exponential", "step", "plateau", "onecycle", "linear", "cosine", "constant"] = "exponential"
+    """exponential, step and plateau multiply the rate by gamma, after every epoch, every step_size epochs, or when the training
+    loss no longer falls; onecycle (whose peak is lr), linear and cosine (down to 0) change it at every step of the run."""
+    gamma: float | None = None
+    """If not given: 0.95 of exponential, 0.2 of step and plateau."""
+    step_size: int = 30
+    """Epochs between two changes of step."""
+    patience: int = 15
+    """Epochs that plateau waits for a lower training loss."""
+    start: float = 1.0
+    """linear begins at lr times this,"""
+    end: float = 0.0
+    """and ends at lr times this."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The feedback matrices of dkp, fdfa and feedback guesses."""
+
+    lr: float = 1e-4
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """With sgd, fdfa's matrices are moving averages at rate lr."""
+    decay: float = 0.0
+    """Weight decay; 1e-6 is recommended for dkp."""
+    directions: int = 1
+    """Tangents that fdfa averages in each step."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The auxiliary networks that give hidden blocks a loss of their own; they learn as the network does."""
+
+    kind: Literal["cnn", "mlp", "linear", "predsim"] | None = None
+    """If not given: cnn, or linear where a hidden block's output is no image: an mlp would cost more than such a block."""
+    width: int | None = None
+    """Hidden channels of cnn (if not given: 32), features of mlp (1024), half of that beyond 8 hidden blocks; multiplied by
+    network.width."""
+
+
+@dataclass(frozen=True)
+class ForwardGradient:
+    """The forward gradients of fg: a guess at every hidden block, scaled by the target's derivative along it."""
+
+    target: Literal["global", "local", "above", "sum"] = "global"
+    """Whose gradient is estimated: the loss of the network, of the block's own head, of the next one, or of all from it on."""
+    guess: Literal["global", "local", "above", "sum", "random", "ntk", "fixed-ntk", "feedback"] = "random"
+    """The direction: one of those gradients, noise, the gradient of a head drawn afresh for every batch or frozen, or
+    the error signal of a feedback rule."""
+    space: Literal[
+        "activation",
+        "activation-2",
+        "weight",
+        "avg-weight",
+        "span-activation",
+        "span-weight",
+        "sign-weight",
+        "random-sign-weight",
+        "f-weight",
+        "f-activation",
+    ] = "activation"
+    """Where the derivative is measured, at a block's output or on its parameters (`onward list` has a line on each)."""
+    engine: Literal["forward", "reverse"] = "forward"
+    """Dual numbers, or a backward sweep, which keeps every block's graph."""
+    passes: Literal["block", "one"] | None = None
+    """Of the forward engine: one pass for every block, or one for all; if not given, one for random guesses, else block."""
+    noise: Literal["gaussian", "rademacher"] = "gaussian"
+    """Of random guesses."""
+    scaling: Literal["unbiased", "projection"] = "unbiased"
+    """Of random guesses u: <g,u> u, or that divided by |u|^2."""
+    directions: int = 1
+    """Random guesses averaged in each step."""
+    orthogonal: bool = False
+    """Project on the span of the random guesses instead of averaging over them."""
+    eps: float = 1e-16
+    """Added to squared lengths that are divided by."""
+    feedback: Literal["dfa", "dkp", "fdfa"] = "fdfa"
+    """The rule of feedback guesses; its matrices learn as --feedback says."""
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """Backpropagation, the baseline."""
+
+    checkpoint: bool = False
+    """Keep no activations inside a block: run it again in the backward sweep."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """A fixed random part of the data, for quick trials."""
+
+    train: int | None = None
+    """Training images; all of them if not given."""
+    test: int | None = None
+    """Test images; all of them if not given."""
+    held_out: bool = False
+    """Test on a fifth of each class of the training images, which are then not trained on; the test images stay unseen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every command that builds a network and an algorithm is told about them."""
+
+    model: str = "mlp"
+    """A network that `onward list` names, or path/to/file.py:function of your own, whose function (called without arguments,
+    or with those it names: shape, classes and what --network has) returns it."""
+    input: str | None = None
+    """Shape of one input, such as 3,32,32; if not given, that of the data (bench: of the images that the network is for)."""
+    cuts: tuple[str, ...] | None = None
+    """Modules whose outputs end a block; if not given, the children of a Sequential with parameters but the last."""
+    batch_size: int = 64
+    lr: float = 1e-4
+    """Learning rate of the network and its heads."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    low_memory: bool = False
+    """dfa, dkp, fdfa: run the network twice and keep nothing per block."""
+    network: Network = field(default_factory=Network)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    feedback: Feedback = field(default_factory=Feedback)
+    heads: Heads = field(default_factory=Heads)
+    forward_gradient: ForwardGradient = field(default_factory=ForwardGradient)
+    backprop: Backprop = field(default_factory=Backprop)
+
+    def __post_init__(self) -> None:
+        at_home(self, "model")
+        if self.cuts == ():
+            raise UsageError("--cuts: name at least one module, or leave it out")
+        at_least(1, batch_size=self.batch_size)
+        at_least(0, lr=self.lr)
+        positive("network.", width=self.network.width)
+        at_least(1, "network.", layers=self.network.layers)
+        at_least(0, "optimizer.", momentum=self.optimizer.momentum, weight_decay=self.optimizer.weight_decay)
+        at_least(0, "feedback.", lr=self.feedback.lr, decay=self.feedback.decay)
+        at_least(1, "feedback.", directions=self.feedback.directions)
+        at_least(1, "heads.", width=self.heads.width)
+        at_least(1, "forward-gradient.", directions=self.forward_gradient.directions)
+        at_least(0, "forward-gradient.", eps=self.forward_gradient.eps)
+        if self.optimizer.momentum and self.optimizer.name != "sgd":
+            raise UsageError(
+                f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd: give both or neither"
+            )
+
+
+def at_home(config: object, *paths: str) -> None:
+    """Put the home folder in the place of a ~ at the beginning of paths: no shell does that in --out=~/runs.
+
+    >>> Train(out="~/runs").out == os.path.expanduser("~/runs")
+    True
+    >>> Train(data_dir="~nobody-of-that-name/images")
+    Traceback (most recent call last):
+    onward.errors.UsageError: --data-dir ~nobody-of-that-name/images: there is no such home folder, write the whole path
+    """
+
+    def whole(name: str, path: Any) -> Any:
+        if isinstance(path, tuple):
+            return tuple(whole(name, part) for part in path)
+        if not isinstance(path, str) or not path.startswith("~"):
+            return path
+        found = os.path.expanduser(path)  # noqa: PTH111 (a model's name is more than a path)
+        if found.startswith("~") and not os.path.exists(path.partition("/")[0]):  # noqa: PTH110
+            raise UsageError(f"--{name.replace('_', '-')} {path}: there is no such home folder, write the whole path")
+        return found
+
+    for name in paths:
+        object.__setattr__(config, name, whole(name, getattr(config, name)))
+
+
+def at_least(least: int, owner: str = "", **options: float | None) -> None:
+    """Raise a UsageError for an option that is smaller, or no number that can be computed with. None is not looked at.
+
+    >>> at_least(1, batch_size=0)
+    Traceback (most recent call last):
+    onward.errors.UsageError: --batch-size 0: use at least 1
+    """
+    for name, value in options.items():
+        if value is None:
+            continue
+        whole = isinstance(value, int)
+        if not least <= value <= (LARGEST if whole else torch.finfo(torch.float32).max):
+            remedy = "use a finite number, of 32 bits"
+            if value < least or whole:
+                remedy = f"use at least {least}" if value < least else f"use at most {LARGEST}"
+            raise UsageError(f"--{owner}{name.replace('_', '-')} {value}: {remedy}")
+
+
+def positive(owner: str = "", **options: float | None) -> None:
+    """Raise a UsageError for an option that is 0 or less, or no number that can be computed with. None is not looked at.
+
+    >>> positive("network.", width=0.0)
+    Traceback (most recent call last):
+    onward.errors.UsageError: --network.width 0.0: use a positive number
+    """
+    for name, value in options.items():
+        if value is not None and value <= 0:
+            raise UsageError(f"--{owner}{name.replace('_', '-')} {value}: use a positive number")
+    at_least(0, owner, **options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Setup):
+    """What runs that are compared with each other have in common."""
+
+    data: str = "digits"
+    """A data set that `onward list` names, or owner/name on the Hugging Face hub."""
+    data_dir: str | None = None
+    """A folder of parquet files, or of class folders of images, to read instead."""
+    data_timeout: float = 300.0
+    """Seconds that an image may take to be read, before a disk or a network is taken to have stalled and the run stops."""
+    epochs: int = 20
+    test_batch_size: int = 1000
+    drop_last: bool = False
+    """Leave out the last batch of an epoch, if it is not full."""
+    out: str | None = None
+    """Folder to write to; a name under runs/ if not given."""
+    overwrite: bool = False
+    """Replace what an earlier run left there."""
+    checkpoint_every: str = "10m"
+    """How often within an epoch the run is saved, so that it can go on from there: in minutes (10m) or steps (500)."""
+    save_weights: int = 0
+    """Keep the network's weights, in a file of their own, every so many epochs and at the end; 0 keeps none."""
+    align_every: int = 0
+    """Before training, every so many epochs and at the end, measure how the estimates of each block align with the true
+    gradient; 0 never does."""
+    align_estimates: int = 10
+    """Estimates on one batch that bias and variance are measured from."""
+    wandb: bool = False
+    """Log to Weights & Biases too,"""
+    wandb_project: str = "onward"
+    """in this project,"""
+    wandb_name: str | None = None
+    """as a run of this name; that of its folder if not given."""
+    log_interval: int = 100
+    """Steps between two training losses in TensorBoard."""
+    schedule: Schedule = field(default_factory=Schedule)
+    transform: Transform = field(default_factory=Transform)
+    subset: Subset = field(default_factory=Subset)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_home(self, "out", "data_dir")
+        at_least(1, epochs=self.epochs, test_batch_size=self.test_batch_size, log_interval=self.log_interval)
+        at_least(0, save_weights=self.save_weights, align_every=self.align_every)
+        at_least(1, align_estimates=self.align_estimates)
+        if not re.fullmatch(r"[1-9]\d*|(\d+\.)?\d+m", self.checkpoint_every):
+            raise UsageError(
+                f"--checkpoint-every {self.checkpoint_every}: give a number of steps, such as 500, or of minutes, such as 10m"
+            )
+        positive(data_timeout=self.data_timeout)
+        positive("schedule.", gamma=self.schedule.gamma)
+        at_least(1, "schedule.", step_size=self.schedule.step_size)
+        at_least(0, "schedule.", patience=self.schedule.patience, start=self.schedule.start, end=self.schedule.end)
+        at_least(1, "transform.", size=self.transform.size)
+        at_least(1, "subset.", train=self.subset.train, test=self.subset.test)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Recipe):
+    """Train one network with one algorithm, into a run folder."""
+
+    algorithm: str = "fdfa"
+    """An algorithm that `onward list` names."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and every random direction."""
+    statistics: str = "averaged"
+    """What batch norm does on several processes (torchrun): averaged, local or synchronised, as onward.distribute has them."""
+    resume: str | None = None
+    """Go on with the run in this folder, whose settings are kept; --device, --data-dir and others that no result depends on may
+    be given anew."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_home(self, "resume")
+        at_least(0, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Recipe):
+    """Train a network with several algorithms and several seeds; print a table, draw the learning curves."""
+
+    algorithms: tuple[str, ...] = ("bp", "local", "dfa", "dkp", "fdfa", "fg", "fg:guess=local")
+    """Algorithms that `onward list` names, each with settings of its own if need be: fdfa:lr=1e-3, fg:guess=local."""
+    epochs: int = 5
+    seeds: int = 3
+    """Runs of each algorithm: seeds 0, 1, ..."""
+    lr_grid: tuple[float, ...] = ()
+    """Try these learning rates, with seed 0, for every algorithm whose entry sets none: the one with the best accuracy on a
+    held-out fifth of the training images is taken."""
+    lr_epochs: int | None = None
+    """Epochs of such a trial; those of the runs if not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, lr_epochs=self.lr_epochs)
+        for rate in self.lr_grid:
+            positive(lr_grid=rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Align(Recipe):
+    """Measure, block by block, how estimated gradients agree with the true one: from checkpoints, or while training."""
+
+    runs: Positional[tuple[str, ...]] = ()
+    """Run folders, whose checkpoints are looked at; if none are given, --algorithms are trained and looked at on the way."""
+    algorithms: tuple[str, ...] = ("bp", "local", "dfa", "dkp", "fdfa", "fg", "fg:guess=local")
+    """Algorithms that `onward list` names, each with settings of its own if need be: fdfa:lr=1e-3, fg:guess=local."""
+    seed: int = 0
+    """Of the initial weights, the order of the data and every random direction."""
+    epochs: int = 5
+    align_every: int = 1
+    """Epochs between two measurements; the first is made before training."""
+    align_estimates: int = 20
+    """Estimates on one batch that bias and variance are measured from."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_home(self, "runs")
+        at_least(1, align_every=self.align_every)
+        at_least(0, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Put runs on one HTML page that needs nothing else: tables, curves, cost, alignment, settings, commands."""
+
+    runs: Positional[tuple[str, ...]] = ()
+    """Run folders, or folders with run folders somewhere below them."""
+    out: str = "report.html"
+    """The page."""
+
+    def __post_init__(self) -> None:
+        at_home(self, "runs", "out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench(Setup):
+    """Measure time, memory and arithmetic of a training step with each algorithm, beside backpropagation with and without
+    checkpoints."""
+
+    algorithms: tuple[str, ...] = ("local", "dfa", "dkp", "fdfa", "fdfa:low_memory=true", "fg")
+    """Algorithms that `onward list` names, or variants such as fg:guess=local,engine=reverse; bp and bp:checkpoint=true are
+    always measured."""
+    classes: int = 10
+    """Outputs of the network."""
+    turns: int = 7
+    """Turns that the algorithms take."""
+    steps: int | None = None
+    """Timed steps in a turn; if not given, as many as bp makes in half a second, at most 20."""
+    sweep: tuple[str, ...] | None = None
+    """depth (--network.layers), width (--network.width) or batch, and the values to measure at: depth 8 16 32 64."""
+    plot: str | None = None
+    """Picture of the sweep; if not given, bench-<model>-<sweep>.png."""
+    json: str | None = None
+    """Write all figures to this file too."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_home(self, "plot", "json")
+        at_least(1, turns=self.turns, steps=self.steps, classes=self.classes)
+
+
+def from_dict(kind: type[T], values: dict[str, Any]) -> T:
+    """The configuration that `dataclasses.asdict` turned into `values`, also after a trip through JSON.
+
+    Raises:
+        UsageError: a setting that does not exist, or a value of another type than its own; the message names it.
+
+    >>> import dataclasses, json
+    >>> from_dict(Train, json.loads(json.dumps(dataclasses.asdict(Train(lr=0.1))))) == Train(lr=0.1)
+    True
+    >>> from_dict(Train, {"network": {"width": "wide\\n"}})  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    onward.errors.UsageError: configuration: wrong value type for field "network.width" - ... of value "wide\\n" of type "str"
+    """
+    import dacite
+
+    try:
+        hooks = dict.fromkeys((int, float, tuple[str, ...], tuple[float, ...]), _taken_literally)
+        return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[], type_hooks=hooks))  # type: ignore[type-var]
+    except UsageError:
+        raise
+    except (dacite.DaciteError, TypeError, ValueError) as error:
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # dacite shows values as they are
+        raise UsageError(f"configuration: {shown}") from None
+
+
+def _as_given(value: Any) -> Any:
+    """JSON has no tuples."""
+    if isinstance(value, dict):
+        return {name: _as_given(inner) for name, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _taken_literally(value: Any) -> Any:
+    """To Python true is a number, and a mapping a sequence of its keys; in a file both are mistakes."""
+    return str(value) if isinstance(value, (bool, dict)) else value

@@ -1,0 +1,1 @@
+"""Commands that put several trainings, or steps of training, side by side."""

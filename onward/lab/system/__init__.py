@@ -1,0 +1,1 @@
+"""What the lab asks of the machine: disk, memory, signals, streams, packages that may be missing."""

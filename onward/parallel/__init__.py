@@ -1,0 +1,1 @@
+"""Estimates over several processes: shards of a batch, or groups of blocks."""
