@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Stopwatch = Callable[[str], AbstractContextManager[object]]
 _NOTHING = nullcontext()
 _stopwatch: Stopwatch | None = None
@@ -20,6 +24,22 @@ def phase(name: str) -> AbstractContextManager[object]:
     ...     pass
     """
     return _NOTHING if _stopwatch is None else _stopwatch(name)
+
+
+def during(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A decorator: every call of the function is a phase of that name."""
+
+    def mark(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if _stopwatch is None:
+                return function(*args, **kwargs)
+            with _stopwatch(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    return mark
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onward.errors import unknown
+from onward.phases import during
 
 # A direction is drawn in pieces, each from a seed of its own: a shard of a batch can draw its own samples, and pieces can be
 # drawn side by side (a generator is serial, and on a processor it would cost as much as a convolution).
@@ -24,6 +25,7 @@ _NUMBERS = 1 << 17  # numbers in a piece of a parameter's direction, and the lea
 _threads = ThreadPoolExecutor(thread_name_prefix="onward-directions")
 
 
+@during("tangent")
 def draw(
     shape: Sequence[int],
     *,

@@ -6,7 +6,22 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from onward.phases import phase
+
+
+def backward(*args: Any, **kwargs: Any) -> None:
+    """:func:`torch.autograd.backward`, as the phase of that name."""
+    with phase("backward"):
+        torch.autograd.backward(*args, **kwargs)
+
+
+def grad(*args: Any, **kwargs: Any) -> Any:
+    """:func:`torch.autograd.grad`, as the phase ``backward``."""
+    with phase("backward"):
+        return torch.autograd.grad(*args, **kwargs)
 
 
 def nodes_behind(starts: Iterable[Any]) -> Iterator[Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-from onward.derivatives.graph import nodes_behind, parameters_behind
+from onward.derivatives.graph import grad, nodes_behind, parameters_behind
 from onward.derivatives.per_sample import _COPY, _HELD, Outer, PerSample, Rows, Sum, Tokens, weighted_sum
 from onward.errors import UsageError
 
@@ -256,7 +256,7 @@ def _rows_are_samples(h: Tensor, uses: Sequence[Use], signal: Tensor, arrived: S
     if asked and len(h) > 1 and not any(map(_of_batch, nodes_behind([h.grad_fn]))):
         scales = torch.linspace(1, 2, len(h), dtype=h.dtype, device=h.device)
         scaled = weighted_sum([signal], [scales])
-        found = torch.autograd.grad(h, [use.output for use, _ in asked], scaled, retain_graph=True)
+        found = grad(h, [use.output for use, _ in asked], scaled, retain_graph=True)
         for (use, b), other in zip(asked, found, strict=True):
             wanted = weighted_sum([b], [scales])
             alike = bool((other - wanted).abs().max() <= 1e-3 * wanted.abs().max() / len(h))
@@ -281,7 +281,7 @@ def by_rows(h: Tensor, parameters: Sequence[nn.Parameter], signals: Sequence[Ten
             row = torch.zeros_like(signal)
             row[n] = signal[n]
             # A custom function may return no gradient.
-            found = torch.autograd.grad(h, parameters, row, retain_graph=True, allow_unused=True, materialize_grads=True)
+            found = grad(h, parameters, row, retain_graph=True, allow_unused=True, materialize_grads=True)
             for rows, gradient in zip(held, found, strict=True):
                 rows[i][n] = gradient.to_dense() if gradient.is_sparse else gradient
     for p, rows in zip(parameters, held, strict=True):

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from onward.derivatives.fallback import by_forward_ad
 from onward.derivatives.rules import RULES, Rule, constant
 from onward.errors import UsageError
+from onward.phases import during
 
 _KEY = "_onward_tangents"  # the attribute under which a tensor carries (mode, tangents)
 _UNKNOWN: Any = object()  # in the place of tangents: there is one, and nobody has followed it
@@ -203,6 +204,7 @@ class Tangents(TorchDispatchMode):
                     part.__dict__[_KEY] = (self, _UNKNOWN)
         return out
 
+    @during("tangent")
     def _apply(
         self,
         rule: Rule | None,
@@ -231,6 +233,7 @@ class Tangents(TorchDispatchMode):
                     torch.set_rng_state(after)
         return results
 
+    @during("tangent")
     def _give(self, out: Tensor, tangents: Sequence[Tensor | None], func: Any, held: list[Any]) -> None:
         if not _is_continuous(out) or all(t is None for t in tangents):
             return

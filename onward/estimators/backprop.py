@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
+from onward.derivatives.graph import backward
 from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step
 from onward.network.replay import Replay, check_same_output
@@ -58,7 +59,7 @@ class Backprop(Estimator):
         if not loss.requires_grad:
             raise UsageError("nothing that the loss depends on requires a gradient: unfreeze what is to be trained")
         try:
-            loss.backward()
+            backward(loss)
         except CheckpointError as error:
             raise _second_run_differs(error) from error
         except RuntimeError as error:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onward.derivatives.graph import backward
 from onward.estimators.base import Estimator, Step
 from onward.network.cuts import cut_graph
 from onward.network.gradients import allocate_gradients, forget_unused
@@ -60,7 +60,7 @@ class LocalLoss(Estimator):
             signal, value, z = self.heads.differentiate(k, h, y, self.loss, self.mask_seed, self.step, learn=True)
             seen[self.cuts[k]] = value, z
             if h.requires_grad:
-                torch.autograd.backward(h, self.observed(k, signal))
+                backward(h, self.observed(k, signal))
             return h.detach()
 
         with self.separation() as check, cut_graph(self.model, self.cuts, deliver):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from onward.derivatives import directions
+from onward.derivatives.graph import backward
 from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step, check_last_block
@@ -129,14 +130,14 @@ class SignalEstimator(Estimator):
             self._differentiate(k, passed.outputs.pop(k), error)
             passed.drawn.pop(k, None)
         if self.ends_here:
-            torch.autograd.backward(list(at), from_rows(error.e, at))
+            backward(list(at), from_rows(error.e, at))
 
     def _differentiate(self, k: int, h: Tensor, error: OutputError) -> None:
         """Hand block k its error signal, and let it find the gradients of its own parameters."""
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
             delta = self.signal(k, h.detach(), error).to(h.dtype)
         if h.requires_grad:
-            torch.autograd.backward(h, self.observed(k, delta), retain_graph=self.allow_bypass)
+            backward(h, self.observed(k, delta), retain_graph=self.allow_bypass)
 
     def _block_by_block(self, x: Any, y: Any) -> Step:
         fresh = allocate_gradients(self)

@@ -18,6 +18,7 @@ from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from onward.errors import UsageError, unknown
 from onward.network import source
+from onward.phases import phase
 
 Deliver = Callable[[int, Tensor], Tensor]
 """``deliver(k, h) -> onward``: takes the output of block k, with its graph, and returns what the next block is given."""
@@ -108,7 +109,7 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
             h = output if watched is None or not output.requires_grad else watched.setup_output_hook(output)
             # Where the block runs under checkpointing, what is done about its output does not.
             saving = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if saving else nullcontext():
+            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if saving else nullcontext(), phase("other"):
                 return deliver(k, h)
 
         return deliver_output

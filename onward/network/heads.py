@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward.derivatives.directions import seed_of
+from onward.derivatives.graph import grad
 from onward.errors import UsageError, unknown
 from onward.network.cuts import check_names, cut_graph
 from onward.network.gradients import accumulate
@@ -207,7 +208,7 @@ class Heads(nn.Module):
         parameters = [p for p in self.by_cut[k].parameters() if p.requires_grad] if learn else []
         with torch.enable_grad(), self.randomness(k, seed, step):
             value, z = local_loss(self.by_cut[k], leaf, y, loss)
-            signal, *gradients = torch.autograd.grad(value, [leaf, *parameters], allow_unused=True, materialize_grads=True)
+            signal, *gradients = grad(value, [leaf, *parameters], allow_unused=True, materialize_grads=True)
         accumulate(parameters, gradients)
         return signal, value.detach(), detached(z)
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from onward.derivatives.graph import nodes_behind
+from onward.derivatives.graph import backward, grad, nodes_behind
 from onward.errors import UsageError
+from onward.phases import phase
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(output, y)``: a scalar, the mean over samples, of all that the network returned."""
@@ -26,12 +27,13 @@ def call(model: Callable[..., Any], x: Any) -> Any:
 
     Raises :class:`onward.UsageError` where that holds no tensor of floating-point numbers.
     """
-    if isinstance(x, tuple):
-        output = model(*x)
-    elif isinstance(x, Mapping):
-        output = model(**x)
-    else:
-        output = model(x)
+    with phase("primal"):
+        if isinstance(x, tuple):
+            output = model(*x)
+        elif isinstance(x, Mapping):
+            output = model(**x)
+        else:
+            output = model(x)
     if not leaves(output):
         raise UsageError(
             f"the network returned a {type(output).__name__} without a tensor of floating-point numbers: return what the loss "
@@ -173,7 +175,7 @@ class LossGradient(NamedTuple):
     def backward(self, output: Any = None) -> None:
         """Differentiate what is behind the output, or behind that of another run of the same step."""
         ends = self.at if output is None else [leaves(output)[i] for i in self.which]
-        torch.autograd.backward(ends, [e.to(z.dtype) for z, e in zip(ends, self.e, strict=True)])
+        backward(ends, [e.to(z.dtype) for z, e in zip(ends, self.e, strict=True)])
 
 
 def output_error(loss: Loss, output: Any, y: Any, moves: Callable[[Tensor], bool] = lambda value: False) -> LossGradient:
@@ -198,7 +200,7 @@ def output_error(loss: Loss, output: Any, y: Any, moves: Callable[[Tensor], bool
         if moves(value):
             raise _reads_more("something that carries a tangent")
         _check_behind(value, behind)
-        found = torch.autograd.grad(value, behind, allow_unused=True) if value.requires_grad else [None] * len(behind)
+        found = grad(value, behind, allow_unused=True) if value.requires_grad else [None] * len(behind)
     which = [i for i, e in enumerate(found) if e is not None]
     if not which:
         raise UsageError("the loss does not depend on the network's output: compute it from what the network returns")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onward.derivatives.directions import draw, seed_of, without_row
-from onward.derivatives.graph import padding_rows, parameters_behind
+from onward.derivatives.graph import backward, padding_rows, parameters_behind
 from onward.derivatives.layers import Use, record_uses
 from onward.derivatives.per_sample import dots, weighted_sum
 from onward.derivatives.tangents import Tangents
@@ -102,7 +102,7 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outp
         if fg.space == "activation-2":
             accumulate_rows(h, ran, guesses, [through(h, u, [use.output for use in ran]) for u in guesses], weights)
         else:
-            torch.autograd.backward(h, fg.observed(k, weighted_sum(guesses, weights)))
+            backward(h, fg.observed(k, weighted_sum(guesses, weights)))
 
     with recording as uses:
         step = _block_by_block(fg, x, y, again, error, learn, after=uses.clear)

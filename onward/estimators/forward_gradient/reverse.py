@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from onward.derivatives.directions import without_row
-from onward.derivatives.graph import padding_rows, parameters_behind
+from onward.derivatives.graph import backward, grad, padding_rows, parameters_behind
 from onward.derivatives.layers import Use, per_sample_gradients, record_uses
 from onward.derivatives.per_sample import Drawn, PerSample, dots, weighted_sum
 from onward.derivatives.tangents import Tangents
@@ -197,7 +197,7 @@ def _learn(fg: ForwardGradient, k: int, block: Block, sweep: Sweep, error: Outpu
             delta = torch.stack([spaces.span_rows(target, fg.shard.gather(u)) for u in guesses]).mean(0)
         else:
             delta = weighted_sum(guesses, fg.row_weights([dots(target, u) for u in guesses], guesses))
-        torch.autograd.backward(h, fg.observed(k, delta), inputs=parameters)
+        backward(h, fg.observed(k, delta), inputs=parameters)
         return
     if not drawn_in_weights:
         fg.observed(k, guesses[0])
@@ -280,7 +280,7 @@ def through(h: Tensor | Sequence[Tensor], signal: Tensor | Sequence[Tensor], edg
     """What of a signal at h arrives at each edge of its graph, which is kept."""
     if not edges:
         return []
-    arrived = torch.autograd.grad(h, edges, signal, retain_graph=True, allow_unused=True)
+    arrived = grad(h, edges, signal, retain_graph=True, allow_unused=True)
     return [a.to_dense() if a is not None and a.is_sparse else a for a in arrived]
 
 
