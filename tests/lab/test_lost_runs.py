@@ -32,7 +32,7 @@ from onward.lab.settings import Align, Bench, Compare, Network, Subset, Train
 from onward.lab.studies.align import align
 from onward.lab.studies.bench import bench
 from onward.lab.studies.compare import compare
-from onward.lab.system import generators
+from onward.lab.system import generators, own
 
 NETWORKS = """
 import random
@@ -471,7 +471,7 @@ def test_a_run_from_before_its_network_was_kept_goes_on(config: Train) -> None:
     checkpoint.save(Path("run/checkpoint.pt"), state)
     Path("net.py").write_text(NETWORKS + "\n")
     assert len(resume(Path("run"))) == 3
-    assert run_folder.read_config(Path("run"))["environment"]["code"] == models.digest("net.py:good")
+    assert run_folder.read_config(Path("run"))["environment"]["code"] == own.digest(own.named("--model", "net.py:good"))
 
 
 def test_compared_runs_are_of_one_network(config: Train) -> None:
@@ -503,7 +503,7 @@ def test_a_network_that_fails_on_the_way_keeps_what_was_trained(
     assert said.endswith(f"onward train --resume run; run/checkpoint.pt keeps the state after step {kept} of epoch 1")
     Path("net.py").write_text(source.replace(statement, "pass"))
     assert len(resume(Path("run"))) == 2
-    assert run_folder.read_config(Path("run"))["environment"]["code"] == models.digest("net.py:good")
+    assert run_folder.read_config(Path("run"))["environment"]["code"] == own.digest(own.named("--model", "net.py:good"))
 
 
 def test_without_a_checkpoint_nothing_is_trained_in_silence(config: Train, capsys: pytest.CaptureFixture[str]) -> None:

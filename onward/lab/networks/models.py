@@ -7,35 +7,21 @@ child but the last) are the block boundaries that the papers use. Initial weight
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib
-import importlib.util
 import inspect
-import os
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _device
 
 from onward.errors import UsageError, unknown
 from onward.lab.networks.blocks import Shape, chain, scaled
 from onward.lab.networks.resnets import initialize, resnet18_2b, resnet18_8b, resnet18_16b, small_net
 from onward.lab.settings import Network
-from onward.lab.system import memory, surroundings
+from onward.lab.system import own
+from onward.lab.system.own import Own
 from onward.network.replay import frozen_statistics
-from onward.parallel.shards import ProcessLost
-
-
-class NetworkError(UsageError):
-    """A network of one's own fails, in a line of its file or of one beside it."""
 
 
 def mlp(shape: Shape, classes: int, *, width: float = 1.0, layers: int = 2) -> nn.Sequential:
@@ -164,11 +150,8 @@ ENDS_IN_HEAD = {"resnet18-2b": "block2"}
 
 def check(name: str) -> None:
     """Raise a UsageError if there is no network of that name, or no file where it says."""
-    if (own := _own(name)) is None:
-        if name not in MODELS:
-            raise unknown("model", name, MODELS)
-    elif not own[0].is_file():
-        raise UsageError(f"--model {name}: there is no file {own[0]}: give path/to/file.py:function")
+    if own.named("--model", name) is None and name not in MODELS:
+        raise unknown("model", name, MODELS)
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -204,20 +187,11 @@ def build(name: str, shape: Shape, classes: int, options: Network) -> nn.Module:
             raise UsageError(f"--network.{entry.name.replace('_', '-')} {value}: {name} has no such option, leave it out")
     known = {"shape": tuple(shape), "classes": classes, **vars(options)}
     arguments = {parameter: known[parameter] for parameter in takes if parameter in known}
-    if own := _own(name):
-        return _tried(name, own[0], partial(make, **arguments), shape, classes)
+    if theirs := own.named("--model", name):
+        return _tried(theirs, partial(make, **arguments), shape, classes)
     if len(shape) != 3:
         raise UsageError(f"{name} for inputs of shape {tuple(shape)}: it is for images, three sizes such as 3,32,32")
     return make(**arguments)
-
-
-def digest(name: str) -> str | None:
-    """A hexadecimal number of what is in the file of a network of one's own; None of another network, or without the file."""
-    own = _own(name)
-    try:
-        return hashlib.sha256(own[0].read_bytes()).hexdigest() if own else None
-    except OSError:  # whoever builds it is told
-        return None
 
 
 def options_of(name: str) -> set[str]:
@@ -230,159 +204,22 @@ def options_of(name: str) -> set[str]:
 
 
 def _maker(name: str) -> Callable[..., nn.Module]:
-    """The function that makes the network; a file of one's own is run for it."""
-    own = _own(name)
-    if own is None:
-        return MODELS[name]
-    path, function = own
-    with _its_own_errors(path):
-        module = _imported(path)
-    make = getattr(module, function, None)
-    if not callable(make):
-        there = [
-            n for n, found in vars(module).items() if callable(found) and getattr(found, "__module__", "") == module.__name__
-        ]
-        raise unknown(f"function of {path}", function, there)
-    return make
+    """The function that makes the network; a file of the user's own is run for it."""
+    theirs = own.named("--model", name)
+    return own.load(theirs) if theirs else MODELS[name]
 
 
-def _own(name: str) -> tuple[Path, str] | None:
-    """The file and the function in it of a network of one's own; None of another name."""
-    path, _, function = name.rpartition(":")
-    if name.endswith(".py"):
-        raise UsageError(f"--model {name}: say which function of the file makes the network, such as {name}:make_model")
-    return (Path(path), function) if path.endswith(".py") else None
-
-
-def _tried(name: str, path: Path, make: Callable[[], nn.Module], shape: Shape, classes: int) -> nn.Module:
-    """The network of one's own, once it has taken two inputs."""
-    with _its_own_errors(path):
+def _tried(theirs: Own, make: Callable[[], nn.Module], shape: Shape, classes: int) -> nn.Module:
+    """The user's own network, once it has taken two inputs."""
+    with own.errors(theirs, elsewhere=True):
         model = make()
     if not isinstance(model, nn.Module):
-        raise UsageError(f"--model {name} returned a {type(model).__name__}: return a torch.nn.Module")
+        raise UsageError(f"{theirs} returned a {type(model).__name__}: return a torch.nn.Module")
     x = torch.zeros(2, *shape)
     when = f" on a batch of shape {tuple(x.shape)}"
-    with _its_own_errors(path, when), torch.no_grad(), torch.random.fork_rng([]), frozen_statistics(model):
+    with own.errors(theirs, when, elsewhere=True), torch.no_grad(), torch.random.fork_rng([]), frozen_statistics(model):
         z = model(x)
     if not isinstance(z, Tensor) or z.shape != (2, classes):
         found = f"a tensor of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
-        raise UsageError(
-            f"--model {name} returned {found} for 2 inputs: return one of shape (2, {classes}), a number per class"
-        )
+        raise UsageError(f"{theirs} returned {found} for 2 inputs: return one of shape (2, {classes}), a number per class")
     return model
-
-
-def _imported(path: Path) -> ModuleType:
-    """The file as a module, run with its own folder on the import path, as `python file.py` does.
-
-    It is run anew each time, so that generators of its own start as ever. What it registers with PyTorch may be there only
-    once, however: where it fails the second time and has not changed, the first one is taken.
-    """
-    spec = importlib.util.spec_from_file_location(f"{path.stem} (--model)", path)
-    module = importlib.util.module_from_spec(spec)
-    source = path.read_bytes()
-    before = sys.modules.get(spec.name)
-    sys.modules[spec.name] = module
-    _move_to(str(path.resolve().parent))
-    try:
-        spec.loader.exec_module(module)
-    except Exception:
-        if getattr(before, "_source", None) != (path.resolve(), source):
-            raise
-        sys.modules[spec.name] = before
-        return before
-    module._source = path.resolve(), source
-    return module
-
-
-class _Place:
-    """The folder of the file that was run last, and the modules beside it, which those beside another may be namesakes of."""
-
-    folder: str | None = None
-    added = False
-    """Whether it was not on the import path before."""
-    others: frozenset[str] = frozenset()
-    """What had been imported before."""
-    left: dict[str, dict[str, ModuleType]] = {}  # noqa: RUF012 (there is one place)
-    """By folder, to be there again when a file of it is."""
-
-
-def _move_to(folder: str) -> None:
-    """Put a folder on the import path in place of the one before, and let what is imported from that one be imported anew."""
-    if folder != _Place.folder:
-        if _Place.folder is not None:
-            beside = [name for name, module in sys.modules.items() if _is_beside(name, module)]
-            _Place.left[_Place.folder] = {name: sys.modules.pop(name) for name in beside}
-            if _Place.added and _Place.folder in sys.path:
-                sys.path.remove(_Place.folder)
-        _Place.others = frozenset(name.partition(".")[0] for name in sys.modules)
-        sys.modules.update(_Place.left.pop(folder, {}))
-        _Place.folder, _Place.added = folder, folder not in sys.path
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    importlib.invalidate_caches()
-
-
-def _is_beside(name: str, module: ModuleType) -> bool:
-    """Whether a module came from the folder that was run last."""
-    top = name.partition(".")[0]
-    if top in _Place.others or name.endswith("(--model)"):
-        return False
-    found = sys.modules.get(top, module)
-    paths = [*getattr(found, "__path__", ())] or [getattr(found, "__file__", None)]
-    return any(path and os.path.realpath(os.path.dirname(path)) == _Place.folder for path in paths)  # noqa: PTH120
-
-
-def own_errors(name: str, when: str) -> AbstractContextManager[None]:
-    """Tell an error in a network of one's own with its file and line; those of others pass, and those of other networks."""
-    own = _own(name)
-    return _its_own_errors(own[0], when, elsewhere=False) if own else nullcontext()
-
-
-@contextmanager
-def _its_own_errors(path: Path, when: str = "", *, elsewhere: bool = True) -> Iterator[None]:
-    """Tell an error of the file, or of one beside it, with its line; one that has come about `elsewhere` too, unless that is
-    off. What the file changes for the whole program is changed back."""
-    try:
-        with _undisturbed():
-            yield
-    except (Exception, SystemExit) as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        places = [(frame.filename, frame.lineno) for frame in frames]
-        if isinstance(error, SyntaxError) and error.filename:
-            places.append((error.filename, error.lineno))
-        home = path.resolve()
-        lines = [(path, line) for file, line in places if Path(file).resolve() == home]
-        beside = [(file, line) for file, line in places if Path(file).resolve().parent == home.parent]
-        if not elsewhere and (not beside or isinstance(error, UsageError | ProcessLost) or memory.exhausted(error)):
-            raise
-        where = "{}, line {}".format(*(lines or beside)[-1]) if beside else str(path)
-        said = error.msg if isinstance(error, SyntaxError) else str(error).partition("\n")[0]
-        raise NetworkError(f"{where}{when}: {type(error).__name__}: {said}") from error
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """What the body does to the working folder, the standard streams, and PyTorch's default type and device, is undone."""
-    try:
-        folder = os.getcwd()  # noqa: PTH109 (at every step)
-    except OSError:  # it is gone
-        folder = None
-    streams = sys.stdin, sys.stdout, sys.stderr
-    dtype, device = torch.get_default_dtype(), _default_device()
-    try:
-        yield
-    finally:
-        if folder is not None:
-            with suppress(OSError):
-                os.chdir(folder)
-        surroundings.mend(streams)
-        if torch.get_default_dtype() != dtype:
-            torch.set_default_dtype(dtype)
-        if _default_device() != device:
-            torch.set_default_device(device)
-
-
-def _default_device() -> torch.device | None:
-    """The one that was set; None if none was."""
-    return _device.CURRENT_DEVICE

@@ -18,11 +18,10 @@ from torch import Tensor
 from onward.alignment import Block
 from onward.errors import UsageError
 from onward.lab.data.images import ImageData
-from onward.lab.networks import models
 from onward.lab.run import checkpoint
 from onward.lab.run.algorithms import folder_name
 from onward.lab.settings import Recipe, Train, from_dict
-from onward.lab.system import disk
+from onward.lab.system import disk, own
 
 try:
     import fcntl
@@ -177,7 +176,7 @@ def check_code(folder: Path, config: Train, state: dict[str, Any] | None = None)
         known = read_config(folder).get("environment", {}).get("code")
     except (OSError, ValueError, AttributeError):
         known = None
-    now = models.digest(config.model)
+    now = own.digest(own.named("--model", config.model))
     if now and any(then not in (None, now) for then in (known, (state or {}).get("code"))):
         raise UsageError(
             f"{folder} is a run of another network: {config.model.rpartition(':')[0]} has changed since; bring that back, "

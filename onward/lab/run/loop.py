@@ -40,6 +40,7 @@ from onward.lab.run.training import (
 )
 from onward.lab.settings import Train
 from onward.lab.system import interrupt, memory
+from onward.lab.system.own import OwnError
 
 
 def train(config: Train, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
@@ -247,7 +248,7 @@ def _go_on(
             run_folder.write_failure(folder, str(error))
         raise TrainingFailed(f"{error}; {_kept(folder)}") from None
     except (UsageError, TimeoutError) as error:  # an image is broken, or does not come, or the network fails: before a step is
-        own = isinstance(error, models.NetworkError)  # complete, or after the last
+        own = isinstance(error, OwnError)  # complete, or after the last
         with contextlib.suppress(OSError):
             if group.count == 1:  # else the others are in a step
                 state = run.state(at)

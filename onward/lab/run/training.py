@@ -31,7 +31,7 @@ from onward.lab.run import folder as run_folder
 from onward.lab.run.processes import ALONE, Processes
 from onward.lab.run.schedules import Rate
 from onward.lab.settings import Recipe, Train
-from onward.lab.system import generators
+from onward.lab.system import generators, own
 from onward.network.replay import frozen_statistics
 from onward.parallel.shards import STATISTICS
 
@@ -59,8 +59,10 @@ class Run:
     drop_last: bool
     """Leave out the last batch of an epoch, which is not full."""
     processes: Processes = ALONE
+    owns: tuple[own.Own | None, ...] = ()
+    """The user's own files that it runs."""
     code: str | None = None
-    """What `models.digest` says of a network of one's own."""
+    """What `own.digest` says of the user's own network."""
 
     def training_batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """This process's images of one epoch, in its own order, without its first `skip` batches."""
@@ -213,7 +215,8 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     channels, *size = data.shape
     size = [transform.size] * 2 if transform.size else size
     generators.seed(config.seed)
-    code = models.digest(config.model)
+    owns = (own.named("--model", config.model),)
+    code = own.digest(owns[0])  # before it is run
     model = models.build(config.model, (channels, *size), data.classes, config.network).to(device)
     estimator = algorithms.build(model, config, torch.zeros(2, channels, *size, device=device))
     too_few = _leaves_too_few(len(data.train), config.batch_size, model, group.count)
@@ -224,7 +227,7 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     full, rest = divmod(len(data.train), config.batch_size)
     steps = full + (rest > 0 and not drop_last)
     rate = Rate(config.schedule, optimizers["network"], epochs=config.epochs, steps=steps)
-    return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last, group, code)
+    return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last, group, owns, code)
 
 
 def try_out(
@@ -245,7 +248,8 @@ def try_out(
         TrainingFailed: the loss or a gradient is not finite.
     """
     at = at or Standing()
-    with models.own_errors(config.model, " in a step of training"):
+    owns = (own.named("--model", config.model),)
+    with own.errors(owns, " in a step of training"):
         run = prepare(config, data, group)
         if state is not None:
             run.restore(state)
@@ -255,7 +259,7 @@ def try_out(
         run.estimator.train()
         x, y = next(itertools.chain(run.training_batches(at.epoch, at.step), run.training_batches(at.epoch + 1)))
         run.estimate(x, y, run.place(at))
-    with models.own_errors(config.model, " in a test"), torch.no_grad():
+    with own.errors(owns, " in a test"), torch.no_grad():
         run.estimator.eval()
         for x, y in itertools.islice(run.test_batches(), 1):
             _test(run, x, y)
@@ -273,9 +277,9 @@ def train_epoch(run: Run, at: Standing) -> Iterator[float]:
     start = time.perf_counter()
     for x, y in run.training_batches(at.epoch, at.step):
         try:
-            with models.own_errors(run.config.model, f" at {run.place(at)}"):
+            with own.errors(run.owns, f" at {run.place(at)}"):
                 done = run.step(x, y, run.place(at))
-        except models.NetworkError:
+        except own.OwnError:
             raise
         except UsageError as error:
             if run.processes.count > 1:  # each says what is wrong with its own part
@@ -301,7 +305,7 @@ def evaluate(run: Run) -> Row:
     loss, correct = 0.0, 0
     x = torch.empty(0)
     for x, y in run.test_batches():
-        with models.own_errors(run.config.model, " in a test"):
+        with own.errors(run.owns, " in a test"):
             batch_loss, hits = _test(run, x, y)
         loss += batch_loss * len(y)
         correct += hits
@@ -323,7 +327,7 @@ def align(run: Run) -> dict[str, Block]:
     """How the estimates of each block agree with its true gradient, on the same batch every time."""
     run.estimator.train()
     x, y = next(run.training_batches(1))
-    with generators.untouched(run.device), models.own_errors(run.config.model, " as its gradients are looked at"):
+    with generators.untouched(run.device), own.errors(run.owns, " as its gradients are looked at"):
         return measure(run.estimator, x, y, estimates=run.config.align_estimates, cuts=run.config.cuts)
 
 
