@@ -15,9 +15,11 @@ from torch import nn
 from onward.errors import UsageError
 from onward.lab import cli as command
 from onward.lab.settings import Backprop, Bench, Network
-from onward.lab.studies import bench
-from onward.lab.studies.bench import BASELINES, PHASES, Clock, Learner, Turn
+from onward.lab.studies import bench, step
+from onward.lab.studies.bench import BASELINES
+from onward.lab.studies.step import PHASES, Clock, Learner, Turn
 from onward.lab.system import disk
+from onward.phases import timed
 
 CPU = torch.device("cpu")
 VARIANTS = (
@@ -49,7 +51,7 @@ def config() -> Bench:
 @pytest.fixture
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fresh process takes seconds."""
-    monkeypatch.setattr(bench, "in_a_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(step, "in_a_fresh_process", lambda function, *arguments: function(*arguments))
 
 
 def learner(config: Bench, name: str) -> Learner:
@@ -102,28 +104,25 @@ def test_flops_are_those_of_the_matrix_products(config: Bench) -> None:
     n, d, h, c = 4, 16, 8, 3
     forward = 2 * n * (d * h + h * h + h * c)
     weights, inputs = forward, 2 * n * (h * h + h * c)
-    assert bench.flops(learner(config, "bp")) == forward + weights + inputs
+    assert step.flops(learner(config, "bp")) == forward + weights + inputs
     again = 2 * n * (d * h + h * h)  # the hidden blocks
-    assert bench.flops(learner(config, "bp:checkpoint=true")) == forward + weights + inputs + again
+    assert step.flops(learner(config, "bp:checkpoint=true")) == forward + weights + inputs + again
     # a forward gradient without cuts: each product, its tangent in both arguments, and nothing else
-    assert bench.flops(learner(config, "fg:space=avg-weight")) == 3 * forward - 2 * n * d * h
+    assert step.flops(learner(config, "fg:space=avg-weight")) == 3 * forward - 2 * n * d * h
 
 
 @pytest.mark.parametrize("name", [*BASELINES, *VARIANTS])
 def test_the_clock_tells_the_parts_of_a_step(config: Bench, name: str) -> None:
     made = learner(config, name)
     made.step()
-    held = torch.autograd.backward, nn.Module.register_forward_hook
-    start = time.perf_counter()
-    with Clock(CPU).watching(made.estimator.model) as clock:
-        made.step(clock)
+    clock, start = Clock(CPU), time.perf_counter()
+    with timed(clock), clock("other"):
+        made.step()
     assert sum(clock.seconds.values()) <= time.perf_counter() - start
     tangents = name.startswith("fdfa") or (name.startswith("fg") and "engine=reverse" not in name)
     backward = name != "fg:space=avg-weight"  # which differentiates only the loss
     assert clock.seconds.keys() - {"backward"} == set(PHASES) - {"backward"} - (set() if tangents else {"tangent"})
     assert "backward" in clock.seconds or not backward
-    assert (torch.autograd.backward, nn.Module.register_forward_hook) == held
-    assert not made.estimator.model._forward_hooks
 
 
 def test_the_clock_counts_each_part_without_the_others_in_it(config: Bench) -> None:
@@ -136,8 +135,9 @@ def test_the_clock_counts_each_part_without_the_others_in_it(config: Bench) -> N
     made.estimator.model.block1.append(Slow())
     made.estimator.observe = lambda k, delta: time.sleep(0.03)  # while a signal is delivered, twice
     made.step()
-    with Clock(CPU).watching(made.estimator.model) as clock:
-        made.step(clock)
+    clock = Clock(CPU)
+    with timed(clock):
+        made.step()
     assert clock.seconds["primal"] >= 0.04
     assert clock.seconds["other"] >= 0.06
 
@@ -146,7 +146,7 @@ def test_memory_is_that_of_a_process_of_its_own(config: Bench) -> None:
     # Many layers of one size: the holes that a heap may have, of a block or two, are little beside them.
     config = replace(config, input="1,4,4", network=Network(layers=8))
     run = bench.candidates(config)["bp"]
-    grew, state = bench.in_a_fresh_process(bench.peak, run, bench.shape_of(config), config.classes, "cpu", 1)
+    grew, state = step.in_a_fresh_process(step.peak, run, bench.shape_of(config), config.classes, CPU, 1)
     numbers = 16 * 800 + 7 * 800 * 800 + 800 * 3 + 3 + 8 * (1 + 2) * 800  # weights, biases, batch norm
     assert state == pytest.approx(4 * 4 * numbers, rel=0.01)  # each with its gradient and Adam's two averages
     assert 0.97 * state < grew < 1.35 * state  # and what a step needs
@@ -155,14 +155,14 @@ def test_memory_is_that_of_a_process_of_its_own(config: Bench) -> None:
 def test_a_process_that_is_killed_is_a_row() -> None:
     row = {"error": None}
     with bench._failure_into(row):
-        bench.in_a_fresh_process(os._exit, 1)
+        step.in_a_fresh_process(os._exit, 1)
     assert row["error"] == "its process was killed: out of memory?"
 
 
 def test_ctrl_c_ends_a_fresh_process_without_a_traceback() -> None:
     heard = signal.getsignal(signal.SIGINT)
     quiet = signal.SIG_IGN if heard is signal.SIG_IGN else signal.SIG_DFL
-    assert bench.in_a_fresh_process(signal.getsignal, signal.SIGINT) is quiet
+    assert step.in_a_fresh_process(signal.getsignal, signal.SIGINT) is quiet
     assert signal.getsignal(signal.SIGINT) is heard
 
 
