@@ -1,10 +1,29 @@
-"""onward: train PyTorch networks without backpropagating through them."""
+"""onward: train PyTorch networks without backpropagating through them.
+
+What is listed here is public. Everything else may change from one version to the next.
+"""
 
 from onward import alignment
 from onward.derivatives import directions
 from onward.derivatives import tangents as forward_mode
 from onward.errors import UsageError
-from onward.estimators import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, Step
+from onward.estimators import (
+    DFA,
+    DKP,
+    DRTP,
+    FDFA,
+    AtLeast,
+    Backprop,
+    DirectFeedback,
+    Estimator,
+    Feedback,
+    ForwardGradient,
+    Known,
+    LocalLoss,
+    OneOf,
+    SignalEstimator,
+    Step,
+)
 from onward.network.heads import make_heads
 from onward.network.suggest import default_cuts, suggest_cuts
 from onward.network.validate import Problem, validate
@@ -15,13 +34,20 @@ __version__ = "0.1.0"
 __all__ = [
     "DFA",
     "DKP",
+    "DRTP",
     "FDFA",
+    "AtLeast",
     "Backprop",
+    "DirectFeedback",
     "Estimator",
+    "Feedback",
     "ForwardGradient",
+    "Known",
     "LocalLoss",
+    "OneOf",
     "Problem",
     "ProcessLost",
+    "SignalEstimator",
     "Stage",
     "Step",
     "UsageError",

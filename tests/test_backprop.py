@@ -35,9 +35,9 @@ def test_equals_backward(case: Case, checkpoint: bool, train: bool) -> None:
     step = estimator.estimate(x, y)
     assert torch.equal(torch.get_rng_state(), after)
     assert torch.equal(step.loss, value)
-    assert torch.equal(step.logits, logits)
+    assert torch.equal(step.output, logits)
     assert not step.loss.requires_grad
-    assert not step.logits.requires_grad
+    assert not step.output.requires_grad
     for (name, p), q in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert (p.grad is None) == (q.grad is None), name
         if p.grad is not None:
@@ -105,9 +105,9 @@ def test_checkpointing_keeps_a_forward_of_ones_own() -> None:
     x, y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
     for model in (Scaled(nn.Linear(3, 3), nn.Linear(3, 2)), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))):
         model[0].forward = lambda x, layer=model[0]: type(layer).forward(layer, 3 * x)  # type: ignore[method-assign]
-        plain = Backprop(model).estimate(x, y).logits
+        plain = Backprop(model).estimate(x, y).output
         for _ in range(2):
-            torch.testing.assert_close(Backprop(model, ["0"], checkpoint=True).estimate(x, y).logits, plain)
+            torch.testing.assert_close(Backprop(model, ["0"], checkpoint=True).estimate(x, y).output, plain)
 
 
 class Cache(dict):

@@ -585,7 +585,7 @@ def test_inputs_in_any_mapping() -> None:
             return self.last(self.first(words * mask).relu())
 
     x = UserDict(words=torch.randn(2, 3), mask=torch.ones(2, 3))
-    assert DFA(Named(), ["first"]).estimate(x, torch.tensor([0, 1])).logits.shape == (2, 2)
+    assert DFA(Named(), ["first"]).estimate(x, torch.tensor([0, 1])).output.shape == (2, 2)
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
@@ -604,7 +604,7 @@ def test_heads_of_networks_whose_outputs_are_no_rows(kind: str, guess: str | Non
     heads = onward.make_heads(model, x, kind, cuts=["0"])
     make = onward.LocalLoss if guess is None else partial(onward.ForwardGradient, guess=guess)
     step = make(model, ["0"], heads=heads, loss=loss).estimate(x, y)
-    assert step.heads["0"][1].shape == step.logits.shape == ((6, 3, 4, 4) if dense else (6,))
+    assert step.heads["0"][1].shape == step.output.shape == ((6, 3, 4, 4) if dense else (6,))
     if dense:
         with pytest.raises(UsageError, match="this head compares labels of whole samples: use another kind of head"):
             onward.make_heads(model, x, "predsim", cuts=["0"])
@@ -686,9 +686,9 @@ def test_a_predsim_head_of_features_that_are_all_the_same() -> None:
 def test_what_a_step_returns_can_be_saved(name: str) -> None:
     estimator, held = KINDS[name](nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), seed=np.int64(3)), io.BytesIO()
     step = estimator.estimate(torch.randn(4, 3), torch.tensor([0, 1, 1, 0]))
-    torch.save((step.logits, estimator.state_dict()), held)
+    torch.save((step.output, estimator.state_dict()), held)
     held.seek(0)
-    assert torch.equal(torch.load(held, weights_only=True)[0], step.logits)
+    assert torch.equal(torch.load(held, weights_only=True)[0], step.output)
 
 
 class Halts(torch.autograd.Function):

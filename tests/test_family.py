@@ -139,10 +139,10 @@ def check(case: Case, at: Setting, target: str, guess: str, space: str, **option
     step = estimator.estimate(family.x, family.y)
 
     assert torch.equal(torch.get_rng_state(), plain.generator), "the global generator"
-    torch.testing.assert_close(step.logits, plain.logits)
+    torch.testing.assert_close(step.output, plain.logits)
     torch.testing.assert_close(step.loss, case.loss(plain.logits, family.y))
     assert not step.loss.requires_grad
-    assert not step.logits.requires_grad
+    assert not step.output.requires_grad
     for name, buffer in estimator.model.named_buffers():
         torch.testing.assert_close(buffer, plain.buffers[name], msg=name)
 
@@ -711,7 +711,7 @@ def test_heads_that_draw_masks(guess: str) -> None:
         for _ in range(steps):
             estimator.zero_grad()
             torch.manual_seed(reference.MASKS)
-            logits = estimator.estimate(x, y).logits
+            logits = estimator.estimate(x, y).output
             assert torch.equal(torch.get_rng_state(), at.plain.generator)
             torch.testing.assert_close(logits, at.plain.logits)
         return [p.grad for p in estimator.parameters() if p.grad is not None]
@@ -760,7 +760,7 @@ def test_heads_that_draw_without_a_dropout_module(drawing: str) -> None:
     ):
         learner, given = copy.deepcopy(model), copy.deepcopy(head)
         torch.manual_seed(reference.MASKS)
-        logits = make(learner, {"1": given}).estimate(x, y).logits
+        logits = make(learner, {"1": given}).estimate(x, y).output
         after = torch.get_rng_state()
         torch.manual_seed(reference.MASKS)
         torch.testing.assert_close(logits, model(x))

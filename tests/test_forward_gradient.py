@@ -79,10 +79,10 @@ def check_one_step(estimator: ForwardGradient, twin: torch.nn.Module, x: Any, y:
     torch.manual_seed(reference.MASKS)
     step = estimator.estimate(x, y)
     assert torch.equal(torch.get_rng_state(), after)
-    torch.testing.assert_close(step.logits, logits)
+    torch.testing.assert_close(step.output, logits)
     torch.testing.assert_close(step.loss, estimator.loss(logits, y))
     assert not step.loss.requires_grad
-    assert not step.logits.requires_grad
+    assert not step.output.requires_grad
     for name, p in estimator.model.named_parameters():
         close(p.grad, expected.get(name), name)
     for (name, buffer), other in zip(estimator.model.named_buffers(), twin.named_buffers(), strict=True):

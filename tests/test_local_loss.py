@@ -36,7 +36,7 @@ def test_gradients(case: Case, train: bool, batch_norm: bool) -> None:
     step = LocalLoss(model, cuts, heads=heads, loss=loss).estimate(x, y)
 
     assert torch.equal(torch.get_rng_state(), after)
-    torch.testing.assert_close(step.logits, logits)
+    torch.testing.assert_close(step.output, logits)
     torch.testing.assert_close(step.loss, loss(logits, y))
     assert tuple(step.heads) == cuts
     for name, p in model.named_parameters():

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from onward import ForwardGradient, UsageError
-from onward.derivatives import per_sample
+from onward.derivatives import layers, per_sample
 
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True)
 FORMS = (None, True, False)  # of the inner products: the cheaper one, Gram, direct
@@ -54,7 +54,7 @@ def check(layer: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64, toler
     for chunk in (per_sample._CHUNK, 1):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(per_sample, "_CHUNK", chunk)
-            found = per_sample.RULES[type(layer)](layer, x, errors)
+            found = layers.RULES[type(layer)](layer, x, errors)
             assert set(expected) <= set(found)
             for name, wanted in expected.items():
                 gradients = found[name]
@@ -168,11 +168,11 @@ def test_single_precision(layer: nn.Module, x: Tensor) -> None:
 
 def block_gradients(model: nn.Module, x: Any, signals: list[Tensor]) -> dict[str, per_sample.PerSample]:
     """The library's per-sample gradients of one block, by parameter name."""
-    with per_sample.record_uses(model) as uses:
+    with layers.record_uses(model) as uses:
         h = model(x)
     arrived = [torch.autograd.grad(h, [use.output for use in uses], s, retain_graph=True, allow_unused=True) for s in signals]
     names = {p: name for name, p in model.named_parameters()}
-    return {names[p]: found for p, found in per_sample.per_sample_gradients(h, uses, signals, arrived)}
+    return {names[p]: found for p, found in layers.per_sample_gradients(h, uses, signals, arrived)}
 
 
 class Shared(nn.Module):
@@ -264,11 +264,11 @@ def test_nothing_waits_for_the_garbage_collector() -> None:
 def test_one_layer_at_a_time() -> None:
     """The generator forms nothing ahead: what it yields for one layer can be gone before the next is formed."""
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
-    with per_sample.record_uses(model) as uses:
+    with layers.record_uses(model) as uses:
         h = model(torch.randn(2, 4))
     signals = [torch.randn(2, 4)]
     arrived = [torch.autograd.grad(h, [use.output for use in uses], signals[0], retain_graph=True)]
-    found = per_sample.per_sample_gradients(h, uses, signals, arrived)
+    found = layers.per_sample_gradients(h, uses, signals, arrived)
     parameter, _ = next(iter(found))
     assert parameter is model[0].weight
     assert not any(module._forward_hooks for module in model.modules())
@@ -402,10 +402,10 @@ def test_behind_batch_statistics_rows_are_taken_for_samples() -> None:
     torch.manual_seed(0)
     model, words = Positions(True, norm=True).double(), torch.randint(7, (4, 6))
     signal = torch.randn(4, 24, dtype=torch.float64)
-    with per_sample.record_uses(model) as uses:
+    with layers.record_uses(model) as uses:
         h = model(words)
     arrived = torch.autograd.grad(h, [use.output for use in uses], signal, retain_graph=True)
-    found = dict(per_sample.per_sample_gradients(h, uses, [signal], [arrived]))
+    found = dict(layers.per_sample_gradients(h, uses, [signal], [arrived]))
     (at_mix,) = (b for use, b in zip(uses, arrived, strict=True) if use.layer is model.mix)
     torch.testing.assert_close(found[model.mix.bias].rows(0, slice(0, 4)), at_mix.sum(1))
     assert isinstance(found[model.mix.weight], per_sample.Outer)

@@ -15,7 +15,7 @@ from cases import CASES, Case, headed
 from torch import Tensor, nn
 
 from onward import DFA, DKP, FDFA, Estimator, ForwardGradient, UsageError
-from onward.network import validate
+from onward import validate
 from onward.network.probe import disagreement, mixing, once_in_order, trained
 
 FORWARD: dict[str, Callable[..., Estimator]] = {

@@ -15,7 +15,7 @@ from cases import headed
 from torch import Tensor, nn
 
 from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, UsageError
-from onward.network import validate
+from onward import validate
 from onward.network.replay import Replay
 
 _stray = torch.Generator().manual_seed(3)

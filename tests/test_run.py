@@ -94,8 +94,8 @@ def test_several_outputs_learn_as_one_tensor_of_all(kind: str, form: str) -> Non
             for p in estimator.parameter_groups()[-1]["params"]:
                 p.data.sub_(p.grad, alpha=0.1)
         found.append([step.loss, *(p.grad for p in model.parameters())])
-        assert type(step.logits) is type(model(x))
-        assert not any(z.requires_grad for z in reference.floating(leaves(step.logits)))
+        assert type(step.output) is type(model(x))
+        assert not any(z.requires_grad for z in reference.floating(leaves(step.output)))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
 

@@ -10,7 +10,7 @@ from cases import CASES, Case
 from torch import nn
 
 import onward
-from onward.network import validate
+from onward import validate
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

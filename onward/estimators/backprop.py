@@ -19,13 +19,16 @@ from onward.network.replay import Replay, check_same_output
 from onward.network.run import Loss, call, compute_loss, detached
 
 
-class Backprop(Estimator):
+class Backprop(Estimator, name="bp"):
     """The exact gradient, by ``loss.backward()``.
 
     With ``checkpoint=True`` only the outputs of the blocks are kept and each block is run a second time when the backward
     pass reaches it: the memory that a method without backpropagation has to beat. Running statistics move once and dropout
     masks are the same in both runs. Blocks are what lies between ``cuts`` if those are children of a Sequential, else the
     named modules themselves; without ``checkpoint`` cuts have no effect.
+
+    Settings:
+        checkpoint: keep no activations inside a block, and run it again in the backward sweep.
 
     >>> import torch
     >>> from torch import nn

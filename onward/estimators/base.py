@@ -6,16 +6,17 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from onward.derivatives.directions import seed_of
+from onward.derivatives.directions import draw, seed_of
 from onward.derivatives.graph import parameters_behind
 from onward.errors import UsageError, unknown
+from onward.estimators.settings import check_settings
 from onward.network.cuts import Elsewhere, check_names
 from onward.network.probe import Mixing, mixing, mixing_seen, refuse_disagreement
 from onward.network.replay import understudy
@@ -25,6 +26,8 @@ from onward.network.shard import Shard
 from onward.network.suggest import default_cuts
 
 ROLES = ("network", "heads", "feedback")
+ALGORITHMS: dict[str, type[Estimator]] = {}
+"""Every algorithm that has a name, such as fdfa; defining its class enters it."""
 
 
 class Step(NamedTuple):
@@ -34,7 +37,7 @@ class Step(NamedTuple):
     """
 
     loss: Tensor
-    logits: Any
+    output: Any
     heads: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({})
 
 
@@ -106,6 +109,24 @@ class Estimator(nn.Module):
         self._looked = False
         self._separated_for: list[bool] | None = None
 
+    def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if name is None:
+            return
+        known = ALGORITHMS.get(name)
+        if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise UsageError(f"{cls.__name__}: an algorithm {name!r} exists ({known.__name__}): choose another name")
+        ALGORITHMS[name] = cls
+
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        check_settings(cls, options)
+        return super().__new__(cls)
+
+    @classmethod
+    def needs_heads(cls, **settings: Any) -> bool:
+        """Whether, with these settings, its constructor has to be given ``heads``."""
+        return False
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
@@ -135,7 +156,7 @@ class Estimator(nn.Module):
         self.step += 1
         loss, *of_heads = self.shard.mean([step.loss, *(value for value, _ in step.heads.values())])
         heads = {cut: (value, z) for (cut, (_, z)), value in zip(step.heads.items(), of_heads, strict=True)}
-        return Step(loss, step.logits, heads)
+        return Step(loss, step.output, heads)
 
     def look(self, x: Any, y: Any) -> None:
         """Look at the network with its first batch, before anything is learned from it.
@@ -204,6 +225,30 @@ class Estimator(nn.Module):
         if self.observe is not None:
             self.observe(k, delta)
         return delta
+
+    def drawn(
+        self,
+        shape: Sequence[int],
+        block: int | str,
+        like: Tensor,
+        index: int = 0,
+        *,
+        noise: str = "gaussian",
+        seed: int | None = None,
+        offset: int = 0,
+    ) -> Tensor:
+        """The index-th random direction of this step for a block, or a parameter by its name (see :mod:`onward.directions`)."""
+        return draw(
+            shape,
+            seed=self.seed if seed is None else seed,
+            step=self.step,
+            block=block,
+            offset=offset,
+            direction=index,
+            noise=noise,
+            dtype=like.dtype,
+            device=like.device,
+        )
 
     @property
     def mask_seed(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward.derivatives.graph import backward
@@ -13,10 +12,10 @@ from onward.estimators.base import Estimator, Step
 from onward.network.cuts import cut_graph
 from onward.network.gradients import allocate_gradients, forget_unused
 from onward.network.heads import Heads
-from onward.network.run import Loss, call, detached, leaves
+from onward.network.run import call, detached, leaves
 
 
-class LocalLoss(Estimator):
+class LocalLoss(Estimator, name="local"):
     """Greedy layer-wise learning: ``delta_k = d l_k / d h_k``, with l_k the loss of the head at cut k.
 
     Every block and its head learn from l_k, the last block from the network's own loss. A block's graph is gone before the next
@@ -27,6 +26,7 @@ class LocalLoss(Estimator):
     Networks with Local Error Signals", 2019.
 
     >>> import onward
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> x = torch.randn(3, 4)
     >>> estimator = LocalLoss(model, heads=onward.make_heads(model, x, "linear"))
@@ -44,12 +44,14 @@ class LocalLoss(Estimator):
         cuts: Sequence[str] | None = None,
         *,
         heads: Mapping[str, nn.Module],
-        loss: Loss = F.cross_entropy,
-        seed: int = 0,
-        check: bool = True,
+        **options: Any,
     ) -> None:
-        super().__init__(model, cuts, loss=loss, seed=seed, check=check)
+        super().__init__(model, cuts, **options)
         self.heads = Heads(self.cuts, heads)
+
+    @classmethod
+    def needs_heads(cls, **settings: Any) -> bool:
+        return True
 
     def _estimate(self, x: Any, y: Any) -> Step:
         seen: dict[str, tuple[Tensor, Tensor]] = {}

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from onward.derivatives import directions
 from onward.derivatives.graph import backward
 from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
@@ -20,7 +19,7 @@ from onward.estimators.base import Estimator, Step, check_last_block
 from onward.network.cuts import cut_graph
 from onward.network.gradients import allocate_gradients, forget_unused
 from onward.network.replay import Replay, check_same_output
-from onward.network.run import Loss, as_rows, call, detached, from_rows, leaves, output_error, without_graph
+from onward.network.run import LossGradient, as_rows, call, detached, from_rows, leaves, output_error, without_graph
 
 
 class SignalEstimator(Estimator):
@@ -33,6 +32,10 @@ class SignalEstimator(Estimator):
     is known. ``low_memory=True`` runs it twice: first without any graph, for the output error and the tangents of the logits;
     then block by block, where each block gets its signal, differentiates itself and is forgotten. Directions are redrawn
     instead of stored, dropout draws the same masks twice, running statistics move once.
+
+    Settings:
+        low_memory: run the network twice, and keep nothing of a block once it has learned.
+        allow_bypass: take cuts that a skip connection goes around, which gradients then cross.
     """
 
     directions = 0  # tangents carried by the forward pass
@@ -45,35 +48,23 @@ class SignalEstimator(Estimator):
         model: nn.Module,
         cuts: Sequence[str] | None = None,
         *,
-        loss: Loss = F.cross_entropy,
         low_memory: bool = False,
-        seed: int = 0,
-        check: bool = True,
         allow_bypass: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(model, cuts, loss=loss, seed=seed, check=check)
+        super().__init__(model, cuts, **options)
         if low_memory and allow_bypass:
             raise UsageError("low_memory=True frees each block before the next, which a bypassed cut makes impossible")
         self.low_memory = low_memory
         self.allow_bypass = allow_bypass
 
-    def signal(self, k: int, h: Tensor, error: OutputError) -> Tensor:
+    def signal(self, k: int, h: Tensor, known: Known) -> Tensor:
         """delta_k, the error signal for the output h of block k; learns from the same numbers where there is something to."""
         raise NotImplementedError
 
     def direction(self, k: int, h: Tensor, index: int) -> Tensor:
         """The index-th random direction at the output h of block k in this step."""
-        return directions.draw(
-            h.shape,
-            seed=self.seed,
-            step=self.step,
-            block=k,
-            offset=self.shard.first,
-            direction=index,
-            noise=self.noise,
-            dtype=h.dtype,
-            device=h.device,
-        )
+        return self.drawn(h.shape, k, h, index, noise=self.noise, offset=self.shard.first)
 
     def _draw(self, k: int, h: Tensor) -> list[Tensor]:
         return [self.direction(k, h, index) for index in range(self.directions)]
@@ -84,7 +75,8 @@ class SignalEstimator(Estimator):
     def _all_at_once(self, x: Any, y: Any) -> Step:
         passed = self.pass_forward(x)
         found = output_error(self.loss, passed.output, y)
-        self.learn(passed, OutputError(found.e, passed.tangents(found.at), passed.directions), found.at)
+        known = Known(found.e, passed.tangents(found.at), passed.directions, y=y, loss=found.loss)
+        self.learn(passed, known, found.at)
         return Step(found.loss, detached(passed.output))
 
     def pass_forward(self, x: Any, arrived: Sequence[Tensor] = (), weights: Mapping[str, Tensor] | None = None) -> Passed:
@@ -120,44 +112,33 @@ class SignalEstimator(Estimator):
             self._check_kept(outputs, versions)
         return Passed(outputs, drawn, output, partial(tangents_of, tangents, self.cuts))
 
-    def learn(self, passed: Passed, error: OutputError, at: Sequence[Tensor]) -> None:
+    def learn(self, passed: Passed, known: Known, at: Sequence[Tensor]) -> None:
         """The other half: each block takes its signal from what is known at the output, and differentiates itself.
 
         ``at``: the tensors of the output that the loss depends on.
         """
         # Nothing has to wait for a later block, so the first blocks, with most to forget and the fewest parameters, go first.
         for k in list(passed.outputs):
-            self._differentiate(k, passed.outputs.pop(k), error)
+            self._differentiate(k, passed.outputs.pop(k), known)
             passed.drawn.pop(k, None)
         if self.ends_here:
-            backward(list(at), from_rows(error.e, at))
+            backward(list(at), from_rows(known.e, at))
 
-    def _differentiate(self, k: int, h: Tensor, error: OutputError) -> None:
+    def _differentiate(self, k: int, h: Tensor, known: Known) -> None:
         """Hand block k its error signal, and let it find the gradients of its own parameters."""
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
-            delta = self.signal(k, h.detach(), error).to(h.dtype)
+            delta = self.signal(k, h.detach(), known).to(h.dtype)
         if h.requires_grad:
             backward(h, self.observed(k, delta), retain_graph=self.allow_bypass)
 
     def _block_by_block(self, x: Any, y: Any) -> Step:
         fresh = allocate_gradients(self)
         again = Replay(self.model)
-
-        def pass_on(k: int, h: Tensor) -> Tensor:
-            passed_on = h.detach()
-            if tangents is not None:
-                perturb(tangents, h, passed_on, self._draw(k, passed_on))
-            return passed_on
-
-        tangents = Tangents(self.directions, through_gradients=True) if self.directions else None
-        with again.frozen(), without_graph(self.model), tangents or nullcontext(), cut_graph(self.model, self.cuts, pass_on):
-            output = call(self.model, x)
-        found = output_error(self.loss, output, y)
-        error = OutputError(found.e, tangents_of(tangents, self.cuts, found.at), self._draw)
+        known, found, output = measure_output(self, x, y, again, self.directions, self._draw)
 
         def deliver(k: int, h: Tensor) -> Tensor:
             check(k, h)
-            self._differentiate(k, h, error)
+            self._differentiate(k, h, known)
             return h.detach()
 
         first = self._separated_for is None
@@ -208,6 +189,29 @@ def tangents_of(tangents: Tangents | None, cuts: Sequence[str], output: Sequence
     return [[torch.zeros_like(z) if t is None else t for z, t in zip(output, of_one, strict=True)] for of_one in found]
 
 
+def measure_output(
+    estimator: Estimator, x: Any, y: Any, again: Replay, directions: int, draw: Callable[[int, Tensor], list[Tensor]]
+) -> tuple[Known, LossGradient, Any]:
+    """What is known at the network's output after a pass that builds no graph, and that output.
+
+    That many tangents travel along; ``draw(k, h)`` gives the directions that are added at the output h of block k. ``again``
+    lets the next pass draw the same masks and start from the same buffers.
+    """
+
+    def pass_on(k: int, h: Tensor) -> Tensor:
+        passed_on = h.detach()
+        if tangents is not None:
+            perturb(tangents, h, passed_on, draw(k, passed_on))
+        return passed_on
+
+    model, cuts = estimator.model, estimator.cuts
+    tangents = Tangents(directions, through_gradients=True) if directions else None
+    with again.frozen(), without_graph(estimator), tangents or nullcontext(), cut_graph(model, cuts, pass_on):
+        output = call(model, x)
+    found = output_error(estimator.loss, output, y)
+    return Known(found.e, tangents_of(tangents, cuts, found.at), draw, y=y, loss=found.loss), found, output
+
+
 class Passed(NamedTuple):
     """What the forward half of a step leaves for the half that learns.
 
@@ -219,18 +223,24 @@ class Passed(NamedTuple):
     drawn: dict[int, list[Tensor]]
     output: Any
     tangents: Callable[[Sequence[Tensor]], list[list[Tensor]]]
+    y: Any = None
+    """The targets of these samples, where they have to wait for the signal."""
 
     def directions(self, k: int, h: Tensor) -> list[Tensor]:
         """The directions that were added at the output h of block k."""
         return self.drawn[k]
 
 
-class OutputError:
-    """What one pass learned at the network's output.
+class Known:
+    """All that a rule may need to make error signals, of some samples of a batch, once the network's output is known.
 
-    ``e`` = dL/dz (N x C, already divided by N for a mean loss; where the loss depends on several outputs, side by side);
-    ``tangents``, one N x C matrix per direction; ``directions(k, h)``, the directions that were added at the output h of block
-    k. These samples are ``share`` of the batch.
+    It is the same in every form of an estimate: plain and low-memory, on one process, on shards, and in a pipeline.
+
+    ``e`` is dL/dz (N x C, already divided by the batch's number of samples for a mean loss; where the loss depends on several
+    outputs, side by side). ``tangents`` has one N x C matrix for each direction, the tangents of the output, and
+    ``directions(k, h)`` gives the directions that were added at the output h of block k. ``targets`` are what the loss
+    compares the output with, and ``one_hot`` the same as rows of e's shape. ``loss`` is the batch's mean loss, as far as these
+    samples add to it, and ``share`` their part of the samples that it is a mean over: 1, or less of a microbatch.
     """
 
     def __init__(
@@ -238,9 +248,41 @@ class OutputError:
         e: Tensor | Sequence[Tensor],
         tangents: Sequence[Tensor | Sequence[Tensor]],
         directions: Callable[[int, Tensor], list[Tensor]],
+        *,
+        y: Any,
+        loss: Tensor,
         share: float = 1.0,
     ) -> None:
         self.e = as_rows(e)
         self.tangents = [as_rows(t) for t in tangents]
         self.directions = directions
+        self.loss = loss
         self.share = share
+        self._y = y
+
+    @property
+    def targets(self) -> Any:
+        """The targets of these samples.
+
+        Raises :class:`onward.UsageError` where this process of a pipeline was given none.
+        """
+        if self._y is None:
+            raise UsageError("this rule reads the targets, and y is None here: give y to estimate in every process")
+        return self._y
+
+    @property
+    def one_hot(self) -> Tensor:
+        """The targets as rows of the shape and type of ``e``: of class numbers a 1 at the class, real numbers as they are.
+
+        A class number below 0, which losses ignore, makes a row of zeros. Raises :class:`onward.UsageError` for other targets.
+        """
+        y, (samples, classes) = self.targets, self.e.shape
+        if isinstance(y, Tensor) and not y.is_floating_point() and y.shape == (samples,) and int(y.max()) < classes:
+            return F.one_hot(y.long().clamp(min=0), classes).to(self.e.dtype) * (y >= 0).unsqueeze(1)
+        if isinstance(y, Tensor) and y.numel() == self.e.numel():
+            return y.reshape(self.e.shape).to(self.e.dtype)
+        shape = f" of shape {tuple(y.shape)}" if isinstance(y, Tensor) else ""
+        raise UsageError(
+            f"this rule takes the targets for error signals, and {type(y).__name__}{shape} is neither a class below {classes} "
+            f"for each of {samples} samples nor a number for each output: use a rule that reads the output error, such as DFA"
+        )

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from onward.derivatives.directions import seed_of
 from onward.derivatives.graph import grad
 from onward.errors import UsageError, unknown
-from onward.network.cuts import check_names, cut_graph
+from onward.network.cuts import check_names
 from onward.network.gradients import accumulate
-from onward.network.replay import Replay, understudy
-from onward.network.run import Loss, as_rows, batch_statistics, call, check_samples, compute_loss, detached, device_of
+from onward.network.run import Loss, as_rows, check_samples, compute_loss, detached, device_of
+from onward.network.shapes import outputs_at
 from onward.network.suggest import default_cuts
 
 
@@ -45,16 +45,8 @@ def make_heads(
     if width is not None and width < 1:
         raise UsageError(f"heads of width {width}: use at least 1")
     cuts = default_cuts(model) if cuts is None else check_names(model, cuts)
-    outputs: list[Tensor] = []
-
-    def note(k: int, h: Tensor) -> Tensor:
-        outputs.append(h.to("meta"))  # its shape is enough
-        return h
-
     device = device_of(model)
-    tried = understudy(model)
-    with Replay(tried).untouched(), torch.no_grad(), batch_statistics(tried), cut_graph(tried, cuts, note):
-        output = call(tried, x)
+    outputs, output = outputs_at(model, x, cuts)
     if not isinstance(output, Tensor):
         raise UsageError(
             f"the network returns a {type(output).__name__}, and heads are made for one tensor of outputs: give heads of your "

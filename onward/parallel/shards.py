@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 from onward.derivatives.per_sample import PerSample, Rows
 from onward.errors import UsageError, unknown
 from onward.estimators.base import Estimator
-from onward.estimators.forward_gradient.spaces import OF_SAMPLES
+from onward.estimators.forward_gradient.rule import Rule
 from onward.network.run import samples_of
 from onward.network.shard import Shard
 from onward.parallel.batch_norm import synchronise
@@ -227,7 +227,7 @@ def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statist
 
     Afterwards ``estimate(x, y)``, called by every process with its own samples, leaves in every ``.grad`` of every process the
     estimate for all their samples as one batch (sample order: by rank; shards may differ in size), and the mean loss over it;
-    ``logits`` are those of the own samples. Parameters, buffers, seed and step are taken from the group's first process.
+    ``output`` is that of the own samples. Parameters, buffers, seed and step are taken from the group's first process.
     Optimizers need nothing: equal gradients keep equal weights.
 
     Gradients, heads' and feedback matrices' too, are averaged in buckets. Where an estimate needs means over the batch before
@@ -249,7 +249,7 @@ def distribute(estimator: E_, group: dist.ProcessGroup | None = None, *, statist
     """
     if statistics not in STATISTICS:
         raise unknown("handling of batch norm's statistics", statistics, STATISTICS)
-    if statistics == "synchronised" and getattr(estimator, "space", None) in (*OF_SAMPLES, "activation-2"):
+    if statistics == "synchronised" and isinstance(estimator, Rule) and estimator.comparison.in_samples:
         raise UsageError(
             f"statistics='synchronised' with space={estimator.space!r}, which takes each sample's gradient by itself: use "
             "statistics='averaged', or space='activation' or 'avg-weight'"

@@ -22,7 +22,7 @@ from onward.estimators.base import Estimator, Step
 from onward.estimators.feedback import DirectFeedback
 from onward.estimators.forward_gradient.estimator import ForwardGradient
 from onward.estimators.local import LocalLoss
-from onward.estimators.signals import OutputError, Passed
+from onward.estimators.signals import Known, Passed
 from onward.network.cuts import Elsewhere
 from onward.network.heads import Heads
 from onward.network.run import batch_statistics, device_of, output_error
@@ -97,8 +97,8 @@ class Stage:
     def estimate(self, x: Any, y: Any) -> Step | None:
         """Add the estimate for this process's parameters to their ``.grad``; None while ``staleness`` leaves nothing to apply.
 
-        The step's loss and logits are the network's in the last process. In the others: with local losses, those of the last
-        head there; with direct feedback, the network's loss on the batch that was learned from, and no logits (0 x C).
+        The step's loss and output are the network's in the last process. In the others: with local losses, those of the last
+        head there; with direct feedback, the network's loss on the batch that was learned from, and no output (0 x C).
         """
         with self._own_randomness(), batch_statistics(self.estimator):
             step = self._direct(x, y) if isinstance(self.estimator, DirectFeedback) else self._local(x, y)
@@ -166,11 +166,11 @@ class Stage:
         first = 0
         for h, tangents, mark in self._entering(x, y, self.microbatches):
             estimator.shard = _samples_from(first)
-            passed = estimator.pass_forward(h, tangents, weights)
+            passed = estimator.pass_forward(h, tangents, weights)._replace(y=self._targets(y, first, len(h), mark))
             estimator.shard = Shard()
             batch.append(passed)
             if last:
-                signals.append(self._signal(passed, y, slice(first, first + len(h)), whole=mark.left == first == 0))
+                signals.append(self._signal(passed, y, whole=mark.left == first == 0))
             else:
                 self._messages.send(self.rank + 1, [passed.output, *_of_output(passed)], mark)
             first += len(h)
@@ -180,14 +180,20 @@ class Stage:
         self._waiting.append(batch)
         return self._learn(self._waiting.popleft()) if len(self._waiting) > self.staleness else None
 
-    def _signal(self, passed: Passed, y: Any, samples: slice, whole: bool) -> _Signal:
-        """In the last process: the output error of some samples of a batch, for everybody."""
-        if not whole and not isinstance(y, Tensor):
+    def _targets(self, y: Any, first: int, samples: int, mark: Mark) -> Any:
+        """The targets of that many samples of a batch, from the first one on."""
+        if y is None or mark.left == first == 0:  # the whole batch
+            return y
+        if not isinstance(y, Tensor):
             raise UsageError(f"microbatches={self.microbatches} divides y, a {type(y).__name__}: give a tensor, samples first")
+        return y[first : first + samples]
+
+    def _signal(self, passed: Passed, y: Any, whole: bool) -> _Signal:
+        """In the last process: the output error of some samples of a batch, for everybody."""
         if not isinstance(passed.output, Tensor):
             raise UsageError(f"the network returns a {type(passed.output).__name__}: in a pipeline let it return one tensor")
         share = 1.0 if whole else len(passed.output) / len(y)
-        found = output_error(self.estimator.loss, passed.output, y if whole else y[samples])
+        found = output_error(self.estimator.loss, passed.output, passed.y)
         signal = _Signal(found.loss * share, found.e[0] * share, _of_output(passed))
         for rank in range(self.rank):
             self._messages.send(rank, [signal.loss.view(1), signal.e, *signal.tangents])
@@ -201,10 +207,11 @@ class Stage:
         losses, logits = [], []
         for i, passed in enumerate(batch):
             loss, e, tangents = self._receive_signal() if signals is None else signals[i]
-            error = OutputError(e, tangents, passed.directions, len(passed.output) / samples)
-            estimator.learn(passed, error, [passed.output])
+            share = len(passed.output) / samples
+            known = Known(e, tangents, passed.directions, y=passed.y, loss=loss, share=share)
+            estimator.learn(passed, known, [passed.output])
             losses.append(loss)
-            logits.append(passed.output.detach() if estimator.ends_here else error.e[:0])
+            logits.append(passed.output.detach() if estimator.ends_here else known.e[:0])
         return Step(torch.stack(losses).sum(), torch.cat(logits))
 
     def _receive_signal(self) -> _Signal:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from onward.derivatives.directions import draw, seed_of, without_row
+from onward.derivatives.directions import seed_of, without_row
 from onward.derivatives.graph import backward, padding_rows, parameters_behind
 from onward.derivatives.layers import Use, record_uses
 from onward.derivatives.per_sample import dots, weighted_sum
@@ -18,14 +18,12 @@ from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
 from onward.estimators.base import Step
 from onward.estimators.forward_gradient.reverse import accumulate_rows, estimate_samples, through
-from onward.estimators.signals import OutputError, perturb, tangents_of
+from onward.estimators.forward_gradient.rule import Rule
+from onward.estimators.signals import Known, measure_output
 from onward.network.cuts import Elsewhere, cut_graph
 from onward.network.gradients import ParameterNames, accumulate, allocate_gradients, forget_unused
 from onward.network.replay import Replay, check_same_output
 from onward.network.run import Loss, as_rows, call, check_samples, detached, leaves, output_error, without_graph
-
-if TYPE_CHECKING:
-    from onward.estimators.forward_gradient.estimator import ForwardGradient
 
 Guess = Callable[[], list[Tensor]]
 _AT_ONCE = 4  # tangents in one pass where every block has its own, so that memory does not grow with the number of blocks
@@ -49,20 +47,22 @@ class Measured(NamedTuple):
     """The rows of parameters that the network leaves out of their gradients, where it was run as a whole."""
 
 
-def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
+def estimate(fg: Rule, x: Any, y: Any) -> Step:
     """One step of ``fg``: passes without a graph, which measure, and one that differentiates block by block."""
     # Weights are measured after the pass that differentiates, which moves running statistics.
-    again = Replay(fg, start_of_buffers=fg.space == "avg-weight" and bool(fg.cuts))
-    if not fg.cuts and fg.space == "avg-weight":
+    again = Replay(fg, start_of_buffers=fg.comparison.of == "batch" and bool(fg.cuts))
+    if not fg.cuts and fg.comparison.of == "batch":
         return _without_cuts(fg, x, y, again)
     fresh = allocate_gradients(fg)
-    error = _output(fg, x, y, again) if fg.feedback is not None else None
-    step = (_parameters if fg.space == "avg-weight" else _activations)(fg, x, y, again, error)
+    known = None
+    if fg.feedback is not None:
+        known, *_ = measure_output(fg, x, y, again, fg.feedback.directions, fg.feedback_direction)
+    step = (_parameters if fg.comparison.of == "batch" else _activations)(fg, x, y, again, known)
     forget_unused(fresh)
     return step
 
 
-def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: OutputError | None) -> Step:
+def _activations(fg: Rule, x: Any, y: Any, again: Replay, known: Known | None) -> Step:
     """Measure along guesses at the blocks' outputs, then deliver to each block its own, weighted."""
     slopes: dict[Site, Tensor] = {}
     measured = None
@@ -72,7 +72,7 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outp
         slots = _slots(fg, sites)
 
         def inject(h: Tensor, wanted: Sequence[Site]) -> list[Tensor]:
-            found = fg.guesses(wanted[0].block, h, y, error, [site.direction for site in wanted])
+            found = fg.guesses(wanted[0].block, h, y, known, [site.direction for site in wanted])
             if not _signed(fg):
                 return found
             return [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
@@ -80,7 +80,7 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outp
         measured = _measure(fg, x, y, again, slots, at_output=inject)
         slopes = measured.slopes
         slopes = {site: slope * _sign(fg, site, slope.shape) for site, slope in slopes.items()}
-    of_samples = fg.space in ("activation-2", "random-sign-weight")
+    of_samples = fg.comparison.in_samples
     recording: AbstractContextManager[list[Use]] = record_uses(fg.model) if of_samples else nullcontext([])
 
     def learn(k: int, h: Tensor, guess: Guess) -> None:
@@ -93,7 +93,7 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outp
         if of_samples:
             fg.observed(k, guesses[0])
         if fg.space == "random-sign-weight":
-            # Its place among those compared is the target's, but here nothing is: random guesses only need the shapes.
+            # Nothing is compared, but what follows takes a target first: any signal of the right shape does.
             signals = [guesses[0]] * (1 if fg.guess == "random" else 2)
             arrived = through(h, guesses[0], [use.output for use in ran])
             estimate_samples(fg, k, h, ran, signals, [arrived] * len(signals))
@@ -105,7 +105,7 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outp
             backward(h, fg.observed(k, weighted_sum(guesses, weights)))
 
     with recording as uses:
-        step = _block_by_block(fg, x, y, again, error, learn, after=uses.clear)
+        step = _block_by_block(fg, x, y, again, known, learn, after=uses.clear)
     if measured is not None:
         _check_same(measured.output, step)
     return step
@@ -114,10 +114,10 @@ def _activations(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outp
 def _check_same(output: Any, step: Step) -> None:
     if output is None:  # nothing was measured: nothing trains in the hidden blocks
         return
-    check_same_output(leaves(output), leaves(step.logits), "use engine='reverse', which runs the network once")
+    check_same_output(leaves(output), leaves(step.output), "use engine='reverse', which runs the network once")
 
 
-def _parameters(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: OutputError | None) -> Step:
+def _parameters(fg: Rule, x: Any, y: Any, again: Replay, known: Known | None) -> Step:
     """Find each block's parameter gradients under the guess, then measure along them."""
     members: dict[int, list[nn.Parameter]] = {}
     along: dict[Site, Tensor] = {}
@@ -139,12 +139,12 @@ def _parameters(fg: ForwardGradient, x: Any, y: Any, again: Replay, error: Outpu
             for p, direction in zip(reached, found, strict=True):
                 along[Site(k, names[p], i)] = direction
 
-    step = _block_by_block(fg, x, y, again, error, learn)
+    step = _block_by_block(fg, x, y, again, known, learn)
     _check_same(_estimate_along(fg, x, y, again, members, along).output, step)
     return step
 
 
-def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: Replay) -> Step:
+def _without_cuts(fg: Rule, x: Any, y: Any, again: Replay) -> Step:
     """Baydin et al.: one direction for all parameters of the network; nothing is differentiated in reverse."""
     named = {name: p for name, p in fg.model.named_parameters() if p.requires_grad}
     along = {Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()}
@@ -153,7 +153,7 @@ def _without_cuts(fg: ForwardGradient, x: Any, y: Any, again: Replay) -> Step:
 
 
 def _estimate_along(
-    fg: ForwardGradient,
+    fg: Rule,
     x: Any,
     y: Any,
     again: Replay,
@@ -189,7 +189,7 @@ def _estimate_along(
     return measured
 
 
-def _mean_slopes(fg: ForwardGradient, slopes: dict[Site, Tensor]) -> dict[Site, Tensor]:
+def _mean_slopes(fg: Rule, slopes: dict[Site, Tensor]) -> dict[Site, Tensor]:
     """The derivatives of the whole batch's loss; those that sites share, by sharing a tangent, are exchanged once."""
     measured = list({id(slope): slope for slope in slopes.values()}.values())
     means = dict(zip(map(id, measured), fg.shard.mean(measured), strict=True))
@@ -197,11 +197,11 @@ def _mean_slopes(fg: ForwardGradient, slopes: dict[Site, Tensor]) -> dict[Site, 
 
 
 def _block_by_block(
-    fg: ForwardGradient,
+    fg: Rule,
     x: Any,
     y: Any,
     again: Replay,
-    error: OutputError | None,
+    known: Known | None,
     learn: Callable[[int, Tensor, Guess], None],
     after: Callable[[], object] = lambda: None,
 ) -> Step:
@@ -215,12 +215,12 @@ def _block_by_block(
             local, value, z = fg.heads.differentiate(k, h, y, fg.loss, fg.mask_seed, fg.step, learn=True)
             seen[fg.cuts[k]] = value, z
         if h.requires_grad:
-            known = [local] if fg.guess == "local" and local is not None else None
-            learn(k, h, lambda: known or fg.guesses(k, h, y, error))
+            of_head = [local] if fg.guess == "local" and local is not None else None
+            learn(k, h, lambda: of_head or fg.guesses(k, h, y, known))
         if fg.feedback is not None:
-            assert error is not None
+            assert known is not None
             with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
-                fg.feedback.learn(k, h.detach(), error)
+                fg.feedback.learn(k, h.detach(), known)
         after()
         return h.detach()
 
@@ -232,7 +232,7 @@ def _block_by_block(
 
 
 def _measure(
-    fg: ForwardGradient,
+    fg: Rule,
     x: Any,
     y: Any,
     again: Replay,
@@ -339,7 +339,7 @@ def _reads(target: str, block: int, point: int, last: int) -> bool:
 
 
 def _at_head(
-    fg: ForwardGradient, k: int, h: Tensor, moved: Sequence[Tensor | None], tangents: Tangents, read: Callable[..., Tensor]
+    fg: Rule, k: int, h: Tensor, moved: Sequence[Tensor | None], tangents: Tangents, read: Callable[..., Tensor]
 ) -> None:
     assert fg.heads is not None
     probe = h.detach()
@@ -353,46 +353,22 @@ def _give(tangents: Tangents, tensor: Tensor, moved: Sequence[Tensor | None]) ->
         tangents.set(tensor, *(torch.zeros_like(tensor) if t is None else t.clone() for t in moved))
 
 
-def _output(fg: ForwardGradient, x: Any, y: Any, again: Replay) -> OutputError:
-    """The output error, which a feedback guess starts from, and the tangents that its matrices learn from."""
-    assert fg.feedback is not None
-    tangents = Tangents(fg.feedback.directions, through_gradients=True) if fg.feedback.directions else None
-
-    def pass_on(k: int, h: Tensor) -> Tensor:
-        passed_on = h.detach()
-        if tangents is not None:
-            perturb(tangents, h, passed_on, fg.feedback_direction(k, h))
-        return passed_on
-
-    with again.frozen(), without_graph(fg), tangents or nullcontext(), cut_graph(fg.model, fg.cuts, pass_on):
-        output = call(fg.model, x)
-    found = output_error(fg.loss, output, y)
-    return OutputError(found.e, tangents_of(tangents, fg.cuts, found.at), fg.feedback_direction)
-
-
-def _slots(fg: ForwardGradient, sites: Sequence[Site]) -> list[list[Site]]:
+def _slots(fg: Rule, sites: Sequence[Site]) -> list[list[Site]]:
     """Which sites share a tangent."""
     if fg.passes == "block":
         return [[site] for site in sites]
     return [[site for site in sites if site.direction == i] for i in range(fg.directions)]
 
 
-def _signed(fg: ForwardGradient) -> bool:
+def _signed(fg: Rule) -> bool:
     return fg.passes == "one" and fg.guess != "random"  # noise has random signs already
 
 
-def _sign(fg: ForwardGradient, site: Site, shape: Sequence[int]) -> Tensor:
+def _sign(fg: Rule, site: Site, shape: Sequence[int]) -> Tensor:
     """What tells the sites in one tangent apart: a random sign for each sample at a block's output, one for a parameter."""
     like = next(fg.model.parameters())
     if not _signed(fg):
         return like.new_ones(shape)
-    return draw(
-        shape,
-        seed=seed_of(fg.seed, "sign", site.parameter or ""),
-        step=fg.step,
-        block=site.block if site.parameter is None else f"block {site.block}",
-        offset=fg.shard.first,
-        noise="rademacher",
-        dtype=like.dtype,
-        device=like.device,
-    )
+    seed = seed_of(fg.seed, "sign", site.parameter or "")
+    block = site.block if site.parameter is None else f"block {site.block}"
+    return fg.drawn(shape, block, like, noise="rademacher", seed=seed, offset=fg.shard.first)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,11 @@ from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
 from onward.estimators.base import Step, check_last_block
 from onward.estimators.forward_gradient import spaces
-from onward.estimators.signals import OutputError, perturb, tangents_of
+from onward.estimators.forward_gradient.rule import Rule
+from onward.estimators.signals import Known, perturb, tangents_of
 from onward.network.cuts import cut_graph, enter
 from onward.network.gradients import ParameterNames, accumulate
 from onward.network.run import LossGradient, call, detached, leaves, output_error
-
-if TYPE_CHECKING:
-    from onward.estimators.forward_gradient.estimator import ForwardGradient
 
 SWEPT = ("global", "above", "sum")  # gradients that reach a block through the blocks after it
 
@@ -65,13 +63,13 @@ class Sweep:
                 self.arrived[kind][k] = gradient if known is None else known + gradient
 
 
-def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
+def estimate(fg: Rule, x: Any, y: Any) -> Step:
     """One step of ``fg``: target and guess share the forward pass."""
     blocks: dict[int, Block] = {}
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     drawn: dict[int, list[Tensor]] = {}
     swept = [kind for kind in dict.fromkeys((fg.target, fg.guess)) if kind in SWEPT]
-    of_samples = fg.space in (*spaces.OF_SAMPLES, "activation-2")
+    of_samples = fg.comparison.in_samples
     sweep = Sweep(swept, {})
 
     def deliver(k: int, h: Tensor) -> Tensor:
@@ -102,22 +100,21 @@ def estimate(fg: ForwardGradient, x: Any, y: Any) -> Step:
     if fg.ends_here:
         check_last_block(fg.cuts, output, entered=bool(swept))
         found = output_error(fg.loss, output, y)
-    error = None
+    known = None
     if fg.feedback is not None:
-        error = OutputError(found.e, tangents_of(tangents, fg.cuts, found.at), lambda k, h: drawn[k])
+        moved = tangents_of(tangents, fg.cuts, found.at)
+        known = Known(found.e, moved, lambda k, h: drawn[k], y=y, loss=found.loss)
     with torch.autocast(ends[0].device.type, enabled=False):
-        _sweep(fg, blocks, found, sweep, error, y)
+        _sweep(fg, blocks, found, sweep, known, y)
     return Step(found.loss, detached(output), seen)
 
 
-def _sweep(
-    fg: ForwardGradient, blocks: dict[int, Block], found: LossGradient, sweep: Sweep, error: OutputError | None, y: Any
-) -> None:
+def _sweep(fg: Rule, blocks: dict[int, Block], found: LossGradient, sweep: Sweep, known: Known | None, y: Any) -> None:
     """Fill ``.grad`` from the last block to the first; each is forgotten when it is done."""
     trained = [z for z in found.at if z.requires_grad]
     parameters = list(parameters_behind(*trained))
     e = [e.to(z.dtype) for z, e in zip(found.at, found.e, strict=True) if z.requires_grad]
-    if not fg.cuts and fg.space == "avg-weight":  # there is no last block
+    if not fg.cuts and fg.comparison.of == "batch":  # there is no last block
         _estimate_parameters(fg, parameters, through(trained, e, parameters), None, padding_rows(*trained))
         return
     if fg.ends_here:
@@ -130,15 +127,15 @@ def _sweep(
     while blocks:
         k, block = blocks.popitem()
         if block.h.requires_grad:
-            _learn(fg, k, block, sweep, error, y)
+            _learn(fg, k, block, sweep, known, y)
         if fg.feedback is not None:
-            assert error is not None
+            assert known is not None
             _check_kept(fg, k, block)
             with torch.no_grad():
-                fg.feedback.learn(k, block.h.detach(), error)
+                fg.feedback.learn(k, block.h.detach(), known)
 
 
-def _learn(fg: ForwardGradient, k: int, block: Block, sweep: Sweep, error: OutputError | None, y: Any) -> None:
+def _learn(fg: Rule, k: int, block: Block, sweep: Sweep, known: Known | None, y: Any) -> None:
     """Fill ``.grad`` of block k, and hand what reaches it on to the blocks before it."""
     h, uses = block.h, block.uses
     parameters = list(parameters_behind(h))
@@ -167,33 +164,33 @@ def _learn(fg: ForwardGradient, k: int, block: Block, sweep: Sweep, error: Outpu
         return found[: len(edges)]
 
     target = signal(fg.target)
-    drawn_in_weights = fg.guess == "random" and fg.space in (*spaces.OF_SAMPLES, "avg-weight")
+    drawn_in_weights = fg.guess == "random" and fg.comparison.of != "rows"
     if drawn_in_weights:
         guesses = []
     elif fg.guess in ("local", *SWEPT):
         guesses = [signal(fg.guess)]
     else:
-        guesses = block.guesses or fg.guesses(k, h, y, error)
+        guesses = block.guesses or fg.guesses(k, h, y, known)
     edges: Sequence[Any] = []
-    if fg.space == "avg-weight":
+    if fg.comparison.of == "batch":
         edges = parameters
-    elif fg.space in (*spaces.OF_SAMPLES, "activation-2"):
+    elif fg.comparison.in_samples:
         edges = [use.output for use in uses]
-    compared = [] if fg.space == "activation-2" else edges  # the target itself is not needed inside the block
+    compared = edges if fg.comparison.of != "rows" else []  # the target itself is not needed inside the block
     at_target = deliver(fg.target, target, compared)
     same = fg.guess == fg.target and compared is edges
     at_guesses = [at_target] if same else [deliver(fg.guess, u, edges) for u in guesses]
     if not parameters:
         return
-    if fg.space == "avg-weight":
+    if fg.comparison.of == "batch":
         _estimate_parameters(fg, parameters, at_target, None if drawn_in_weights else at_guesses, padding_rows(h))
-    elif fg.space == "activation-2":
+    elif fg.comparison.of == "samples":
+        estimate_samples(fg, k, h, uses, [target, *guesses], [at_target, *at_guesses])
+    elif fg.comparison.in_samples:
         weights = fg.row_weights([dots(target, u) for u in guesses], guesses)
         accumulate_rows(h, uses, guesses, at_guesses, weights)
-    elif fg.space in spaces.OF_SAMPLES:
-        estimate_samples(fg, k, h, uses, [target, *guesses], [at_target, *at_guesses])
     else:
-        if fg.space == "span-activation":
+        if fg.comparison.spans:
             delta = torch.stack([spaces.span_rows(target, fg.shard.gather(u)) for u in guesses]).mean(0)
         else:
             delta = weighted_sum(guesses, fg.row_weights([dots(target, u) for u in guesses], guesses))
@@ -216,7 +213,7 @@ def accumulate_rows(
 
 
 def estimate_samples(
-    fg: ForwardGradient,
+    fg: Rule,
     k: int,
     h: Tensor,
     uses: Sequence[Use],
@@ -237,9 +234,9 @@ def estimate_samples(
         accumulate([p], [_estimate_one(fg, name, k, gradients, p)])
 
 
-def _estimate_one(fg: ForwardGradient, name: str, k: int, gradients: PerSample, p: Tensor) -> Tensor:
+def _estimate_one(fg: Rule, name: str, k: int, gradients: PerSample, p: Tensor) -> Tensor:
     m = range(fg.directions)
-    if fg.space == "span-weight":
+    if fg.comparison.spans:
         gradients = fg.shard.gather_rows(gradients, fg.directions)
         return torch.stack([spaces.span_total(gradients, 1 + i) for i in m]).mean(0)
     if fg.space == "random-sign-weight":
@@ -250,12 +247,12 @@ def _estimate_one(fg: ForwardGradient, name: str, k: int, gradients: PerSample, 
         return fg.weights(found[: fg.directions], dict(zip(pairs, found[fg.directions :], strict=True)))
 
     compared = [*((0, 1 + i) for i in m), *((1 + i, 1 + j) for i, j in pairs)]
-    return gradients.weighed(compared, weigh, by_sample=fg.space != "f-weight")
+    return gradients.weighed(compared, weigh, by_sample=fg.comparison.weigh is not spaces.filtered)
 
 
 @torch.no_grad()
 def _estimate_parameters(
-    fg: ForwardGradient,
+    fg: Rule,
     parameters: Sequence[nn.Parameter],
     target: Sequence[Tensor | None],
     guesses: Sequence[Sequence[Tensor | None]] | None,
@@ -284,7 +281,7 @@ def through(h: Tensor | Sequence[Tensor], signal: Tensor | Sequence[Tensor], edg
     return [a.to_dense() if a is not None and a.is_sparse else a for a in arrived]
 
 
-def _check_kept(fg: ForwardGradient, k: int, block: Block) -> None:
+def _check_kept(fg: Rule, k: int, block: Block) -> None:
     assert fg.feedback is not None
     if fg.feedback.reads_outputs and block.h._version != block.version:
         raise UsageError(

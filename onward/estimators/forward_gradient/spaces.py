@@ -7,53 +7,112 @@ parameter, or of the batch's. In every space but ``span-*`` the estimate is the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from onward.derivatives.per_sample import PerSample
 
-SPACES = {
-    "activation": "per sample at the block's output: the guess scaled to the target's projection on it",
-    "activation-2": "the scales of activation, applied to each sample's parameter gradients under the guess",
-    "weight": "per sample and parameter: the guess's gradient scaled to the projection of the target's",
-    "avg-weight": "per parameter, on gradients of the whole batch",
-    "span-activation": "the target's rows projected on the span of the batch's guesses",
-    "span-weight": "per parameter: each sample's target projected on the span of the batch's guesses",
-    "sign-weight": "per sample and parameter: the guess's gradient with the sign of its inner product with the target's",
-    "random-sign-weight": "per sample and parameter: the guess's gradient with a random sign",
-    "f-weight": "per parameter: the guess's gradients of those samples whose inner product is positive",
-    "f-activation": "the guesses of those samples whose inner product at the block's output is positive",
-}
-OF_SAMPLES = ("weight", "span-weight", "sign-weight", "random-sign-weight", "f-weight")
-"""Spaces of each sample's parameter gradients."""
-SCALE_FREE = ("sign-weight", "random-sign-weight", "f-weight", "f-activation")
-"""Spaces whose weights do not depend on how long the target is."""
+Weigh = Callable[[Tensor, Tensor | None, float, Callable[[Tensor], Tensor]], Tensor]
+"""``weigh(inner, squares, eps, mean)``: the weight of each sample's guess U_n, from <G_n, U_n> and |U_n|^2 (None for unbiased
+scaling), all of shape (N,). ``mean`` is the mean over the batch's samples."""
 
 
-def weights(
-    space: str, inner: Tensor, squares: Tensor | None, eps: float, mean: Callable[[Tensor], Tensor] = torch.mean
-) -> Tensor:
-    """The weight of each sample's guess U_n, from <G_n, U_n> and |U_n|^2 (None for unbiased scaling); all of shape (N,).
+def projection(inner: Tensor, squares: Tensor | None, eps: float, mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """``<G,U> / (|U|^2 + eps)``, or ``<G,U>`` where guesses are unbiased.
 
-    Projections: ``<G,U> / (|U|^2 + eps)``; unbiased: ``<G,U>``; ``sign-``: the sign; ``f-``: N / kept for the kept. ``mean`` is
-    the mean over the batch's samples.
-
-    >>> inner, squares = torch.tensor([2.0, -1.0]), torch.tensor([4.0, 1.0])
-    >>> weights("weight", inner, squares, 0.0), weights("sign-weight", inner, squares, 0.0)
-    (tensor([ 0.5000, -1.0000]), tensor([ 1., -1.]))
-    >>> weights("f-weight", inner, squares, 0.0)
-    tensor([2., 0.])
+    >>> projection(torch.tensor([2.0, -1.0]), torch.tensor([4.0, 1.0]), 0.0, torch.mean)
+    tensor([ 0.5000, -1.0000])
     """
-    if space.startswith("f-"):
-        kept = (inner > 0).to(inner.dtype)
-        return torch.where(kept > 0, 1 / mean(kept), kept)
-    if space == "sign-weight":
-        return inner.sign()
     if squares is None:
         return inner
     divisor = squares + eps
     return torch.where(divisor > 0, inner / divisor, 0)  # nothing lies along a guess that is zero
+
+
+def sign(inner: Tensor, squares: Tensor | None, eps: float, mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sign of ``<G,U>``."""
+    return inner.sign()
+
+
+def filtered(inner: Tensor, squares: Tensor | None, eps: float, mean: Callable[[Tensor], Tensor]) -> Tensor:
+    """N / kept for the samples that are kept, those with ``<G,U> > 0``, and 0 for the others.
+
+    >>> filtered(torch.tensor([2.0, -1.0]), None, 0.0, torch.mean)
+    tensor([2., 0.])
+    """
+    kept = (inner > 0).to(inner.dtype)
+    return torch.where(kept > 0, 1 / mean(kept), kept)
+
+
+class Space(NamedTuple):
+    """What target and guess are compared over, and what is made of the comparison."""
+
+    line: str
+    of: Literal["rows", "samples", "batch"]
+    """What is compared: each sample's rows at the block's output, each sample's gradients of a parameter, or the batch's."""
+    weigh: Weigh | None
+    """How weights are made; None where the guess is not weighed by what is compared."""
+    scale_free: bool = False
+    """Whether weights do not depend on how long the target is."""
+    spans: bool = False
+    """Whether each sample's target is projected on the span of the guesses of all samples."""
+    in_samples: bool = False
+    """Whether each sample's gradients of parameters are needed: to be compared, or to be weighed."""
+
+    @property
+    def projects(self) -> bool:
+        """Whether it projects on single directions, so that lengths of guesses count."""
+        return self.weigh is projection
+
+
+SPACES = {
+    "activation": Space(
+        "per sample at the block's output: the guess scaled to the target's projection on it", "rows", projection
+    ),
+    "activation-2": Space(
+        "the scales of activation, applied to each sample's parameter gradients under the guess",
+        "rows",
+        projection,
+        in_samples=True,
+    ),
+    "weight": Space(
+        "per sample and parameter: the guess's gradient scaled to the projection of the target's",
+        "samples",
+        projection,
+        in_samples=True,
+    ),
+    "avg-weight": Space("per parameter, on gradients of the whole batch", "batch", projection),
+    "span-activation": Space("the target's rows projected on the span of the batch's guesses", "rows", None, spans=True),
+    "span-weight": Space(
+        "per parameter: each sample's target projected on the span of the batch's guesses",
+        "samples",
+        None,
+        spans=True,
+        in_samples=True,
+    ),
+    "sign-weight": Space(
+        "per sample and parameter: the guess's gradient with the sign of its inner product with the target's",
+        "samples",
+        sign,
+        scale_free=True,
+        in_samples=True,
+    ),
+    "random-sign-weight": Space(
+        "per sample and parameter: the guess's gradient with a random sign", "samples", None, scale_free=True, in_samples=True
+    ),
+    "f-weight": Space(
+        "per parameter: the guess's gradients of those samples whose inner product is positive",
+        "samples",
+        filtered,
+        scale_free=True,
+        in_samples=True,
+    ),
+    "f-activation": Space(
+        "the guesses of those samples whose inner product at the block's output is positive", "rows", filtered, scale_free=True
+    ),
+}
 
 
 def onto_span(inner: Tensor, gram: Tensor, precision: torch.dtype) -> Tensor:

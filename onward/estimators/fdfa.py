@@ -1,0 +1,72 @@
+"""Forward direct feedback alignment: the matrices learn the Jacobian of the outputs, as forward mode measures it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from torch import Tensor, nn
+
+from onward.derivatives.directions import NOISES
+from onward.estimators.feedback import DirectFeedback, Feedback
+from onward.estimators.settings import AtLeast, OneOf
+from onward.estimators.signals import Known
+
+
+class ForwardFeedback(Feedback):
+    """``grad B_k = B_k - (1/N) ydot^T u_k``: B_k follows the Jacobian of the logits, as forward mode measures it."""
+
+    directions = 1
+
+    def differentiate(self, k: int, h: Tensor, known: Known, gradient: Tensor) -> None:
+        gradient.add_(self[k], alpha=known.share)
+        scale = -known.share / (known.e.shape[0] * self.directions)
+        for tangent, u in zip(known.tangents, known.directions(k, h), strict=True):
+            gradient.addmm_(tangent.to(gradient.dtype).T, u.flatten(1).to(gradient.dtype), alpha=scale)
+
+
+class FDFA(DirectFeedback, name="fdfa"):
+    """Forward direct feedback alignment: B_k learns the Jacobian of the logits from forward-mode directional derivatives.
+
+    One forward pass carries a tangent ``u_k ~ N(0, I)`` added at the output of every hidden block; with ydot (N x C) the
+    tangent of the logits, E[ydot_n^T u_{k,n}] is the Jacobian dz_n/dh_{k,n}, and
+
+        grad B_k = B_k - (1/N) ydot^T u_k        (C x d_k),  averaged over ``directions`` tangents,  B_k = 0 at first.
+
+    With SGD at rate alpha on the feedback this is the moving average of Bacho & Chu, "Low-Variance Forward Gradients using
+    Direct Feedback Alignment and Momentum", Neural Networks 2024, equation 13; Adam works as well.
+
+    The matrices follow a Jacobian, which knows nothing of the loss. So a loss that is scaled (``torch.amp.GradScaler``, or
+    ``loss / k`` over k accumulated batches), and whose scale is taken back on every ``.grad``, leaves grad B_k too small by
+    the scaler's factor, or too large by k. Give the matrices an optimizer of their own, without the scaler, and divide their
+    ``.grad`` by k (Adam does not mind either). ``DKP`` learns from e, and follows the loss's scale as the network does.
+
+    Settings:
+        directions: tangents in one step, whose findings the matrices learn from on average.
+        noise: what tangents are drawn from.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> estimator = FDFA(model)
+    >>> optimizer = torch.optim.Adam(estimator.parameter_groups(network={"lr": 1e-3}, feedback={"lr": 1e-3}))
+    >>> step = estimator.estimate(torch.randn(3, 4), torch.tensor([0, 1, 1]))
+    >>> estimator.feedback[0].grad.shape
+    torch.Size([2, 8])
+    """
+
+    engine = "feedback, forward"
+    matrices = ForwardFeedback
+
+    def __init__(
+        self,
+        model: nn.Module,
+        cuts: Sequence[str] | None = None,
+        *,
+        directions: Annotated[int, AtLeast(1)] = 1,
+        noise: Annotated[str, OneOf(NOISES)] = "gaussian",
+        **options: Any,
+    ) -> None:
+        super().__init__(model, cuts, **options)
+        self.directions = self.feedback.directions = directions
+        self.noise = noise
