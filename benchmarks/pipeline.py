@@ -11,6 +11,7 @@ trainings that know nothing of each other reach at the same time: less than 2 wh
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -35,6 +36,8 @@ ALGORITHMS: dict[str, Callable[..., onward.Estimator]] = {
     "fdfa": onward.FDFA,
 }
 DIRECT = ("dfa", "dkp", "fdfa")
+TRAIN = 1437
+"""Of the digits, how many are trained on; the rest is for the test."""
 
 
 def estimator_of(algorithm: str, model: nn.Module, x: Tensor) -> onward.Estimator:
@@ -67,46 +70,6 @@ def _throughput(rank: int, options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     x = torch.randn(options.batch_size, options.width, options.size, options.size)
     y = torch.randint(10, (options.batch_size,))
-
-    def build(algorithm: str) -> onward.Estimator:
-        torch.manual_seed(0)
-        equal = [
-            nn.Sequential(nn.Conv2d(options.width, options.width, 3, padding=1), nn.BatchNorm2d(options.width), nn.ReLU())
-            for _ in range(options.blocks)
-        ]
-        last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(options.width, 10))
-        return estimator_of(algorithm, nn.Sequential(*equal, last), x)
-
-    def seconds(
-        active: bool, estimate: Callable[..., object], estimator: onward.Estimator, flush: Callable[[], object]
-    ) -> tuple[float, float]:
-        """For the steps of one turn, between two barriers, and of processor time in the process that took more of it."""
-        optimizer = torch.optim.SGD(estimator.parameters(), lr=1e-3)
-
-        def steps(count: int) -> None:
-            for _ in range(count):
-                optimizer.zero_grad()
-                estimate(x, y)
-                optimizer.step()
-            while flush():
-                optimizer.step()
-
-        if active:
-            steps(1)
-        dist.barrier()
-        start, worked = time.perf_counter(), time.process_time()
-        if active:
-            steps(options.steps)
-        work = torch.tensor(time.process_time() - worked)
-        dist.barrier()
-        end = time.perf_counter()
-        dist.all_reduce(work, dist.ReduceOp.MAX)
-        return end - start, work.item()
-
-    half = [options.blocks // 2, options.blocks - options.blocks // 2 + 1]
-    schedules: dict[str, list[dict[str, int]]] = {"bp": [], "local": [{}]}
-    for algorithm in DIRECT:
-        schedules[algorithm] = [{}, {"microbatches": 2}, {"microbatches": 4}, {"staleness": 1}]
     if rank == 0:
         print(
             f"torch {torch.__version__}, {options.blocks} blocks {options.width} wide on {options.size}x{options.size}, batch "
@@ -115,20 +78,13 @@ def _throughput(rank: int, options: argparse.Namespace) -> None:
             "time; limit: two independent trainings at once"
         )
     for algorithm in options.algorithms:
-        alone = build(algorithm)
-        whole, measured = build(algorithm), dict[str, list[tuple[float, float]]]()
-        stages = {}
-        for schedule in schedules[algorithm]:
-            part = build(algorithm)
-            name = ", ".join(f"{key}={value}" for key, value in schedule.items()) or "plain"
-            stages[name] = (onward.Stage(part, half, **schedule), part)
+        alone, both, stages = _contestants(algorithm, options, x)
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ("one", *stages, "both")}
         for _ in range(options.turns):
-            turn = {"one": seconds(rank == 0, alone.estimate, alone, lambda: None)}
-            for name, (stage, part) in stages.items():
-                turn[name] = seconds(True, stage.estimate, part, stage.flush)
-            turn["both"] = seconds(True, whole.estimate, whole, lambda: None)
-            for name, value in turn.items():
-                measured.setdefault(name, []).append(value)
+            measured["one"].append(_turn(alone, alone, x, y, options.steps if rank == 0 else 0))
+            for name, stage in stages.items():
+                measured[name].append(_turn(stage, stage.estimator, x, y, options.steps))
+            measured["both"].append(_turn(both, both, x, y, options.steps))
         if rank == 0:
             times = {name: [wall for wall, _ in values] for name, values in measured.items()}
             work = {name: statistics.median(cpu for _, cpu in values) for name, values in measured.items()}
@@ -136,6 +92,56 @@ def _throughput(rank: int, options: argparse.Namespace) -> None:
             for name in stages:
                 report(name, times["one"], times[name], f"{work['one'] / work[name]:6.2f} by processor time")
             report("limit", [2 * wall for wall in times["one"]], times["both"], "")
+
+
+def _contestants(
+    algorithm: str, options: argparse.Namespace, x: Tensor
+) -> tuple[onward.Estimator, onward.Estimator, dict[str, onward.Stage]]:
+    """Two estimators that work alone, and a pipeline by every schedule that the algorithm can follow."""
+
+    def build() -> onward.Estimator:
+        torch.manual_seed(0)
+        equal = [
+            nn.Sequential(nn.Conv2d(options.width, options.width, 3, padding=1), nn.BatchNorm2d(options.width), nn.ReLU())
+            for _ in range(options.blocks)
+        ]
+        last = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(options.width, 10))
+        return estimator_of(algorithm, nn.Sequential(*equal, last), x)
+
+    half = [options.blocks // 2, options.blocks - options.blocks // 2 + 1]
+    schedules: dict[str, dict[str, int]] = {} if algorithm == "bp" else {"plain": {}}
+    if algorithm in DIRECT:
+        late = {"microbatches=2": {"microbatches": 2}, "microbatches=4": {"microbatches": 4}, "staleness=1": {"staleness": 1}}
+        schedules |= late
+    return build(), build(), {name: onward.Stage(build(), half, **schedule) for name, schedule in schedules.items()}
+
+
+def _turn(
+    trained: onward.Estimator | onward.Stage, estimator: onward.Estimator, x: Tensor, y: Tensor, count: int
+) -> tuple[float, float]:
+    """Seconds for so many steps between two barriers, and of processor time in the process that took more of it.
+
+    With a count of 0 this process does nothing but wait.
+    """
+    optimizer = torch.optim.SGD(estimator.parameters(), lr=1e-3)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            trained.estimate(x, y)
+            optimizer.step()
+        while isinstance(trained, onward.Stage) and trained.flush():
+            optimizer.step()
+
+    steps(min(count, 1))
+    dist.barrier()
+    start, worked = time.perf_counter(), time.process_time()
+    steps(count)
+    work = torch.tensor(time.process_time() - worked)
+    dist.barrier()
+    end = time.perf_counter()
+    dist.all_reduce(work, dist.ReduceOp.MAX)
+    return end - start, work.item()
 
 
 def report(name: str, base: list[float], times: list[float], remark: str) -> None:
@@ -251,38 +257,26 @@ def _staleness(rank: int, options: argparse.Namespace) -> None:
     data = load_digits()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     x, y = torch.tensor(data.data, dtype=torch.float32)[order] / 8 - 1, torch.tensor(data.target)[order]
-    train, test = slice(0, 1437), slice(1437, None)
     for algorithm in options.algorithms:
-        for s in options.staleness:
-            found = [
-                accuracy
-                for seed in range(options.seeds)
-                if (accuracy := _accuracy(rank, algorithm, s, seed, options, x[train], y[train], x[test], y[test])) is not None
-            ]
-            if found:
-                print(f"{algorithm:6} s={s:<3} {statistics.mean(found):6.2f} ± {statistics.stdev(found):.2f}", flush=True)
+        for late in options.staleness:
+            found = [_accuracy(algorithm, late, seed, options, x, y) for seed in range(options.seeds)]
+            if rank == 1:
+                print(f"{algorithm:6} s={late:<3} {statistics.mean(found):6.2f} ± {statistics.stdev(found):.2f}", flush=True)
 
 
-def _accuracy(
-    rank: int,
-    algorithm: str,
-    s: int,
-    seed: int,
-    options: argparse.Namespace,
-    x: Tensor,
-    y: Tensor,
-    test_x: Tensor,
-    test_y: Tensor,
-) -> float | None:
-    """In the last process. All hidden blocks are in the first, so that every one of their signals is late."""
+def _accuracy(algorithm: str, late: int, seed: int, options: argparse.Namespace, x: Tensor, y: Tensor) -> float:
+    """Test accuracy in %; in the first process, which never sees an output, nan.
+
+    All hidden blocks are in the first process, so that every one of their signals is late.
+    """
     torch.manual_seed(seed)
     sizes = [64] + [options.width] * options.layers
     hidden = [nn.Sequential(nn.Linear(a, b), nn.BatchNorm1d(b), nn.ReLU()) for a, b in pairwise(sizes)]
     estimator = ALGORITHMS[algorithm](nn.Sequential(*hidden, nn.Linear(options.width, 10)), seed=seed)
-    stage = onward.Stage(estimator, [options.layers, 1], staleness=s)
+    stage = onward.Stage(estimator, [options.layers, 1], staleness=late)
     optimizer = torch.optim.Adam(estimator.parameters(), lr=options.lr)
     for _ in range(options.epochs):
-        for batch in torch.randperm(len(x)).split(64)[:-1]:
+        for batch in torch.randperm(TRAIN).split(64)[:-1]:
             optimizer.zero_grad()
             stage.estimate(x[batch], y[batch])
             optimizer.step()
@@ -291,9 +285,9 @@ def _accuracy(
         optimizer.step()
         optimizer.zero_grad()
     estimator.eval()
-    logits = stage(test_x)
+    output = stage(x[TRAIN:])
     stage.flush()
-    return None if logits is None else 100 * (logits.argmax(1) == test_y).float().mean().item()
+    return math.nan if output is None else 100 * (output.argmax(1) == y[TRAIN:]).float().mean().item()
 
 
 def main() -> None:
