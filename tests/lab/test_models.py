@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import math
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +13,8 @@ from torch import nn
 
 import onward
 from onward.errors import UsageError
-from onward.lab.networks.models import MODELS, build, check, parse_shape
+from onward.lab.networks import models
+from onward.lab.networks.models import FACTS, MODELS, build, check, parse_shape
 from onward.lab.settings import Network
 
 
@@ -106,6 +112,38 @@ def test_refusals(name: str, shape: tuple[int, ...], options: Network, message: 
 
 def test_every_model_is_described() -> None:
     assert all(builder.__doc__ for builder in MODELS.values())
+
+
+@pytest.mark.parametrize("shape", [(10,), (3,), (4, 5), (2, 3, 4, 5)])
+def test_mlp_takes_inputs_of_any_shape(shape: tuple[int, ...]) -> None:
+    model = build("mlp", shape, 1, Network(width=0.01))
+    assert model.block1[1].weight.shape == (8, math.prod(shape))
+    assert model(torch.rand(3, *shape)).shape == (3, 1)
+
+
+def test_networks_for_images_take_nothing_else() -> None:
+    for name, entry in FACTS.items():
+        for shape in [(10,), {"image": (1, 8, 8)}] if entry.images else []:
+            with pytest.raises(
+                UsageError, match=f"{name} for inputs of shape .*: it is for images, three sizes such as 3,32,32"
+            ):
+                build(name, shape, 10, Network())
+    for shape in ((), {"x": (10,)}):
+        with pytest.raises(UsageError, match=r"mlp for inputs of shape .*: it takes one tensor with a row for each sample"):
+            build("mlp", shape, 10, Network())
+
+
+def test_a_network_is_one_file(tmp_path: Path) -> None:
+    package = Path(str(models.__file__)).parent
+    shutil.copytree(package.parents[1], tmp_path / "onward", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "onward/lab/networks/perceptron.py").write_text(
+        "from torch import nn\nfrom onward.lab.networks.blocks import chain, network\n"
+        '@network("perceptron", images=False)\n'
+        'def perceptron(shape, classes):\n    """No hidden layer but one."""\n'
+        "    return chain([nn.Sequential(nn.Flatten(), nn.Linear(shape[0], 8), nn.Tanh())], nn.Linear(8, classes))\n"
+    )
+    told = subprocess.run([sys.executable, "-m", "onward", "list"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.search(r"^  perceptron +No hidden layer but one$", told.stdout, re.MULTILINE)
 
 
 # ---- ResNet-18 and its relatives
@@ -263,6 +301,19 @@ def for_other_images():
 class Fails(nn.Module):
     def forward(self, x):
         return x.no_such_thing
+
+class Flat(nn.Linear):
+    def __init__(self, outputs):
+        super().__init__(16, outputs)
+    def forward(self, x):
+        return super().forward(x.flatten(1)).flatten()
+
+class Words(nn.Module):
+    def __init__(self, shape, classes):
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(9, 3), nn.Linear(3 * shape["words"][0] + shape["age"][0], classes)
+    def forward(self, words, age):
+        return self.linear(torch.cat([self.embedding(words).flatten(1), age], 1))
 """
 
 
@@ -284,6 +335,23 @@ def test_a_network_of_ones_own(own: str, function: str) -> None:
     build(f"{own}:{function}", (1, 4, 4), 3, Network())
     assert torch.equal(after, torch.rand(1))
     assert onward.default_cuts(nn.Sequential(model, nn.Linear(3, 3))) == ("0",)
+
+
+def test_a_network_of_ones_own_may_return_its_only_output_flat(own: str) -> None:
+    assert build(f"{own}:Flat", (1, 4, 4), 1, Network())(torch.zeros(2, 1, 4, 4)).shape == (2,)
+    with pytest.raises(
+        UsageError, match=r"own.py:Flat returned a tensor of shape \(6,\) for 2 inputs: return one of shape \(2, 3\)"
+    ):
+        build(f"{own}:Flat", (1, 4, 4), 3, Network())
+
+
+def test_a_network_of_ones_own_is_tried_with_an_example(own: str) -> None:
+    x = {"words": torch.ones(3, 5, dtype=torch.long), "age": torch.zeros(3, 2)}
+    shape = {name: tuple(part.shape[1:]) for name, part in x.items()}
+    assert build(f"{own}:Words", shape, 4, Network(), example=x)(**x).shape == (3, 4)
+    said = r"own.py, line \d+ on a batch of shape {'words': \(3, 4\), 'age': \(3, 2\)}: RuntimeError: mat1 and mat2"
+    with pytest.raises(UsageError, match=said):
+        build(f"{own}:Words", shape, 4, Network(), example={**x, "words": x["words"][:, 1:]})
 
 
 def test_a_network_of_ones_own_has_the_options_of_its_function(own: str) -> None:

@@ -1,16 +1,62 @@
-"""What all networks are made with."""
+"""What all networks are made with, and how a network gets its name."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from onward.errors import UsageError
 
 Shape = Sequence[int]
-"""(C, H, W) of an image."""
+"""Of one input: (C, H, W) of an image."""
+Shapes = Shape | Sequence[Shape] | Mapping[str, Shape]
+"""Of one input that is a tensor, or of the tensors in it if it is a tuple or a dict."""
+Make = Callable[..., nn.Sequential]
+"""`make(shape, classes, **options)`: a network; the options are those fields of `settings.Network` that it names."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the lab has to know about a network, beside the function that makes it."""
+
+    images: bool = True
+    """It takes nothing but images."""
+    inputs: Shape = (3, 32, 32)
+    """The shape of one input if neither data nor --input say it."""
+    image_size: int | None = None
+    """The side that images are resized to if --transform.size does not say it."""
+    initialize: Callable[[nn.Module], None] | None = None
+    """How the weights of heads are drawn; None leaves them as PyTorch's modules draw them."""
+    heads_behind: Mapping[str, str] = field(default_factory=dict)
+    """For some cuts another block, of which their head starts with a copy."""
+    ends_in_head: str | None = None
+    """A part of the output block: if a kind of head is chosen, such a head takes the place of what follows that part."""
+
+
+MODELS: dict[str, Make] = {}
+"""The function that makes each network, by name."""
+FACTS: dict[str, Facts] = {}
+
+
+def network(name: str, **facts: Any) -> Callable[[Make], Make]:
+    """Give the network that the decorated function makes a name, and state the :class:`Facts` in which it is not like others.
+
+    >>> @network("tiny", images=False)
+    ... def tiny(shape: Shape, classes: int) -> nn.Sequential:
+    ...     return chain([nn.Flatten()], nn.LazyLinear(classes))
+    >>> MODELS.pop("tiny") is tiny, FACTS.pop("tiny").images
+    (True, False)
+    """
+
+    def register(make: Make) -> Make:
+        MODELS[name], FACTS[name] = make, Facts(**facts)
+        return make
+
+    return register
 
 
 def scaled(channels: int, width: float) -> int:

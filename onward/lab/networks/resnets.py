@@ -1,8 +1,7 @@
 """ResNet-18 and its relatives, cut into blocks as Fournier et al. cut them.
 
 Every network is an `nn.Sequential` of `block1`, `block2`, ... and `output`: the last block, and with it the last head (batch
-norm, global average, linear layer; of resnet18-2b a chosen kind of head, see `models.ENDS_IN_HEAD`). Weights start Kaiming
-uniform, biases at 0.01.
+norm, global average, linear layer; of resnet18-2b a chosen kind of head). Weights start Kaiming uniform, biases at 0.01.
 
 Source: Fournier et al., "Can Forward Gradient Match Backpropagation?", ICML 2023.
 """
@@ -16,7 +15,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from onward.errors import unknown
-from onward.lab.networks.blocks import Shape, chain, scaled
+from onward.lab.networks.blocks import Shape, chain, network, scaled
 
 DOWNSAMPLING = ("conv", "avg-pool")
 STEM_SIZE = 32  # side of the largest images that keep their size in the stem
@@ -46,6 +45,16 @@ class Residual(nn.Module):
         return self.relu(self.body(x) + self.shortcut(x))
 
 
+def initialize(module: nn.Module) -> None:
+    """Draw the weights of linear layers and convolutions as the paper's code does: Kaiming uniform, biases 0.01."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.kaiming_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.constant_(layer.bias, 0.01)
+
+
+@network("resnet18-8b", initialize=initialize)
 def resnet18_8b(shape: Shape, classes: int, *, width: float = 1.0, downsample: str = "conv") -> nn.Sequential:
     """ResNet-18 in 8 blocks, one residual block each; the stem is in the first, the last ends in the classifier.
 
@@ -55,11 +64,13 @@ def resnet18_8b(shape: Shape, classes: int, *, width: float = 1.0, downsample: s
     return _resnet(shape, classes, [64, 64, 128, 128, 256, 256, 512, 512], 1, width, downsample)
 
 
+@network("resnet18-2b", initialize=initialize, heads_behind={"block1": "output.block2"}, ends_in_head="block2")
 def resnet18_2b(shape: Shape, classes: int, *, width: float = 1.0, downsample: str = "conv") -> nn.Sequential:
     """The first half of ResNet-18 in 2 blocks of two residual blocks each, the stem in the first."""
     return _resnet(shape, classes, [64, 128], 2, width, downsample)
 
 
+@network("resnet18-16b", initialize=initialize)
 def resnet18_16b(shape: Shape, classes: int, *, width: float = 1.0) -> nn.Sequential:
     """ResNet-18 without its skip connections, in 16 blocks of one convolution (the first: two, or the stem of larger images).
 
@@ -74,6 +85,7 @@ def resnet18_16b(shape: Shape, classes: int, *, width: float = 1.0) -> nn.Sequen
     return _with_classifier(blocks, widths[-1], classes)
 
 
+@network("small-net", initialize=initialize)
 def small_net(shape: Shape, classes: int, *, width: float = 1.0, downsample: str = "conv") -> nn.Sequential:
     """Six convolutions in 6 blocks, at the images' full size; `avg-pool` halves it before the third and the fifth."""
     _check_downsampling(downsample)
@@ -83,15 +95,6 @@ def small_net(shape: Shape, classes: int, *, width: float = 1.0, downsample: str
         for number in (3, 5):
             blocks[number - 1].insert(0, nn.AvgPool2d(2, ceil_mode=True))
     return _with_classifier(blocks, channels[-1], classes)
-
-
-def initialize(module: nn.Module) -> None:
-    """Draw the weights of linear layers and convolutions as the paper's code does: Kaiming uniform, biases 0.01."""
-    for layer in module.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            nn.init.kaiming_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.constant_(layer.bias, 0.01)
 
 
 def _resnet(shape: Shape, classes: int, widths: Sequence[int], depth: int, width: float, downsample: str) -> nn.Sequential:

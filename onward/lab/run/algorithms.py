@@ -100,7 +100,7 @@ def build(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
     check(config.algorithm)
     if config.input and models.parse_shape(config.input) != (shape := tuple(x.shape[1:])):
         raise UsageError(f"--input {config.input}: the inputs are {','.join(map(str, shape))}, leave it out")
-    if config.heads.kind and config.model in models.ENDS_IN_HEAD:
+    if config.heads.kind and models.facts(config.model).ends_in_head:
         _end_in_head(model, config, x)
     return ALGORITHMS[config.algorithm](model, config, x)
 
@@ -184,7 +184,7 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
     Raises:
         UsageError: a kind that does not fit a block's output.
     """
-    shared = models.HEADS_BEHIND.get(config.model, {})
+    shared = models.facts(config.model).heads_behind
     cuts = check_names(model, config.cuts or onward.default_cuts(model))
     ends = [shared.get(cut, cut) for cut in cuts]
     flat = any(isinstance(layer, nn.Flatten) for end in ends for layer in model.get_submodule(end).modules())
@@ -193,7 +193,7 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
         cut: made[end] if end == cut else _behind(copy.deepcopy(model.get_submodule(end)), made[end])
         for cut, end in zip(cuts, ends, strict=True)
     }
-    if initialize := models.INITIALIZE.get(config.model):
+    if initialize := models.facts(config.model).initialize:
         for head in heads.values():
             head.reset_parameters = partial(initialize, head)  # so heads that are drawn afresh start in the same way
     return heads
@@ -204,7 +204,7 @@ def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str
     kind of initial weights."""
     width = default_width(kind, len(ends)) if config.heads.width is None else config.heads.width
     made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
-    if initialize := models.INITIALIZE.get(config.model):
+    if initialize := models.facts(config.model).initialize:
         for head in made.values():
             initialize(head)
     return made
@@ -212,7 +212,7 @@ def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str
 
 def _end_in_head(model: nn.Module, config: Train, x: Tensor) -> None:
     """Put a head of the chosen kind in the place of the network's classifier; of predsim, its own classifier."""
-    last = models.ENDS_IN_HEAD[config.model]
+    last = models.facts(config.model).ends_in_head
     (head,) = _drawn(model, config, x, config.heads.kind, [f"output.{last}"]).values()
     head = head.classify if isinstance(head, PredSim) else head
     model.output = nn.Sequential(OrderedDict({last: model.output.get_submodule(last), "head": head}))

@@ -210,7 +210,7 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     if config.statistics not in STATISTICS:
         raise unknown("handling of batch norm's statistics", config.statistics, STATISTICS)
     device = choose_device(config.device)
-    transform = replace(config.transform, size=config.transform.size or models.IMAGE_SIZE.get(config.model))
+    transform = replace(config.transform, size=config.transform.size or models.facts(config.model).image_size)
     batches(data.train, config.batch_size, transform=transform, train=True)  # says so now if they cannot be made as asked
     channels, *size = data.shape
     size = [transform.size] * 2 if transform.size else size
