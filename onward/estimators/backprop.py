@@ -20,7 +20,7 @@ from onward.network.run import Loss, call, compute_loss, detached
 
 
 class Backprop(Estimator, name="bp"):
-    """The exact gradient, by ``loss.backward()``.
+    """Backpropagation: the exact gradient, by ``loss.backward()``.
 
     With ``checkpoint=True`` only the outputs of the blocks are kept and each block is run a second time when the backward
     pass reaches it: the memory that a method without backpropagation has to beat. Running statistics move once and dropout
@@ -50,7 +50,7 @@ class Backprop(Estimator, name="bp"):
         seed: int = 0,
         check: bool = True,
     ) -> None:
-        cuts = () if cuts is None and not checkpoint else cuts
+        cuts = cuts if checkpoint else ()
         super().__init__(model, cuts, loss=loss, seed=seed, check=check, uncut=True)
         self.checkpoint = checkpoint
         self.engine = "reverse, checkpointed" if checkpoint else "reverse"

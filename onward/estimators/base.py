@@ -127,6 +127,11 @@ class Estimator(nn.Module):
         """Whether, with these settings, its constructor has to be given ``heads``."""
         return False
 
+    @classmethod
+    def learns_feedback(cls, **settings: Any) -> bool:
+        """Whether, with these settings, it has feedback matrices that learn."""
+        return False
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 

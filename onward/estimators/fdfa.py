@@ -14,7 +14,7 @@ from onward.estimators.signals import Known
 
 
 class ForwardFeedback(Feedback):
-    """``grad B_k = B_k - (1/N) ydot^T u_k``: B_k follows the Jacobian of the logits, as forward mode measures it."""
+    """``grad B_k = B_k - (1/N) ydot^T u_k``: B_k follows the Jacobian of the outputs, as forward mode measures it."""
 
     directions = 1
 
@@ -26,10 +26,10 @@ class ForwardFeedback(Feedback):
 
 
 class FDFA(DirectFeedback, name="fdfa"):
-    """Forward direct feedback alignment: B_k learns the Jacobian of the logits from forward-mode directional derivatives.
+    """Forward direct feedback alignment: B_k learns the Jacobian of the outputs from directional derivatives.
 
     One forward pass carries a tangent ``u_k ~ N(0, I)`` added at the output of every hidden block; with ydot (N x C) the
-    tangent of the logits, E[ydot_n^T u_{k,n}] is the Jacobian dz_n/dh_{k,n}, and
+    tangent of the outputs, E[ydot_n^T u_{k,n}] is the Jacobian dz_n/dh_{k,n}, and
 
         grad B_k = B_k - (1/N) ydot^T u_k        (C x d_k),  averaged over ``directions`` tangents,  B_k = 0 at first.
 

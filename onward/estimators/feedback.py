@@ -119,6 +119,10 @@ class DirectFeedback(SignalEstimator):
         self.reads_outputs = self.feedback.reads_outputs
         self.tangents_on = "outputs" if self.directions else None
 
+    @classmethod
+    def learns_feedback(cls, **settings: Any) -> bool:
+        return cls.matrices.learns
+
     def initialize(self, x: Any) -> None:
         """Size the feedback matrices by one forward pass over a batch, which changes nothing else."""
         shapes, output = outputs_at(self.model, x, self.cuts)

@@ -16,7 +16,7 @@ from onward.network.run import call, detached, leaves
 
 
 class LocalLoss(Estimator, name="local"):
-    """Greedy layer-wise learning: ``delta_k = d l_k / d h_k``, with l_k the loss of the head at cut k.
+    """Local losses, greedy layer by layer: ``delta_k = d l_k / d h_k``, with l_k the loss of the head at cut k.
 
     Every block and its head learn from l_k, the last block from the network's own loss. A block's graph is gone before the next
     block runs. ``heads`` maps each cut's name to its head, a module from h_k to the network's outputs

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from onward.errors import UsageError, unknown
 
-OF_THE_RUN = ("seed", "check")
-"""Arguments of constructors that a run decides, and not its algorithm."""
+NO_SETTINGS = ("seed", "check", "uncut")
+"""Arguments of constructors that are decided elsewhere: by the run, or by a child class."""
 _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}
 
 
@@ -66,6 +66,11 @@ class Setting(NamedTuple):
         if self.least is not None and value < self.least:
             raise UsageError(f"{self.name}={value!r}: use at least {self.least:g}")
 
+    @staticmethod
+    def written(value: Any) -> str:
+        """A value as text, as :meth:`parsed` reads it."""
+        return {True: "true", False: "false", None: "none"}[value] if value is None or isinstance(value, bool) else str(value)
+
     def parsed(self, text: str) -> Any:
         """The value that is written as ``text``.
 
@@ -104,13 +109,26 @@ def settings_of(algorithm: type) -> dict[str, Setting]:
         parameters = inspect.signature(start).parameters.values()
         hints = get_type_hints(start, include_extras=True)
         for parameter in parameters:
-            if parameter.default is not parameter.empty and parameter.name not in (*OF_THE_RUN, *found):
-                setting = _setting(parameter.name, hints.get(parameter.name), parameter.default)
+            if parameter.default is not parameter.empty and parameter.name not in (*NO_SETTINGS, *found):
+                setting = setting_of(parameter.name, hints.get(parameter.name), parameter.default)
                 if setting is not None:
                     found[parameter.name] = setting._replace(line=lines.get(parameter.name, ""))
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             break
     return found
+
+
+def written(algorithm: type, given: Mapping[str, Any]) -> str:
+    """The settings that are not the default as text, always in the same order.
+
+    >>> written(_Example, {"noise": "rademacher", "directions": 1})
+    'noise=rademacher'
+    """
+    return ",".join(
+        f"{name}={setting.written(value)}"
+        for name, setting in settings_of(algorithm).items()
+        if name in given and (value := given[name]) != setting.default
+    )
 
 
 def check_settings(algorithm: type, given: Mapping[str, Any]) -> None:
@@ -140,8 +158,12 @@ def parsed(algorithm: type, given: Mapping[str, str]) -> dict[str, Any]:
     return {name: known[name].parsed(text) for name, text in given.items()}
 
 
-def _setting(name: str, hint: Any, default: Any) -> Setting | None:
-    """The setting that an argument with this type is; None for an argument that no text can give."""
+def setting_of(name: str, hint: Any, default: Any) -> Setting | None:
+    """The setting that an argument of that type is; None for an argument that no text can give.
+
+    >>> setting_of("rate", float | None, None).parsed("0.5")
+    0.5
+    """
     least: float | None = None
     choices: Collection[str] = ()
     optional = False

@@ -26,10 +26,10 @@ class SignalEstimator(Estimator):
     """Cut the graph after every hidden block, deliver an error signal to each, and the true gradient to the last.
 
     A child class says what the signal of block k is (:meth:`signal`), and whether it needs tangents: then a direction is added
-    at the output of every hidden block, all at once, and the signal is given the tangents of the logits.
+    at the output of every hidden block, all at once, and the signal is given the tangents of the output.
 
     Two forms of the same estimate. The plain one runs the network once and keeps every block's graph until the output error
-    is known. ``low_memory=True`` runs it twice: first without any graph, for the output error and the tangents of the logits;
+    is known. ``low_memory=True`` runs it twice: first without any graph, for the output error and the tangents of the output;
     then block by block, where each block gets its signal, differentiates itself and is forgotten. Directions are redrawn
     instead of stored, dropout draws the same masks twice, running statistics move once.
 

@@ -76,11 +76,11 @@ def _run(argv: Sequence[str] | None) -> None:
     with lab_extra():
         import tyro
 
-        from onward.lab.report.page import report, settings
+        from onward.lab.report.page import report
         from onward.lab.run import processes
         from onward.lab.run.folder import MAY_CHANGE
         from onward.lab.run.loop import resume, train
-        from onward.lab.settings import Align, Bench, Compare, Report, Train
+        from onward.lab.settings import Align, Bench, Compare, Report, Train, flat
         from onward.lab.studies.align import align
         from onward.lab.studies.bench import bench
         from onward.lab.studies.compare import compare
@@ -102,7 +102,7 @@ def _run(argv: Sequence[str] | None) -> None:
         raise UsageError(f"onward {type(asked).__name__.lower()} is one process's work: start it without torchrun")
     match asked:
         case Train(resume=str(folder)):
-            given, defaults = settings(replace(asked, resume=None)), settings(Train())
+            given, defaults = flat(replace(asked, resume=None)), flat(Train())
             changes = {name: value for name, value in given.items() if value != defaults[name]}
             if others := " ".join(f"--{name.replace('_', '-')}" for name in changes if name not in MAY_CHANGE):
                 raise UsageError(f"--resume {folder} keeps what decides the result of the run: leave out {others}")
@@ -122,26 +122,28 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def _list() -> None:
-    from onward.estimators.forward_gradient.estimator import GUESSES, TARGETS
-    from onward.estimators.forward_gradient.spaces import SPACES
-    from onward.lab.data.images import DATASETS
+    from onward.estimators import ALGORITHMS
+    from onward.estimators.settings import settings_of
+    from onward.lab.data import DATASETS
     from onward.lab.networks.models import MODELS
-    from onward.lab.run.algorithms import ALGORITHMS
+    from onward.lab.tasks import TASKS
     from onward.network.heads import HEADS
 
-    def first_lines(functions: Mapping[str, Callable[..., object]]) -> dict[str, str]:
-        return {name: (function.__doc__ or "").partition("\n")[0] for name, function in functions.items()}
-
-    kinds = {
-        "algorithms": first_lines(ALGORITHMS),
-        "models": first_lines(MODELS),
-        "heads": first_lines(HEADS),
-        "targets of fg": TARGETS,
-        "guesses of fg": GUESSES,
-        "spaces of fg": SPACES,
-        "data sets": DATASETS,
-    }
-    for kind, entries in kinds.items():
+    of_algorithms = {name: list(settings_of(algorithm).values()) for name, algorithm in ALGORITHMS.items()}
+    kinds: dict[str, Mapping[str, object]] = {"algorithms": ALGORITHMS, "models": MODELS, "heads": HEADS}
+    for name, settings in of_algorithms.items():
+        for setting in settings:
+            if isinstance(setting.choices, Mapping) and all(_line(choice) for choice in setting.choices.values()):
+                kinds[f"{setting.name} of {name}"] = setting.choices
+    for kind, entries in {**kinds, "tasks": TASKS, "data sets": DATASETS}.items():
         print(f"{kind}:")
-        for name, line in entries.items():
-            print(f"  {name:18} {line.rstrip('.')}")
+        for name, entry in entries.items():
+            print(f"  {name:18} {_line(entry)}")
+            for setting in of_algorithms[name] if kind == "algorithms" else ():
+                print(f"  {'':18}   {setting.name}={setting.written(setting.default)}: {setting.line.rstrip('.')}")
+
+
+def _line(entry: object) -> str:
+    """What something is, in a line: the text itself, its `line`, or the first line of its docstring."""
+    said = entry if isinstance(entry, str) else getattr(entry, "line", None) or getattr(entry, "__doc__", None) or ""
+    return said.partition("\n")[0].rstrip(".").replace("``", "")

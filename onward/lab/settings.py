@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 
-from onward.errors import UsageError
-from onward.lab.data.batches import Transform
+from onward.errors import UsageError, unknown
 from onward.lab.system.extra import lab_extra
 
 with lab_extra():
     import tyro
 
+AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
 LARGEST = 2**31 - 1
 """Of whole numbers: what every part of PyTorch takes."""
 Positional = tyro.conf.Positional
@@ -61,9 +62,9 @@ class Schedule:
     patience: int = 15
     """Epochs that plateau waits for a lower training loss."""
     start: float = 1.0
-    """linear begins at lr times this,"""
+    """Where linear begins, as a multiple of lr."""
     end: float = 0.0
-    """and ends at lr times this."""
+    """Where linear ends, as a multiple of lr."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,6 @@ class Feedback:
     """With sgd, fdfa's matrices are moving averages at rate lr."""
     decay: float = 0.0
     """Weight decay; 1e-6 is recommended for dkp."""
-    directions: int = 1
-    """Tangents that fdfa averages in each step."""
 
 
 @dataclass(frozen=True)
@@ -91,51 +90,51 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class ForwardGradient:
-    """The forward gradients of fg: a guess at every hidden block, scaled by the target's derivative along it."""
+class Transform:
+    """What happens to a batch of images: pixels go to [0, 1], then (x - mean) / std; training batches are augmented in between.
 
-    target: Literal["global", "local", "above", "sum"] = "global"
-    """Whose gradient is estimated: the loss of the network, of the block's own head, of the next one, or of all from it on."""
-    guess: Literal["global", "local", "above", "sum", "random", "ntk", "fixed-ntk", "feedback"] = "random"
-    """The direction: one of those gradients, noise, the gradient of a head drawn afresh for every batch or frozen, or
-    the error signal of a feedback rule."""
-    space: Literal[
-        "activation",
-        "activation-2",
-        "weight",
-        "avg-weight",
-        "span-activation",
-        "span-weight",
-        "sign-weight",
-        "random-sign-weight",
-        "f-weight",
-        "f-activation",
-    ] = "activation"
-    """Where the derivative is measured, at a block's output or on its parameters (`onward list` has a line on each)."""
-    engine: Literal["forward", "reverse"] = "forward"
-    """Dual numbers, or a backward sweep, which keeps every block's graph."""
-    passes: Literal["block", "one"] | None = None
-    """Of the forward engine: one pass for every block, or one for all; if not given, one for random guesses, else block."""
-    noise: Literal["gaussian", "rademacher"] = "gaussian"
-    """Of random guesses."""
-    scaling: Literal["unbiased", "projection"] = "unbiased"
-    """Of random guesses u: <g,u> u, or that divided by |u|^2."""
-    directions: int = 1
-    """Random guesses averaged in each step."""
-    orthogonal: bool = False
-    """Project on the span of the random guesses instead of averaging over them."""
-    eps: float = 1e-16
-    """Added to squared lengths that are divided by."""
-    feedback: Literal["dfa", "dkp", "fdfa"] = "fdfa"
-    """The rule of feedback guesses; its matrices learn as --feedback says."""
+    Raises:
+        UsageError: an unknown augmentation, a size below 1, a standard deviation that is not positive.
+    """
+
+    mean: float | tuple[float, ...] = 0.5
+    """One number, or one per channel."""
+    std: float | tuple[float, ...] = 0.5
+    """One number, or one per channel."""
+    augment: str = "none"
+    """Of training batches: none; crop-flip, a random crop of the image padded with 4 black pixels on every side, mirrored half
+    of the time; resized-crop-flip, a random 8 to 100 % of its area, resized to size, mirrored half of the time."""
+    size: int | None = None
+    """Side of the images that come out, resized to it on their shorter side and cut to their middle square; if not given, they
+    stay as they are."""
+
+    def __post_init__(self) -> None:
+        if self.augment not in AUGMENTATIONS:
+            raise unknown("augmentation", self.augment, AUGMENTATIONS)
+        at_least(1, "transform.", size=self.size)
+        if not all(0 < value < float("inf") for value in (self.std if isinstance(self.std, tuple) else (self.std,))):
+            raise UsageError(f"--transform.std {self.std}: use positive numbers")
 
 
 @dataclass(frozen=True)
-class Backprop:
-    """Backpropagation, the baseline."""
+class TaskSettings:
+    """What the network is trained for."""
 
-    checkpoint: bool = False
-    """Keep no activations inside a block: run it again in the backward sweep."""
+    name: Annotated[str, tyro.conf.arg(aliases=["--task"])] = "auto"
+    """A task that `onward list` names; auto takes the one that the targets look like."""
+    label_smoothing: float = 0.0
+    """Of classification: a part of each label that is spread over all classes."""
+    class_weights: tuple[float, ...] = ()
+    """Of classification, a number for each class: what a sample of it counts in the loss."""
+
+    def __post_init__(self) -> None:
+        at_least(0, "task.", label_smoothing=self.label_smoothing)
+        if self.label_smoothing > 1:
+            raise UsageError(f"--task.label-smoothing {self.label_smoothing}: use at most 1")
+        for weight in self.class_weights:
+            at_least(0, "task.", class_weights=weight)
+        if self.class_weights and not any(self.class_weights):
+            raise UsageError("--task.class-weights: all are 0, so nothing would be learnt: give one that is not")
 
 
 @dataclass(frozen=True)
@@ -143,11 +142,11 @@ class Subset:
     """A fixed random part of the data, for quick trials."""
 
     train: int | None = None
-    """Training images; all of them if not given."""
+    """Training samples; all of them if not given."""
     test: int | None = None
-    """Test images; all of them if not given."""
+    """Test samples; all of them if not given."""
     held_out: bool = False
-    """Test on a fifth of each class of the training images, which are then not trained on; the test images stay unseen."""
+    """Test on a fifth of the training samples (of each class), which are then not trained on; the test samples stay unseen."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,14 +165,10 @@ class Setup:
     """Learning rate of the network and its heads."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    low_memory: bool = False
-    """dfa, dkp, fdfa: run the network twice and keep nothing per block."""
     network: Network = field(default_factory=Network)
     optimizer: Optimizer = field(default_factory=Optimizer)
     feedback: Feedback = field(default_factory=Feedback)
     heads: Heads = field(default_factory=Heads)
-    forward_gradient: ForwardGradient = field(default_factory=ForwardGradient)
-    backprop: Backprop = field(default_factory=Backprop)
 
     def __post_init__(self) -> None:
         at_home(self, "model")
@@ -185,10 +180,7 @@ class Setup:
         at_least(1, "network.", layers=self.network.layers)
         at_least(0, "optimizer.", momentum=self.optimizer.momentum, weight_decay=self.optimizer.weight_decay)
         at_least(0, "feedback.", lr=self.feedback.lr, decay=self.feedback.decay)
-        at_least(1, "feedback.", directions=self.feedback.directions)
         at_least(1, "heads.", width=self.heads.width)
-        at_least(1, "forward-gradient.", directions=self.forward_gradient.directions)
-        at_least(0, "forward-gradient.", eps=self.forward_gradient.eps)
         if self.optimizer.momentum and self.optimizer.name != "sgd":
             raise UsageError(
                 f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd: give both or neither"
@@ -255,7 +247,9 @@ class Recipe(Setup):
     """What runs that are compared with each other have in common."""
 
     data: str = "digits"
-    """A data set that `onward list` names, or owner/name on the Hugging Face hub."""
+    """A data set that `onward list` names, owner/name on the Hugging Face hub, or path/to/file.py:function of your own, whose
+    function (called without arguments, or with the seed) returns (train, test): two pairs of tensors (inputs, targets), or
+    torch.utils.data.Dataset of such pairs."""
     data_dir: str | None = None
     """A folder of parquet files, or of class folders of images, to read instead."""
     data_timeout: float = 300.0
@@ -278,20 +272,21 @@ class Recipe(Setup):
     align_estimates: int = 10
     """Estimates on one batch that bias and variance are measured from."""
     wandb: bool = False
-    """Log to Weights & Biases too,"""
+    """Log to Weights & Biases too."""
     wandb_project: str = "onward"
-    """in this project,"""
+    """The project there."""
     wandb_name: str | None = None
-    """as a run of this name; that of its folder if not given."""
+    """The name of the run there; that of its folder if not given."""
     log_interval: int = 100
     """Steps between two training losses in TensorBoard."""
+    task: TaskSettings = field(default_factory=TaskSettings)
     schedule: Schedule = field(default_factory=Schedule)
     transform: Transform = field(default_factory=Transform)
     subset: Subset = field(default_factory=Subset)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_home(self, "out", "data_dir")
+        at_home(self, "out", "data", "data_dir")
         at_least(1, epochs=self.epochs, test_batch_size=self.test_batch_size, log_interval=self.log_interval)
         at_least(0, save_weights=self.save_weights, align_every=self.align_every)
         at_least(1, align_estimates=self.align_estimates)
@@ -303,7 +298,6 @@ class Recipe(Setup):
         positive("schedule.", gamma=self.schedule.gamma)
         at_least(1, "schedule.", step_size=self.schedule.step_size)
         at_least(0, "schedule.", patience=self.schedule.patience, start=self.schedule.start, end=self.schedule.end)
-        at_least(1, "transform.", size=self.transform.size)
         at_least(1, "subset.", train=self.subset.train, test=self.subset.test)
 
 
@@ -312,7 +306,8 @@ class Train(Recipe):
     """Train one network with one algorithm, into a run folder."""
 
     algorithm: str = "fdfa"
-    """An algorithm that `onward list` names."""
+    """An algorithm that `onward list` names, or path/to/file.py:MyRule of your own; with settings if need be, as in
+    fdfa:directions=4."""
     seed: int = 0
     """Of the initial weights, the order of the data and every random direction."""
     statistics: str = "averaged"
@@ -410,6 +405,19 @@ class Bench(Setup):
         super().__post_init__()
         at_home(self, "plot", "json")
         at_least(1, turns=self.turns, steps=self.steps, classes=self.classes)
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a configuration, or of the dict that one became, by its name on the command line with underscores.
+
+    >>> flat(Train())["network.layers"]
+    2
+    """
+    values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def from_dict(kind: type[T], values: dict[str, Any]) -> T:

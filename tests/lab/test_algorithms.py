@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import onward
 from onward.errors import UsageError
+from onward.estimators import ALGORITHMS
+from onward.estimators.settings import settings_of
 from onward.lab.networks import models
-from onward.lab.run.algorithms import ALGORITHMS, SETTINGS, build, folder_name, make_heads, variant
-from onward.lab.settings import Feedback, Heads, Network, Train
+from onward.lab.run.algorithms import build, folder_name, variant
+from onward.lab.run.heads import make_heads
+from onward.lab.settings import Feedback, Heads, Network, Optimizer, Train
 from onward.network.cuts import cut_graph
 
 X = torch.zeros(2, 4)
@@ -22,57 +26,117 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
 
 
+RULE = """
+import torch
+from typing import Annotated
+import onward
+
+class Loud(onward.SignalEstimator):
+    \"\"\"Every signal is a constant.\"\"\"
+
+    def __init__(self, model, cuts=None, *, loud: Annotated[float, onward.AtLeast(0)] = 1.0, **options):
+        super().__init__(model, cuts, **options)
+        self.loud = loud
+
+    def signal(self, k, h, known):
+        return torch.full_like(h, self.loud)
+
+    def __str__(self):
+        return "loud"
+
+def no_class():
+    pass
+"""
+
+
 @pytest.mark.parametrize(
-    ("text", "owner", "expected"),
+    ("text", "algorithm", "changes"),
     [
-        ("bp:checkpoint=true", "backprop", {"checkpoint": True}),
-        ("local:kind=linear,width=8", "heads", {"kind": "linear", "width": 8}),
-        ("fdfa:directions=4", "feedback", {"directions": 4}),
-        ("fdfa:feedback.directions=4", "feedback", {"directions": 4}),
-        ("fdfa:feedback.lr=0.5", "feedback", {"lr": 0.5}),
-        ("fg:guess=local,space=avg-weight,engine=reverse", "forward_gradient", {"guess": "local", "space": "avg-weight"}),
-        ("fg:guess=feedback,feedback=dkp,feedback.lr=1e-3", "forward_gradient", {"guess": "feedback", "feedback": "dkp"}),
-        ("fg:guess=feedback,feedback=dkp,feedback.lr=1e-3", "feedback", {"lr": 1e-3}),
-        ("fg:heads.kind=predsim", "heads", {"kind": "predsim", "width": 5}),
+        ("bp:checkpoint=true", "bp:checkpoint=true", {}),
+        ("bp:checkpoint=false", "bp", {}),
+        ("local:heads.kind=linear,heads.width=8", "local", {"heads": Heads("linear", 8)}),
+        ("fdfa:directions=4,low-memory=true", "fdfa:directions=4,low_memory=true", {}),
+        ("fdfa:low_memory=true,directions=4", "fdfa:directions=4,low_memory=true", {}),
+        ("fdfa:feedback.lr=0.5", "fdfa", {"feedback": Feedback(lr=0.5, optimizer="sgd")}),
+        ("fg:guess=local,space=avg-weight", "fg:guess=local,space=avg-weight", {}),
+        (
+            "fg:guess=feedback,feedback=dkp,feedback.lr=1e-3",
+            "fg:guess=feedback,feedback=dkp",
+            {"feedback": Feedback(lr=1e-3, optimizer="sgd")},
+        ),
+        ("fg:target=local,heads.kind=predsim", "fg:target=local", {"heads": Heads("predsim", 5)}),
+        ("fdfa:lr=0.5", "fdfa", {"lr": 0.5}),
+        ("bp:optimizer.name=sgd,optimizer.momentum=0.9", "bp", {"optimizer": Optimizer("sgd", 0.9)}),
     ],
 )
-def test_a_variant_changes_the_settings_it_names(text: str, owner: str, expected: dict[str, object]) -> None:
-    config = variant(text, Train(algorithm="dkp", heads=Heads(width=5), feedback=Feedback(optimizer="sgd")))
-    assert config.algorithm == text.partition(":")[0]
-    settings = dataclasses.asdict(getattr(config, owner))
-    assert settings == {**settings, **expected}
-    assert config.feedback.optimizer == "sgd"  # what it does not name stays
+def test_an_entry_changes_what_it_names(text: str, algorithm: str, changes: dict[str, object]) -> None:
+    """The rest of the configuration stays, and the algorithm is spelled in one way."""
+    config = Train(algorithm="dkp", heads=Heads(width=5), feedback=Feedback(optimizer="sgd"))
+    found = variant(text, config)
+    assert found == dataclasses.replace(config, algorithm=algorithm, **changes)
+    assert variant(found.algorithm, found) == found
 
 
 def test_a_name_alone_changes_nothing_else() -> None:
     for name in ALGORITHMS:
         assert variant(name, Train(lr=0.5)) == Train(lr=0.5, algorithm=name)
-    assert SETTINGS.keys() == ALGORITHMS.keys()
 
 
-def test_lr_is_the_networks_in_every_algorithm() -> None:
-    assert variant("fdfa:lr=0.5,low-memory=true", Train()) == Train(algorithm="fdfa", lr=0.5, low_memory=True)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_setting_can_be_written_and_read(name: str) -> None:
+    """What a constructor takes for itself is what an entry says; each setting has a line about it."""
+    for setting in settings_of(ALGORITHMS[name]).values():
+        assert setting.parsed(setting.written(setting.default)) == setting.default
+        assert setting.line, f"{setting.name} of {name}: the docstring has no line on it"
+        for choice in setting.choices:
+            assert setting.parsed(str(choice)) == choice
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("fdaf", "unknown algorithm 'fdaf': did you mean 'fdfa'"),
-        ("fg:gues=local", "unknown setting of fg 'gues': did you mean 'guess'"),
-        ("fg:guess=locl", "unknown fg:guess 'locl': did you mean 'local'"),
-        ("dfa:directions=2", r"unknown setting of dfa 'directions' \(known: lr, low_memory\)"),
+        ("fg:gues=local", "algorithm 'fg:gues=local': unknown setting 'gues': did you mean 'guess'"),
+        ("fg:guess=locl", "unknown guess 'locl': did you mean 'local'"),
+        ("dfa:directions=2", r"unknown setting 'directions' \(known: low_memory, allow_bypass\)"),
+        ("dfa:feedback.lr=2", r"unknown setting 'feedback.lr' .*known: low_memory, allow_bypass, lr, optimizer.name"),
+        ("dfa:heads.kind=cnn", "unknown setting 'heads.kind'"),
         ("bp:checkpoint", "'checkpoint' is no setting=value, write it as in fg:guess=local"),
         ("bp:", "'' is no setting=value"),
-        ("bp:checkpoint=yes", "bp:checkpoint=yes: use true or false"),
-        ("fdfa:directions=1.5", "fdfa:directions=1.5: this is no whole number"),
-        ("bp:lr=fast", "bp:lr=fast: this is no number"),
+        ("bp:checkpoint=yes", "checkpoint=yes: use true or false"),
+        ("fdfa:directions=1.5", "directions=1.5: this is no whole number"),
+        ("fdfa:directions=0", "directions=0: use at least 1"),
+        ("fg:eps=-1", "eps=-1.0: use at least 0"),
+        ("bp:lr=fast", "lr=fast: this is no number"),
         ("bp:lr=-1", "--lr -1.0: use at least 0"),
         ("fdfa:directions=1,directions=2", "sets directions twice: leave one out"),
+        ("rule.py", "--algorithm rule.py: say which class of the file is the algorithm, such as rule.py:MyRule"),
+        ("gone.py:Loud", "--algorithm gone.py:Loud: there is no file gone.py"),
+        ("rule.py:Lout", "unknown class of rule.py 'Lout': did you mean 'Loud'"),
+        ("rule.py:no_class", "--algorithm rule.py:no_class is no class of estimators: derive it from onward.SignalEstimator"),
+        ("rule.py:Loud:loud=-1", "loud=-1.0: use at least 0"),
+        ("rule.py:Loud:lout=1", r"unknown setting 'lout': did you mean 'loud'\? \(known: loud, low_memory, allow_bypass\)"),
     ],
 )
-def test_a_variant_that_is_none(text: str, message: str) -> None:
+def test_an_entry_that_is_none(text: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rule.py").write_text(RULE)
     with pytest.raises(UsageError, match=message):
         variant(text, Train())
+
+
+def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("rule.py").write_text(RULE)
+    config = variant("rule.py:Loud:loud=2,low_memory=true,lr=0.5", Train())
+    assert (config.algorithm, config.lr) == ("rule.py:Loud:loud=2.0,low_memory=true", 0.5)
+    estimator = build(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)), dataclasses.replace(config, cuts=("0",)), X)
+    assert estimator.low_memory
+    estimator.estimate(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
+    assert torch.equal(estimator.model[0].bias.grad, torch.full((6,), 10.0))
+    Path("rule.py").write_text(RULE + "\nraise ValueError('not today')\n")
+    with pytest.raises(UsageError, match=r"rule.py, line \d+: ValueError: not today"):
+        variant("rule.py:Loud", Train())
 
 
 def test_names_of_folders_cannot_lead_elsewhere() -> None:

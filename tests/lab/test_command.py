@@ -16,12 +16,12 @@ import torch
 
 import onward
 from onward.derivatives.directions import NOISES
+from onward.estimators import ALGORITHMS
 from onward.estimators.forward_gradient.estimator import ENGINES, GUESSES, PASSES, SCALINGS, TARGETS
 from onward.estimators.forward_gradient.spaces import SPACES
 from onward.lab import cli as command
-from onward.lab.data.images import DATASETS
+from onward.lab.data import DATASETS
 from onward.lab.networks.models import MODELS
-from onward.lab.run.algorithms import ALGORITHMS
 from onward.lab.run.schedules import SCHEDULERS
 from onward.lab.settings import ForwardGradient, Heads, Schedule
 from onward.network.heads import HEADS

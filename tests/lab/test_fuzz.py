@@ -19,17 +19,16 @@ from hypothesis import strategies as st
 
 from main import translate
 from onward.errors import UsageError
+from onward.estimators import ALGORITHMS
 from onward.lab import cli as command
-from onward.lab.data.batches import AUGMENTATIONS, Transform
-from onward.lab.data.images import ImageData, Split
+from onward.lab.data import Data, Split
 from onward.lab.dialects import fdfa, flg
 from onward.lab.networks.models import MODELS
 from onward.lab.report import page as report
-from onward.lab.run import folder as run_folder
 from onward.lab.run import loop as training
-from onward.lab.run.algorithms import ALGORITHMS
+from onward.lab.run import record
 from onward.lab.run.loop import TrainingFailed, train
-from onward.lab.settings import Align, Bench, Compare, Report, Train, from_dict
+from onward.lab.settings import AUGMENTATIONS, Align, Bench, Compare, Report, Train, Transform, from_dict
 from onward.lab.studies import align, bench, compare
 
 Draw = Callable[..., Any]
@@ -140,7 +139,7 @@ def any_settings(draw: Draw) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(content))
         try:
-            config = run_folder.settings(Path(folder))
+            config = record.read(Path(folder)).config
         except UsageError as error:
             assert "\n" not in str(error)  # noqa: PT017
             assert str(Path(folder) / "config.json") in str(error)  # noqa: PT017
@@ -159,20 +158,20 @@ def any_bytes(draw: Draw) -> None:
         content[where : where + draw(st.integers(0, 5))] = draw(st.binary(max_size=5))
         path.write_bytes(draw(st.one_of(st.just(content), st.binary())))
         with contextlib.suppress(UsageError):
-            run_folder.settings(Path(folder))
+            record.read(Path(folder))
 
 
 test_any_bytes_for_settings, test_any_of_many_bytes_for_settings = runs(any_bytes, 60, 2000)
 
 
-def a_few_images() -> ImageData:
+def a_few_images() -> Data:
     generator = torch.Generator().manual_seed(0)
 
     def split(count: int) -> Split:
         pixels = torch.randint(0, 256, (count, 1, 12, 12), dtype=torch.uint8, generator=generator)
         return Split(pixels, torch.arange(count) % 3)
 
-    return ImageData("a few", split(9), split(3), 3, ("a", "b", "c"))
+    return Data("a few", split(9), split(3), 3, ("a", "b", "c"))
 
 
 SMALL = {"network.width": 0.02, "network.layers": 2, "epochs": 1, "batch_size": 4, "device": "cpu", "transform.size": 12}

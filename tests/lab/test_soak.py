@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from onward.estimators import ALGORITHMS
 from onward.lab.run import checkpoint
-from onward.lab.run.algorithms import ALGORITHMS
 from onward.lab.run.loop import Standing, evaluate, load_data, prepare, train_epoch
 from onward.lab.settings import Backprop, ForwardGradient, Heads, Network, Subset, Train
 from onward.lab.system.memory import STATUS

@@ -32,7 +32,7 @@ ENGINES = {"forward": forward.estimate, "reverse": reverse.estimate}
 
 
 class ForwardGradient(Rule, name="fg"):
-    """The gradient of a *target*, estimated along a *guess*, in a *space*; measured by the *engine*.
+    """Forward gradients: the gradient of a *target*, estimated along a *guess*, in a *space*; measured by the *engine*.
 
     With t_k the gradient of the target at the output of hidden block k and u_k the guess, in ``space="activation"``
 
@@ -194,6 +194,10 @@ class ForwardGradient(Rule, name="fg"):
     @classmethod
     def needs_heads(cls, **settings: Any) -> bool:
         return bool({settings.get("target"), settings.get("guess")} & OF_HEADS)
+
+    @classmethod
+    def learns_feedback(cls, **settings: Any) -> bool:
+        return settings.get("guess") == "feedback" and FEEDBACK[settings.get("feedback", "fdfa")].learns
 
     def _estimate(self, x: Any, y: Any) -> Step:
         if self.guess == "ntk":

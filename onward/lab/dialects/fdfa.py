@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onward.errors import UsageError
-from onward.lab.data.batches import Transform
-from onward.lab.data.images import DATASETS
+from onward.lab.data import DATASETS
 from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
 from onward.lab.run import processes
-from onward.lab.settings import Feedback, ForwardGradient, Network, Optimizer, Schedule, Subset, Train
+from onward.lab.settings import Feedback, Network, Optimizer, Schedule, Subset, Train, Transform
 
 DATA = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist", "CIFAR10": "cifar10", "CIFAR100": "cifar100"}
-ALGORITHMS = {"BP": "bp", "DFA": "dfa", "DKP": "dkp", "FDFA": "fdfa", "FwdGrad": "fg"}
+ALGORITHMS = {"BP": "bp", "DFA": "dfa", "DKP": "dkp", "FDFA": "fdfa", "FwdGrad": "fg:space=avg-weight"}
 FLAGS = {
     "--batch-size": "--batch-size",
     "--data-dir": "--data-dir",
@@ -126,7 +125,6 @@ def read(arguments: Sequence[str] | None = None) -> Command:
             optimizer=Optimizer(weight_decay=asked.weight_decay),
             schedule=Schedule(gamma=asked.gamma),
             feedback=Feedback(lr=asked.b_lr, decay=asked.feedback_decay),
-            forward_gradient=ForwardGradient(space="avg-weight") if forward_gradient else ForwardGradient(),
             transform=Transform(augment="resized-crop-flip", size=224) if cifar100 else Transform(),
             subset=Subset(train=batch_size) if asked.dry_run else Subset(),
         )

@@ -13,17 +13,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from onward.errors import UsageError
-from onward.estimators.forward_gradient.estimator import OF_HEADS
-from onward.lab.data.batches import Transform
-from onward.lab.data.images import DATASETS
+from onward.estimators import ForwardGradient
+from onward.lab.data import DATASETS
 from onward.lab.dialects import fdfa
 from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
 from onward.lab.networks.blocks import scaled
-from onward.lab.settings import ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
+from onward.lab.run.algorithms import spelled as entry
+from onward.lab.settings import Heads, Network, Optimizer, Schedule, Subset, Train, Transform
 
 ARCHITECTURES = {"resnet18": "resnet18-8b"} | {
     name: name for name in ("resnet18-8b", "resnet18-16b", "resnet18-2b", "small-net")
@@ -205,18 +206,18 @@ def read(arguments: Sequence[str] | None = None) -> Command:
     flags = parser()
     asked = flags.parse_args(arguments)
     spelled = {action.dest: action.option_strings[0] for action in flags._actions} | given(flags, arguments)
-    algorithm, forward_gradient = _algorithm(asked)
+    algorithm, fg = _algorithm(asked)
     model = ARCHITECTURES[asked.arch]
     heads = model == "resnet18-2b" or algorithm == "local"  # whether any are trained
-    heads |= algorithm == "fg" and bool({forward_gradient.target, forward_gradient.guess} & OF_HEADS)
+    heads |= algorithm == "fg" and ForwardGradient.needs_heads(**fg)
     sgd = asked.optimizer == "sgd"
     epochs = (70 if asked.dataset == "imagenet32" else 100) if asked.n_epoch is None else asked.n_epoch
     gpus = torch.cuda.device_count()
     _check(asked, spelled, epochs, gpus)
     if heads:
         _check_heads(asked, spelled)
-    method = [asked.auxnet, forward_gradient.target, forward_gradient.guess, forward_gradient.space]
-    method = {"fg": method, "local": ["local", asked.auxnet], "bp": ["std"]}[algorithm]
+    method = {"local": ["local", asked.auxnet], "bp": ["std"]}.get(algorithm)
+    method = method or [asked.auxnet, fg["target"], fg["guess"], fg["space"]]
     names = {flag: spelled[name] for flag, name in FLAGS.items()}
     names |= PHRASES
     names["give one number, or one per channel"] = (
@@ -229,9 +230,9 @@ def read(arguments: Sequence[str] | None = None) -> Command:
     transform = TRANSFORMS.get(asked.dataset, OF_OTHERS)
     with in_own_words(names):
         config = Train(
-            algorithm=algorithm,
+            algorithm=entry(algorithm, ForwardGradient, fg),
             model=model,
-            cuts=_cuts(model, forward_gradient) if algorithm == "fg" else None,
+            cuts=_cuts(model, fg),
             data=asked.dataset,
             data_dir=asked.path or None,
             epochs=epochs,
@@ -255,7 +256,6 @@ def read(arguments: Sequence[str] | None = None) -> Command:
             ),
             schedule=_schedule(asked),
             heads=Heads(kind=asked.auxnet, width=asked.h_channel or None),
-            forward_gradient=forward_gradient,
             transform=Transform(
                 transform.mean,
                 transform.std,
@@ -264,7 +264,7 @@ def read(arguments: Sequence[str] | None = None) -> Command:
             ),
             subset=Subset(train=asked.num_train_sample or None, test=asked.num_test_sample or None),
         )
-        told = no_effect(given(flags, arguments), _reasons(asked, config, heads, gpus)) + _differences(asked, config, heads)
+        told = no_effect(given(flags, arguments), _reasons(asked, config, fg, heads, gpus)) + _differences(asked, config, heads)
     environment = {"WANDB_ENTITY": asked.entity} if asked.entity and asked.status else {}
     return Command(config, names, tuple(told), environment)
 
@@ -276,11 +276,11 @@ def translate(arguments: Sequence[str] | None = None) -> Train:
     return command.config
 
 
-def _algorithm(asked: argparse.Namespace) -> tuple[str, ForwardGradient]:
-    """What --algo means, or --algorithm, --target, --guess and --space: an algorithm, and which forward gradient."""
+def _algorithm(asked: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """What --algo means, or --algorithm, --target, --guess and --space: an algorithm, and how a forward gradient is set."""
     name = asked.algo or asked.algorithm
     if ALGORITHMS.get(name) in ("bp", "local"):
-        return ALGORITHMS[name], ForwardGradient()
+        return ALGORITHMS[name], {}
     if name == "avg-weight-fast":
         return "fg", _forward_gradient(asked.target, asked.guess, "avg-weight", asked, unbiased=True)
     if name == "generic":
@@ -297,22 +297,22 @@ def _algorithm(asked: argparse.Namespace) -> tuple[str, ForwardGradient]:
 
 def _forward_gradient(
     target: str, guess: str, space: str, asked: argparse.Namespace, *, unbiased: bool = False
-) -> ForwardGradient:
+) -> dict[str, Any]:
     """The forward gradient as that code measures it: by a backward sweep, and projecting on random directions of weights."""
     if space == "constrained-weight":
         raise UsageError(
             "constrained-weight has no definition anywhere, neither in the paper nor in its code: use weight, or avg-weight"
         )
     projected = GUESSES[guess] == "random" and space in WEIGHT_SPACES and not unbiased
-    return ForwardGradient(
-        target=TARGETS[target],
-        guess=GUESSES[guess],
-        space=SPACES[space],
-        engine="reverse",
-        noise=asked.noise_type,
-        scaling="projection" if projected else "unbiased",
-        eps=asked.eps,
-    )
+    return {
+        "target": TARGETS[target],
+        "guess": GUESSES[guess],
+        "space": SPACES[space],
+        "engine": "reverse",
+        "noise": asked.noise_type,
+        "scaling": "projection" if projected else "unbiased",
+        "eps": asked.eps,
+    }
 
 
 def _schedule(asked: argparse.Namespace) -> Schedule:
@@ -325,10 +325,10 @@ def _schedule(asked: argparse.Namespace) -> Schedule:
     return Schedule(SCHEDULERS[asked.scheduler], **settings.get(asked.scheduler, {}))
 
 
-def _cuts(model: str, forward_gradient: ForwardGradient) -> tuple[str, ...] | None:
+def _cuts(model: str, fg: dict[str, Any]) -> tuple[str, ...] | None:
     """Every hidden block's output, where the library's default would be none: that code's last block learns from its exact
     gradient also beside random directions of all weights."""
-    if (forward_gradient.guess, forward_gradient.space) != ("random", "avg-weight"):
+    if (fg.get("guess"), fg.get("space")) != ("random", "avg-weight"):
         return None
     return tuple(f"block{number}" for number in range(1, HIDDEN_BLOCKS[model] + 1))
 
@@ -366,22 +366,21 @@ def _check_heads(asked: argparse.Namespace, spelled: dict[str, str]) -> None:
             raise UsageError(f"{spelled[name]} {getattr(asked, name)}: it is {value} in every {kind} head here, leave it out")
 
 
-def _reasons(asked: argparse.Namespace, config: Train, heads: bool, gpus: int) -> dict[str, str]:
+def _reasons(asked: argparse.Namespace, config: Train, fg: dict[str, Any], heads: bool, gpus: int) -> dict[str, str]:
     """Why flags have no effect, at all or beside others, by what they set."""
     reasons = dict(WITHOUT_EFFECT)
     name = asked.algo or asked.algorithm
     if asked.algo:
         reasons["algorithm"] = f"--algo {name} says it"
-    if config.algorithm != "fg":
+    if not fg:
         reasons |= dict.fromkeys(("target", "guess", "space", "noise_type", "eps"), f"{name} is no forward gradient")
     elif name.startswith("fg-"):
         reasons |= dict.fromkeys(("target", "guess", "space"), f"--algo {name} says it")
     elif name == "avg-weight-fast":
         reasons["space"] = f"{name} is avg-weight"
-    fg = config.forward_gradient
-    if config.algorithm == "fg" and fg.guess != "random":
+    if fg and fg["guess"] != "random":
         reasons["noise_type"] = "it is of random guesses"
-    if config.algorithm == "fg" and (fg.space not in PROJECTIONS or (fg.guess == "random" and fg.scaling == "unbiased")):
+    if fg and (fg["space"] not in PROJECTIONS or (fg["guess"] == "random" and fg["scaling"] == "unbiased")):
         reasons["eps"] = "this estimate is not divided by a length"
     kind = asked.auxnet
     if not heads:

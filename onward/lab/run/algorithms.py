@@ -1,229 +1,178 @@
-"""The algorithms by name: each makes an estimator of a network from a configuration."""
+"""Algorithms as commands name them: `fdfa`, `fdfa:directions=4`, `path/to/file.py:MyRule:rate=0.1`.
+
+Such an entry holds settings of the algorithm, which are the arguments of its constructor, and settings of the run that may
+differ from one algorithm to another: `lr`, and those of its optimizers and heads, `feedback.lr` or `heads.kind`.
+"""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
-import types
-from collections import OrderedDict
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping
+from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor, nn
 
 import onward
 from onward.errors import UsageError, unknown
-from onward.estimators.base import Loss
-from onward.estimators.forward_gradient.estimator import OF_HEADS
+from onward.estimators.base import ALGORITHMS
+from onward.estimators.settings import parsed, setting_of, settings_of, written
 from onward.lab.networks import models
-from onward.lab.networks.blocks import scaled
+from onward.lab.run.heads import end_in_head, make_heads
 from onward.lab.settings import Train
-from onward.network.cuts import check_names
-from onward.network.heads import PredSim, default_width
+from onward.lab.system import own
+
+OF_RUNS = ("optimizer", "feedback", "heads")
+"""Owners of settings of a run that an entry may have."""
 
 
-def bp(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
-    """Backpropagation, the baseline."""
-    if config.low_memory:
-        raise UsageError("--low-memory: bp has no such form, use --backprop.checkpoint, which keeps no activations")
-    checkpoint = config.backprop.checkpoint
-    return onward.Backprop(model, config.cuts if checkpoint else None, checkpoint=checkpoint, seed=config.seed)
+class Entry(NamedTuple):
+    """What an entry says: the algorithm's name, and its settings as text."""
+
+    name: str
+    settings: dict[str, str]
 
 
-def local(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
-    """Local losses: every hidden block learns from the exact gradient of its own head (Belilovsky et al. 2019)."""
-    if config.low_memory:
-        raise UsageError("--low-memory: local has no such form, it never runs the network twice: leave it out")
-    return onward.LocalLoss(model, config.cuts, heads=make_heads(model, config, x), seed=config.seed)
+def read(text: str) -> Entry:
+    """Take an entry apart.
+
+    Raises:
+        UsageError: something in it is no setting=value.
+
+    >>> read("fg:guess=local,lr=0.01")
+    Entry(name='fg', settings={'guess': 'local', 'lr': '0.01'})
+    >>> read("rules/mine.py:MyRule:rate=0.1").name
+    'rules/mine.py:MyRule'
+    """
+    found = re.fullmatch(r"(.*\.py:\w+|[^:]*)(?::(.*))?", text)
+    if found is None:
+        raise UsageError(f"algorithm {text!r}: write it as in fg:guess=local,space=weight, or path/to/file.py:MyRule")
+    name, settings = found.groups()
+    given: dict[str, str] = {}
+    for part in () if settings is None else settings.split(","):
+        key, equals, value = part.partition("=")
+        key = key.replace("-", "_")
+        if not equals:
+            raise UsageError(f"algorithm {text!r}: {part!r} is no setting=value, write it as in fg:guess=local,space=weight")
+        if key in given:
+            raise UsageError(f"algorithm {text!r} sets {key} twice: leave one out")
+        given[key] = value
+    return Entry(name, given)
 
 
-def dfa(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
-    """Direct feedback alignment: random fixed feedback (Nokland 2016)."""
-    return onward.DFA(model, config.cuts, low_memory=config.low_memory, seed=config.seed)
+def find(name: str) -> type[onward.Estimator]:
+    """The class of that name, or the one in a file of the user's own.
+
+    Raises:
+        UsageError: there is none, or what the file has there is no estimator.
+    """
+    if (mine := own.named("--algorithm", name)) is None:
+        if name not in ALGORITHMS:
+            raise unknown("algorithm", name, [*ALGORITHMS, "path/to/file.py:MyRule"])
+        return ALGORITHMS[name]
+    found = own.load(mine)
+    if not (isinstance(found, type) and issubclass(found, onward.Estimator)):
+        raise UsageError(f"{mine} is no class of estimators: derive it from onward.SignalEstimator, or onward.Estimator")
+    return found
 
 
-def dkp(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
-    """Direct Kolen-Pollack: feedback that follows the output layer's updates (Webster, Choi, Ahn)."""
-    return onward.DKP(model, config.cuts, low_memory=config.low_memory, seed=config.seed)
+def variant(text: str, config: Train) -> Train:
+    """The configuration with the algorithm, and the settings of the run, that an entry names.
+
+    Raises:
+        UsageError: an unknown algorithm, or a setting or value that it does not have.
+
+    >>> config = variant("fg:space=weight,guess=local,heads.kind=linear,lr=0.01", Train())
+    >>> config.algorithm, config.heads.kind, config.lr
+    ('fg:guess=local,space=weight', 'linear', 0.01)
+    """
+    name, given = read(text)
+    algorithm = find(name)
+    mine = {key: value for key, value in given.items() if key != "lr" and "." not in key}
+    try:
+        settings = parsed(algorithm, mine)
+        changes = _of_run(algorithm, settings, {key: value for key, value in given.items() if key not in mine})
+    except UsageError as error:
+        raise UsageError(f"algorithm {text!r}: {error}") from error
+    nested = {
+        owner: dataclasses.replace(getattr(config, owner), **values) if owner in OF_RUNS else values
+        for owner, values in changes.items()
+    }
+    return dataclasses.replace(config, algorithm=spelled(name, algorithm, settings), **nested)
 
 
-def fdfa(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
-    """Forward direct feedback alignment: feedback learned in forward mode (Bacho & Chu 2024)."""
-    directions = config.feedback.directions
-    return onward.FDFA(model, config.cuts, directions=directions, low_memory=config.low_memory, seed=config.seed)
+def spelled(name: str, algorithm: type[onward.Estimator], settings: Mapping[str, Any]) -> str:
+    """An algorithm with the settings that are not the default, as commands name it.
+
+    >>> spelled("fdfa", onward.FDFA, {"directions": 4})
+    'fdfa:directions=4'
+    """
+    said = written(algorithm, settings)
+    return f"{name}:{said}" if said else name
 
 
-def fg(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
-    """Forward gradients: guesses scaled by a measured derivative (Baydin et al. 2022, Ren et al., Fournier et al. 2023)."""
-    if config.low_memory:
-        raise UsageError("--low-memory: fg has no such form, its forward engine always keeps one block at a time: leave it out")
-    asked = config.forward_gradient
-    heads = make_heads(model, config, x) if {asked.target, asked.guess} & OF_HEADS else None
-    return onward.ForwardGradient(model, config.cuts, heads=heads, seed=config.seed, **dataclasses.asdict(asked))
+def _of_run(algorithm: type[onward.Estimator], settings: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of the run in an entry, by their owner."""
+    owners = [
+        owner
+        for owner in OF_RUNS
+        if owner == "optimizer"
+        or (owner == "heads" and algorithm.needs_heads(**settings))
+        or (owner == "feedback" and algorithm.learns_feedback(**settings))
+    ]
+    hints = get_type_hints(Train)
+    known = {"lr": setting_of("lr", float, 0.0)}
+    for owner in owners:
+        for field in dataclasses.fields(hints[owner]):
+            key = f"{owner}.{field.name}"
+            known[key] = setting_of(key, get_type_hints(hints[owner])[field.name], field.default)
+    changes: dict[str, Any] = {}
+    for key, text in given.items():
+        if (setting := known.get(key)) is None:
+            raise unknown("setting", key, [*settings_of(algorithm), *known])
+        owner, _, field_name = key.rpartition(".")
+        if owner:
+            changes.setdefault(owner, {})[field_name] = setting.parsed(text)
+        else:
+            changes[field_name] = setting.parsed(text)
+    return changes
 
 
-ALGORITHMS: dict[str, Callable[[nn.Module, Train, Tensor], onward.Estimator]] = {
-    "bp": bp,
-    "local": local,
-    "dfa": dfa,
-    "dkp": dkp,
-    "fdfa": fdfa,
-    "fg": fg,
-}
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "bp": ("backprop",),
-    "local": ("heads",),
-    "dfa": ("low_memory",),
-    "dkp": ("feedback", "low_memory"),
-    "fdfa": ("feedback", "low_memory"),
-    "fg": ("forward_gradient", "heads", "feedback"),
-}
-"""The fields of a configuration that an algorithm reads; the first is its own."""
-
-
-def check(name: str) -> None:
-    """Raise a UsageError if there is no algorithm of that name."""
-    if name not in ALGORITHMS:
-        raise unknown("algorithm", name, ALGORITHMS)
-
-
-def build(model: nn.Module, config: Train, x: Tensor) -> onward.Estimator:
+def build(model: nn.Module, config: Train, x: Any, loss: Any = nn.functional.cross_entropy) -> onward.Estimator:
     """The estimator that `config.algorithm` names, of `model`, whose inputs look like the batch `x`.
 
     Heads are drawn from the global generator. A network that ends in the chosen kind of head is given it.
 
     Raises:
-        UsageError: an unknown algorithm, or an option that it does not have; inputs that are not those of `config.input`.
+        UsageError: an unknown algorithm, or a setting that it does not have; inputs that are not those of `config.input`.
     """
-    check(config.algorithm)
-    if config.input and models.parse_shape(config.input) != (shape := tuple(x.shape[1:])):
+    name, given = read(config.algorithm)
+    algorithm = find(name)
+    settings = parsed(algorithm, given)
+    if config.input and isinstance(x, Tensor) and models.parse_shape(config.input) != (shape := tuple(x.shape[1:])):
         raise UsageError(f"--input {config.input}: the inputs are {','.join(map(str, shape))}, leave it out")
     if config.heads.kind and models.facts(config.model).ends_in_head:
-        _end_in_head(model, config, x)
-    return ALGORITHMS[config.algorithm](model, config, x)
+        end_in_head(model, config, x)
+    if algorithm.needs_heads(**settings):
+        settings["heads"] = make_heads(model, config, x)
+    with own.errors(own.named("--algorithm", name), " as the algorithm is made"):
+        return algorithm(model, config.cuts, loss=loss, seed=config.seed, **settings)
 
 
-def variant(text: str, config: Train) -> Train:
-    """The configuration of an algorithm as lists name it: `name`, or `name:setting=value,...`.
+def files(config: Train) -> tuple[own.Own | None, ...]:
+    """The user's own files that take part in every step: of the network, of the algorithm."""
+    return own.named("--model", config.model), own.named("--algorithm", read(config.algorithm).name)
 
-    A setting is named as on the command line, without the dashes (lr, low-memory, heads.kind); the owner of the algorithm's own
-    settings may be left out (space instead of forward-gradient.space).
 
-    Raises:
-        UsageError: an unknown algorithm, or a setting or value that it does not have.
-
-    >>> config = variant("fg:guess=local,space=weight,heads.kind=linear,lr=0.01", Train())
-    >>> config.algorithm, config.forward_gradient.guess, config.heads.kind, config.lr
-    ('fg', 'local', 'linear', 0.01)
-    """
-    name, colon, settings = text.partition(":")
-    check(name)
-    places = _places(name)
-    changes: dict[str, dict[str, Any]] = {"": {"algorithm": name}}
-    for entry in settings.split(",") if colon else ():
-        key, equals, value = entry.partition("=")
-        if not equals:
-            raise UsageError(f"algorithm {text!r}: {entry!r} is no setting=value, write it as in fg:guess=local,space=weight")
-        if (key := key.replace("-", "_")) not in places:
-            raise unknown(f"setting of {name}", key, places)
-        owner, setting, hint = places[key]
-        if setting in changes.setdefault(owner, {}):
-            raise UsageError(f"algorithm {text!r} sets {key} twice: leave one out")
-        changes[owner][setting] = _parsed(f"{name}:{key}", value, hint)
-    nested = {owner: dataclasses.replace(getattr(config, owner), **values) for owner, values in changes.items() if owner}
-    return dataclasses.replace(config, **changes[""], **nested)
+def digest(config: Train) -> str | None:
+    """A hexadecimal number of the user's own files, which changes when one of them does; None without any."""
+    return "".join(filter(None, map(own.digest, files(config)))) or None
 
 
 def folder_name(text: str) -> str:
-    """What a variant, or a model, is called in the name of a folder.
+    """What an entry, or a model, is called in the name of a folder.
 
     >>> folder_name("fg:guess=local,heads.kind=cnn"), folder_name("../nets/small.py:make_model")
     ('fg-guess=local-heads.kind=cnn', 'small.py-make_model')
     """
     return re.sub(r"[^\w.=+-]+", "-", text.replace("\\", "/").rpartition("/")[2])
-
-
-def _places(name: str) -> dict[str, tuple[str, str, Any]]:
-    """Where the settings of an algorithm are in a configuration: by name (owner, field, type)."""
-    own, *_ = SETTINGS[name]
-    hints = get_type_hints(Train)
-    places = {"lr": ("", "lr", float)}
-    for owner in SETTINGS[name]:
-        if dataclasses.is_dataclass(hints[owner]):
-            inner = get_type_hints(hints[owner])
-            places |= {f"{owner}.{field}": (owner, field, hint) for field, hint in inner.items()}
-        else:
-            places[owner] = ("", owner, hints[owner])
-    short = {key.removeprefix(f"{own}."): place for key, place in places.items()}
-    return {**short, **places}
-
-
-def _parsed(name: str, value: str, hint: Any) -> Any:
-    """The value of a setting, of the type that it has."""
-    if get_origin(hint) in (Union, types.UnionType):
-        hint = next(kind for kind in get_args(hint) if kind is not type(None))
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise unknown(name, value, get_args(hint))
-        return value
-    if hint is bool:
-        if value not in ("true", "false"):
-            raise UsageError(f"{name}={value}: use true or false")
-        return value == "true"
-    try:
-        return hint(value)
-    except ValueError:
-        raise UsageError(f"{name}={value}: this is no {'whole number' if hint is int else 'number'}") from None
-
-
-def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Module]:
-    """A head for each hidden block, as `config.heads` says.
-
-    Raises:
-        UsageError: a kind that does not fit a block's output.
-    """
-    shared = models.facts(config.model).heads_behind
-    cuts = check_names(model, config.cuts or onward.default_cuts(model))
-    ends = [shared.get(cut, cut) for cut in cuts]
-    flat = any(isinstance(layer, nn.Flatten) for end in ends for layer in model.get_submodule(end).modules())
-    made = _drawn(model, config, x, config.heads.kind or ("linear" if flat else "cnn"), ends)
-    heads = {
-        cut: made[end] if end == cut else _behind(copy.deepcopy(model.get_submodule(end)), made[end])
-        for cut, end in zip(cuts, ends, strict=True)
-    }
-    if initialize := models.facts(config.model).initialize:
-        for head in heads.values():
-            head.reset_parameters = partial(initialize, head)  # so heads that are drawn afresh start in the same way
-    return heads
-
-
-def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str]) -> dict[str, nn.Module]:
-    """A head of that kind for the output of each of these modules, as wide as the configuration says, with the network's
-    kind of initial weights."""
-    width = default_width(kind, len(ends)) if config.heads.width is None else config.heads.width
-    made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
-    if initialize := models.facts(config.model).initialize:
-        for head in made.values():
-            initialize(head)
-    return made
-
-
-def _end_in_head(model: nn.Module, config: Train, x: Tensor) -> None:
-    """Put a head of the chosen kind in the place of the network's classifier; of predsim, its own classifier."""
-    last = models.facts(config.model).ends_in_head
-    (head,) = _drawn(model, config, x, config.heads.kind, [f"output.{last}"]).values()
-    head = head.classify if isinstance(head, PredSim) else head
-    model.output = nn.Sequential(OrderedDict({last: model.output.get_submodule(last), "head": head}))
-
-
-def _behind(block: nn.Module, head: nn.Module) -> nn.Module:
-    """A head that starts with a block, and has a loss of its own only if the head behind the block does."""
-    return (_OwnLoss if hasattr(head, "local_loss") else nn.Sequential)(block, head)
-
-
-class _OwnLoss(nn.Sequential):
-    def local_loss(self, h: Tensor, y: Any, loss: Loss) -> tuple[Tensor, Tensor]:
-        block, head = self
-        return head.local_loss(block(h), y, loss)

@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from onward.errors import UsageError
+from onward.lab.run import formats
 from onward.lab.system import disk
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
 
     def write(file: BinaryIO) -> None:
-        torch.save(state, file)
+        torch.save({"format": formats.FORMAT, **state}, file)
         file.flush()
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -116,4 +117,8 @@ def _open(path: Path) -> dict[str, Any]:
         raise _Damaged(f"is no checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise _Damaged(f"holds a {type(state).__name__}, not the state of a run")
+    try:
+        formats.check(state.pop("format", 1))
+    except UsageError as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
     return state

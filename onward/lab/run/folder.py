@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from onward.alignment import Block
 from onward.errors import UsageError
-from onward.lab.data.images import ImageData
-from onward.lab.run import checkpoint
+from onward.lab import tasks
+from onward.lab.data import Data
+from onward.lab.run import algorithms, checkpoint, formats
 from onward.lab.run.algorithms import folder_name
-from onward.lab.settings import Recipe, Train, from_dict
-from onward.lab.system import disk, own
+from onward.lab.settings import Recipe, Train
+from onward.lab.system import disk
 
 try:
     import fcntl
@@ -30,6 +31,8 @@ except ImportError:  # not on Windows
 
 CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
 FAILURE = "failed.txt"
+RATES, TRIALS = "rates.json", "rates"
+"""In the folder of a comparison: which learning rates did best, and the folder of the runs that this was decided by."""
 ALIGNED = ("alignment.json", "alignment.png", "alignment-histograms.png")
 WRITTEN = (CONFIG, METRICS, CHECKPOINT, checkpoint.previous(Path(CHECKPOINT)).name, ALIGNMENT, *ALIGNED, FAILURE)
 """By name; besides these there are weights and TensorBoard's files."""
@@ -61,7 +64,8 @@ def default_path(config: Recipe, what: str) -> Path:
     >>> default_path(Recipe(data="owner/flowers"), "bp-s3").as_posix()
     'runs/owner-flowers-mlp-bp-s3'
     """
-    data = Path(config.data_dir).resolve().name if config.data_dir else config.data.replace("/", "-")
+    data = config.data if ".py:" in config.data else config.data.replace("/", "-")  # of a file, its name is enough
+    data = Path(config.data_dir).resolve().name if config.data_dir else data
     return Path("runs") / "-".join(folder_name(part) for part in (data, config.model, what))
 
 
@@ -132,12 +136,13 @@ def check_space(folder: Path, checkpoint_size: int, *, overwrite: bool) -> None:
         )
 
 
-def begin(folder: Path, config: Train, data: ImageData, **environment: Any) -> None:
+def begin(folder: Path, config: Train, data: Data, **environment: Any) -> None:
     """Take away the files of an earlier run, and write config.json: every setting, the data, and what it runs on.
 
     The earlier run is there until the new file is complete.
     """
-    settings = {"config": dataclasses.asdict(config), "environment": environment, "data": described(data)}
+    found = {"environment": environment, "data": described(data)}
+    settings = {"format": formats.FORMAT, "config": dataclasses.asdict(config), **found}
     disk.write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n", before=lambda: clear(folder))
 
 
@@ -147,13 +152,15 @@ def clear(folder: Path) -> None:
         path.unlink()
 
 
-def described(data: ImageData) -> dict[str, Any]:
-    """What tells images from others."""
+def described(data: Data) -> dict[str, Any]:
+    """What tells data from others."""
     return {
         "class_names": list(data.class_names),
         "train": len(data.train),
         "test": len(data.test),
-        "in_memory": isinstance(data.train.images, Tensor),
+        "task": data.task,
+        "noun": data.noun,
+        "in_memory": data.in_memory,
         "digest": data.digest,
     }
 
@@ -168,7 +175,7 @@ def note(folder: Path, data: dict[str, Any], code: str | None) -> None:
 
 
 def check_code(folder: Path, config: Train, state: dict[str, Any] | None = None) -> None:
-    """Raise a UsageError if the run there, or its checkpoint, is of a network of one's own whose file has changed.
+    """Raise a UsageError if the run there, or its checkpoint, is of a network or an algorithm whose own file has changed.
 
     One that does not say what it is of is taken: it is from before that was kept, or the file was to be mended.
     """
@@ -176,25 +183,23 @@ def check_code(folder: Path, config: Train, state: dict[str, Any] | None = None)
         known = read_config(folder).get("environment", {}).get("code")
     except (OSError, ValueError, AttributeError):
         known = None
-    now = own.digest(own.named("--model", config.model))
+    now = algorithms.digest(config)
     if now and any(then not in (None, now) for then in (known, (state or {}).get("code"))):
         raise UsageError(
-            f"{folder} is a run of another network: {config.model.rpartition(':')[0]} has changed since; bring that back, "
-            "choose another folder with --out, or replace the run with --overwrite"
+            f"{folder} is a run of another {_files(config)} has changed since; bring that back, choose another folder with "
+            "--out, or replace the run with --overwrite"
         )
 
 
-def complete(folder: Path, config: Train) -> list[dict[str, Any]] | None:
-    """The metrics of the run there if they are of all its epochs."""
-    try:
-        rows = _lines(folder / METRICS)
-    except (OSError, ValueError):
-        return None
-    return rows if len(rows) == config.epochs else None
+def _files(config: Train) -> str:
+    """What is in the user's own files, and where."""
+    mine = [file for file in algorithms.files(config) if file]
+    kinds = " or ".join("network" if file.flag == "--model" else "algorithm" for file in mine)
+    return f"{kinds}: {' or '.join(str(file.path) for file in mine)}"
 
 
-def check_data(folder: Path, data: ImageData, state: dict[str, Any] | None = None) -> None:
-    """Raise a UsageError that says what is different, if the run there, or its checkpoint, is of other images.
+def check_data(folder: Path, data: Data, state: dict[str, Any] | None = None) -> None:
+    """Raise a UsageError that says what is different, if the run there, or its checkpoint, is of other data.
 
     One that does not say what it is of is taken: it is from before that was kept.
     """
@@ -212,50 +217,35 @@ def check_data(folder: Path, data: ImageData, state: dict[str, Any] | None = Non
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """In what two sets of images differ, in words.
+    """In what two sets of data differ, in words.
 
     >>> _differences({"class_names": ["cat", "dog"], "train": 120}, {"class_names": ["dog", "zebra"], "train": 220})
     ['class 0 was cat, is dog', '120 training images, now 220']
     """
     found = []
+    task, noun = tasks.of({"data": now}), now.get("noun", "images")
+    if (earlier := tasks.of({"data": then}).name) != task.name:
+        found.append(f"they were for {earlier}, now for {task.name}")
     before, after = (list(map(str, data.get("class_names") or now["class_names"])) for data in (then, now))
     if len(before) != len(after):
-        found.append(f"{len(before)} classes, now {len(after)}")
+        found.append(f"{len(before)} {task.outputs}, now {len(after)}")
     elif before != after:
         at = next(at for at, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1])
         found.append(f"class {at} was {before[at]}, is {after[at]}")
     for part, word in (("train", "training"), ("test", "test")):
         if then.get(part, now.get(part)) != now.get(part):
-            found.append(f"{then[part]} {word} images, now {now[part]}")
-    # Where images are kept decides what a digest is taken of; and there is none where an image was to be mended.
+            found.append(f"{then[part]} {word} {noun}, now {now[part]}")
+    # Where inputs are kept decides what a digest is taken of; and there is none where a sample was to be mended.
     comparable = then.get("digest") and then.get("in_memory") == now.get("in_memory")
     if not found and comparable and then["digest"] != now["digest"]:
-        found.append("as many images of the same classes, but not the same, or not in the same order")
+        what = f"{noun} of the same classes" if task is tasks.CLASSIFICATION else noun
+        found.append(f"as many {what}, but not the same, or not in the same order")
     return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What `begin` wrote: `config`, the settings, and `environment`, what they ran on."""
-    return json.loads(disk.read_text(folder / CONFIG))
-
-
-def settings(folder: Path) -> Train:
-    """The settings of the run in a folder.
-
-    Raises:
-        UsageError: there is no run, or its settings cannot be used; the message names the one that is wrong.
-    """
-    if not (folder / CONFIG).exists():
-        raise UsageError(f"{folder} holds no run: give a folder that `onward train` has written")
-    try:
-        found = _with_defaults(read_config(folder)["config"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{folder / CONFIG} cannot be read ({type(error).__name__}: {reason}): train it again") from error
-    try:
-        return from_dict(Train, found)
-    except UsageError as error:
-        raise UsageError(f"{folder / CONFIG}: {error}") from error
+    """What `begin` wrote, or an older version did: `config`, the settings, and `environment`, what they ran on."""
+    return formats.upgraded(json.loads(disk.read_text(folder / CONFIG)))
 
 
 def write_metrics(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -285,11 +275,6 @@ def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -
     return {"epoch": epoch, "estimates": estimates, "from": -1, "to": 1, "blocks": blocks}
 
 
-def read_alignment(folder: Path) -> list[dict[str, Any]]:
-    """The lines of alignment.jsonl; none if there is no such file."""
-    return _lines(folder / ALIGNMENT)
-
-
 def write_failure(folder: Path, reason: str) -> None:
     """failed.txt: why this run has stopped for good."""
     disk.write_text(folder / FAILURE, reason + "\n")
@@ -306,70 +291,13 @@ def forget_failure(folder: Path) -> None:
         (folder / FAILURE).unlink(missing_ok=True)
 
 
-def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
-    """The metrics of a run that is already complete there, one row per epoch; why it stopped for good; or None for neither.
-
-    Raises:
-        UsageError: the run there has other settings, or is of another network.
-    """
-    check(folder, config)
-    check_code(folder, config)
-    try:
-        _with_defaults(read_config(folder)["config"])  # or nothing there can be relied on
-        rows = _lines(folder / METRICS)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return None
-    if (folder / FAILURE).exists():
-        return disk.read_text(folder / FAILURE).strip()
-    return rows if len(rows) == config.epochs else None
-
-
-def check(folder: Path, config: Train, but: Container[str] = ()) -> None:
-    """Raise a UsageError if the run there has other settings than `config`, `but` for some."""
-    for name, (there, asked) in differing(folder, config).items():
-        if name not in but:
-            raise UsageError(
-                f"{folder} holds a run with {name} {there}, not {asked}: choose another folder with --out, "
-                "or replace it with --overwrite"
-            )
-
-
-def differing(folder: Path, config: Train) -> dict[str, tuple[Any, Any]]:
-    """The settings that make a result and are not the same in the run there, if there is one, and in `config`: both values."""
-    try:
-        found = _with_defaults(read_config(folder)["config"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
-        return {}
-    asked = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: (found[name], asked[name]) for name in asked if name not in NOT_IN_RESULT and found[name] != asked[name]}
-
-
-def engine(folder: Path, config: Train) -> str | None:
-    """The engine of the run there, if it is the one with these settings."""
-    try:
-        return None if differing(folder, config) else read_config(folder)["environment"]["engine"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def load(folder: Path) -> tuple[Train, dict[str, Any]]:
-    """The settings of the run there, and its last checkpoint.
-
-    Raises:
-        UsageError: there is none, or it cannot be used.
-    """
-    config = settings(folder)
-    state = checkpoint.load(folder / CHECKPOINT)
-    if state is None:
-        raise UsageError(f"{folder} has no {CHECKPOINT} yet: go on with the run by onward train --resume {folder}")
-    return config, state
-
-
-def _with_defaults(found: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(found: dict[str, Any]) -> dict[str, Any]:
     """Settings as a file has them, with the defaults of those that are newer than it, without those that are no more."""
     defaults = json.loads(json.dumps(dataclasses.asdict(Train())))
     return {
-        name: {**default, **given} if isinstance(default, dict) and isinstance(given, dict) else given
+        name: {inner: given.get(inner, value) for inner, value in default.items()}
+        if isinstance(default, dict) and isinstance(given, dict)
+        else given
         for name, default in defaults.items()
         for given in (found.get(name, default),)
     }
@@ -381,10 +309,6 @@ def _contents(folder: Path) -> list[Path]:
     there = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in there if (path.name in names or OTHERS.fullmatch(path.name)) and not path.is_dir()]
     return found if any(path.name not in ALIGNED for path in found) else []
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in disk.read_text(path).splitlines()] if path.exists() else []
 
 
 def _write_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:

@@ -18,19 +18,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 import onward
 from onward.alignment import Block
 from onward.errors import UsageError
-from onward.lab.data.images import ImageData
+from onward.lab.data import Data
 from onward.lab.networks import models
-from onward.lab.run import algorithms, checkpoint, log, processes
+from onward.lab.run import algorithms, checkpoint, log, processes, record
 from onward.lab.run import folder as run_folder
+from onward.lab.run.devices import describe
+from onward.lab.run.failure import TrainingFailed
 from onward.lab.run.processes import Processes
 from onward.lab.run.training import (
     Row,
     Run,
     Standing,
-    TrainingFailed,
     align,
     check_place,
-    describe,
     evaluate,
     load_data,
     prepare,
@@ -39,11 +39,11 @@ from onward.lab.run.training import (
     try_out,
 )
 from onward.lab.settings import Train
-from onward.lab.system import interrupt, memory
+from onward.lab.system import interrupt, memory, own
 from onward.lab.system.own import OwnError
 
 
-def train(config: Train, data: ImageData | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
+def train(config: Train, data: Data | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
     """Train as `config` says, into a run folder; returns the rows of its metrics.jsonl, one per epoch.
 
     `data` saves loading it again. `advance`, if given, is called after every step, instead of anything being printed. Under
@@ -53,11 +53,11 @@ def train(config: Train, data: ImageData | None = None, advance: Callable[[str],
         UsageError: something that was asked for cannot work; nothing has been written or erased then.
         TrainingFailed: a loss or a gradient is not finite; the last checkpoint stays, or the run that was to be replaced.
     """
+    config = algorithms.variant(config.algorithm, config)
     folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
     with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
         with _before_anything_is_written(lambda: "nothing was written"):
             with group.agreeing(TrainingFailed):
-                algorithms.check(config.algorithm)
                 models.check(config.model)
                 log.check(config)
                 check_place(folder, config)
@@ -86,7 +86,7 @@ def train(config: Train, data: ImageData | None = None, advance: Callable[[str],
 
 def resume(
     folder: Path,
-    data: ImageData | None = None,
+    data: Data | None = None,
     advance: Callable[[str], None] | None = None,
     changes: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[Row]:
@@ -99,7 +99,8 @@ def resume(
         UsageError: there is no run, neither its configuration nor a checkpoint of it can be used, or the data are others.
         TrainingFailed: as `train`.
     """
-    config = replace(run_folder.settings(folder), out=str(folder), **changes)
+    found = record.read(folder)
+    config = replace(found.config, out=str(folder), **changes)
     with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
         with _before_anything_is_written(lambda: _kept(folder)):
             with group.agreeing(TrainingFailed):
@@ -107,7 +108,7 @@ def resume(
                 if group.writes:
                     until_the_end.enter_context(run_folder.held(folder))
                 state = checkpoint.load(folder / run_folder.CHECKPOINT)
-                at = Standing(run_folder.complete(folder, config) or []) if state is None else standing(state, config)
+                at = Standing(found.rows if found.complete else []) if state is None else standing(state, config)
                 complete = len(at.rows) == config.epochs
                 if not complete:
                     images = data or load_data(config)
@@ -133,7 +134,7 @@ def resume(
 
 def _tried(
     config: Train,
-    data: ImageData | None,
+    data: Data | None,
     group: Processes,
     folder: Path,
     state: dict[str, Any] | None = None,
@@ -176,97 +177,125 @@ def _go_on(
     aligned: dict[str, Block] | None,
 ) -> list[Row]:
     """Train from where the run stands to its end."""
-    config = run.config
-    group = run.processes
+    config, group = run.config, run.processes
     console = _console(group, advance)
-    several = f", {group.count} processes" if group.count > 1 else ""
-    where = f", on from epoch {at.epoch}, step {at.step}" if at.rows or at.step else ""
-    console.print(
-        f"{config.algorithm} ({run.estimator.engine}), {config.model}, {run.data.name}: {len(run.data.train)} training and "
-        f"{len(run.data.test)} test images of {run.data.classes} classes; {describe(run.device)}{several}, seed {config.seed}"
-        f"{where}"
-    )
+    console.print(_introduction(run, at))
     due = _due(config.checkpoint_every)
-
-    def save() -> None:
-        state = run.state(at)
-        if group.writes:
-            checkpoint.save(folder / run_folder.CHECKPOINT, state)
-
-    def keep_alignment(epoch: int, measured: dict[str, Block]) -> list[dict[str, Any]]:
-        shown = {name: block.cosines.flatten() for name, block in measured.items() if block.cosines is not None}
-        write({"alignment": shown}, epoch * run.steps)
-        return [*at.aligned, run_folder.alignment_entry(epoch, config.align_estimates, measured)]
-
     done = (at.epoch - 1) * run.steps + at.step
+    with (
+        _failures_told(run, folder, at),
+        log.open_log(folder, tell, done) if group.writes else contextlib.nullcontext(_nothing) as write,
+        _advancing(advance, console, config.epochs * run.steps, done) as step_done,
+        interrupt.requests() as asked_to_stop,
+    ):
+        if aligned:
+            _keep_alignment(run, at, 0, aligned, write)
+        memory.reset_peak(run.device)
+        while at.epoch <= config.epochs:
+            for loss in train_epoch(run, at):
+                step_done(f"epoch {at.epoch}/{config.epochs}, loss {loss:.3f}")
+                if at.step % config.log_interval == 0:
+                    write({"step/train_loss": loss}, (at.epoch - 1) * run.steps + at.step)
+                request = asked_to_stop()
+                stop, save_now = group.any([request is not None, group.writes and due()])
+                if stop or save_now:
+                    _save(run, folder, at)
+                if stop:
+                    group.leave(130)
+                    _stop(folder, at, request or "a request to another process")
+            row = _end_epoch(run, folder, at, write)
+            metrics = "  ".join(f"{metric.title} {metric.text(row[metric.key])}" for metric in run.task.metrics)
+            console.print(
+                "epoch {epoch}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  ".format(**row)
+                + f"{metrics}  {row['seconds']:.1f} s"
+            )
+    console.print(f"written to {folder}")
+    return at.rows
+
+
+def _introduction(run: Run, at: Standing) -> str:
+    """What is trained on what, where, in a line."""
+    config, data, count = run.config, run.data, run.processes.count
+    outputs = f"{data.outputs} {run.task.outputs}" if data.outputs > 1 else f"1 {run.task.outputs.removesuffix('s')}"
+    several = f", {count} processes" if count > 1 else ""
+    where = f", on from epoch {at.epoch}, step {at.step}" if at.rows or at.step else ""
+    return (
+        f"{config.algorithm} ({run.estimator.engine}), {config.model}, {data.name}: {len(data.train)} training and "
+        f"{len(data.test)} test {data.noun} of {outputs}; {describe(run.device)}{several}, seed {config.seed}{where}"
+    )
+
+
+def _save(run: Run, folder: Path, at: Standing) -> None:
+    state = run.state(at)  # every process has a part of it
+    if run.processes.writes:
+        checkpoint.save(folder / run_folder.CHECKPOINT, state)
+
+
+def _keep_alignment(run: Run, at: Standing, epoch: int, measured: dict[str, Block], write: log.Log) -> None:
+    shown = {name: block.cosines.flatten() for name, block in measured.items() if block.cosines is not None}
+    write({"alignment": shown}, epoch * run.steps)
+    at.aligned = [*at.aligned, run_folder.alignment_entry(epoch, run.config.align_estimates, measured)]
+
+
+def _end_epoch(run: Run, folder: Path, at: Standing, write: log.Log) -> Row:
+    """Test, look at gradients if that is due, and write what is known; returns the epoch's row."""
+    config, epoch, writes = run.config, at.epoch, run.processes.writes
+
+    def due(every: int) -> bool:
+        return every > 0 and (epoch % every == 0 or epoch == config.epochs)
+
+    peak = max(at.peak_memory_bytes, memory.peak(run.device))
+    row = {**at.row(run.task.main), **evaluate(run), "peak_memory_bytes": peak}
+    if due(config.align_every):
+        _keep_alignment(run, at, epoch, align(run), write)
+    memory.reset_peak(run.device)  # what testing and looking take is not the training's
+    if writes and due(config.save_weights):
+        run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())
+    run.rate.after_epoch(at.loss / at.seen)  # now that nothing more has to be read
+    at.complete(row, peak)
+    _save(run, folder, at)
+    if writes:
+        run_folder.write_metrics(folder, at.rows)
+        run_folder.write_alignment(folder, at.aligned)
+    write(row, epoch * run.steps)
+    return row
+
+
+@contextlib.contextmanager
+def _failures_told(run: Run, folder: Path, at: Standing) -> Iterator[None]:
+    """Say of whatever ends the body what is kept of the run, and how it goes on."""
+    again = f"then go on by onward train --resume {folder}"
     try:
-        with (
-            log.open_log(folder, tell, done) if group.writes else contextlib.nullcontext(_nothing) as write,
-            _advancing(advance, console, config.epochs * run.steps, done) as step_done,
-            interrupt.requests() as asked_to_stop,
-        ):
-            if aligned:
-                at.aligned = keep_alignment(0, aligned)
-            memory.reset_peak(run.device)
-            while at.epoch <= config.epochs:
-                for loss in train_epoch(run, at):
-                    step_done(f"epoch {at.epoch}/{config.epochs}, loss {loss:.3f}")
-                    if at.step % config.log_interval == 0:
-                        write({"step/train_loss": loss}, (at.epoch - 1) * run.steps + at.step)
-                    request = asked_to_stop()
-                    stop, save_now = group.any([request is not None, group.writes and due()])
-                    if stop or save_now:
-                        save()
-                    if stop:
-                        group.leave(130)
-                        _stop(folder, at, request or "a request to another process")
-                peak = max(at.peak_memory_bytes, memory.peak(run.device))
-                row = {**at.row(), **evaluate(run), "peak_memory_bytes": peak}
-                epoch = at.epoch
-                entries = at.aligned
-                if config.align_every and (epoch % config.align_every == 0 or epoch == config.epochs):
-                    entries = keep_alignment(epoch, align(run))
-                memory.reset_peak(run.device)  # what testing and looking take is not the training's
-                if group.writes and config.save_weights and (epoch % config.save_weights == 0 or epoch == config.epochs):
-                    run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())
-                run.rate.after_epoch(at.loss / at.seen)  # now that nothing more has to be read
-                at = Standing([*at.rows, row], entries, epoch + 1, peak_memory_bytes=peak)
-                save()
-                if group.writes:
-                    run_folder.write_metrics(folder, at.rows)
-                    run_folder.write_alignment(folder, at.aligned)
-                write(row, epoch * run.steps)
-                console.print(
-                    "epoch {epoch}  train loss {train_loss:.4f}  test loss {test_loss:.4f}  "
-                    "test accuracy {test_accuracy:.2f} %  {seconds:.1f} s".format(**row)
-                )
+        yield
     except onward.ProcessLost as error:
         raise TrainingFailed(f"{error}; {_kept(folder)}: onward train --resume {folder} goes on") from None
     except TrainingFailed as error:  # in every process at once
-        group.leave(1)
+        run.processes.leave(1)
         with contextlib.suppress(OSError):  # a disk that is full too must not hide why
             run_folder.write_failure(folder, str(error))
         raise TrainingFailed(f"{error}; {_kept(folder)}") from None
-    except (UsageError, TimeoutError) as error:  # an image is broken, or does not come, or the network fails: before a step is
-        own = isinstance(error, OwnError)  # complete, or after the last
-        with contextlib.suppress(OSError):
-            if group.count == 1:  # else the others are in a step
-                state = run.state(at)
-                if own:
-                    state["code"] = None  # of a file that will be mended
-                else:
-                    state["data"]["digest"] = None  # of an image that will be mended
-                checkpoint.save(folder / run_folder.CHECKPOINT, state)
-                run_folder.note(folder, state["data"], state["code"])
+    except (UsageError, TimeoutError) as error:  # a sample is broken, or does not come, or a file of the user's own fails:
+        with contextlib.suppress(OSError):  # before a step is complete, or after the last
+            if run.processes.count == 1:  # else the others are in a step
+                _save_to_mend(run, folder, at, error)
         said = str(error).replace("replace or remove it", "replace it")  # without it, the data would be others
-        said += ": mend it" if own else ""
-        raise OSError(f"{said}, then go on by onward train --resume {folder}; {_kept(folder)}") from error
+        said += ": mend it" if isinstance(error, OwnError) else ""
+        raise OSError(f"{said}, {again}; {_kept(folder)}") from error
     except OSError as error:  # a disk that is full
-        raise OSError(f"{error}, then go on by onward train --resume {folder}; {_kept(folder)}") from error
+        raise OSError(f"{error}, {again}; {_kept(folder)}") from error
     except KeyboardInterrupt as stopped:
         raise KeyboardInterrupt(str(stopped) or _kept(folder)) from None
-    console.print(f"written to {folder}")
-    return at.rows
+
+
+def _save_to_mend(run: Run, folder: Path, at: Standing, error: Exception) -> None:
+    """Save the run so that it can go on though the data, or a file of the user's own, will have changed by then."""
+    state = run.state(at)
+    if isinstance(error, OwnError):
+        state["code"] = None
+    if not isinstance(error, OwnError) or own.named("--data", run.config.data):
+        state["data"]["digest"] = None
+    checkpoint.save(folder / run_folder.CHECKPOINT, state)
+    run_folder.note(folder, state["data"], state["code"])
 
 
 def _nothing(*_: object) -> None:

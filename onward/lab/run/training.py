@@ -5,12 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import math
-import platform
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +20,25 @@ import onward
 from onward.alignment import Block, measure
 from onward.derivatives.directions import seed_of
 from onward.errors import UsageError, unknown
-from onward.lab.data.batches import Transform, batches
-from onward.lab.data.images import ImageData, held_out, load
+from onward.lab import tasks
+from onward.lab.data import Data, held_out, load
+from onward.lab.data.batches import batches
+from onward.lab.data.inputs import Batch, Inputs, mapped
 from onward.lab.networks import models
-from onward.lab.run import algorithms, checkpoint, processes
+from onward.lab.run import algorithms, checkpoint
 from onward.lab.run import folder as run_folder
+from onward.lab.run.devices import choose_device
+from onward.lab.run.failure import TrainingFailed, check_finite, culprit
+from onward.lab.run.optimizers import check_shapes, make_optimizers
 from onward.lab.run.processes import ALONE, Processes
 from onward.lab.run.schedules import Rate
-from onward.lab.settings import Recipe, Train
+from onward.lab.settings import Recipe, Train, Transform
 from onward.lab.system import generators, own
-from onward.network.replay import frozen_statistics
+from onward.lab.tasks import Metric, Task
+from onward.network.run import call
 from onward.parallel.shards import STATISTICS
 
 Row = dict[str, Any]
-OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "sgd": torch.optim.SGD}
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on: a loss or a gradient is no longer a finite number, or a step refuses its batch."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,8 @@ class Run:
     """Everything that one training works with."""
 
     config: Train
-    data: ImageData
+    data: Data
+    task: Task
     device: torch.device
     transform: Transform
     estimator: onward.Estimator
@@ -64,8 +63,8 @@ class Run:
     code: str | None = None
     """What `own.digest` says of the user's own network."""
 
-    def training_batches(self, epoch: int, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's images of one epoch, in its own order, without its first `skip` batches."""
+    def training_batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """This process's samples of one epoch, in its own order, without its first `skip` batches."""
         return batches(
             self.data.train,
             self.config.batch_size,
@@ -80,8 +79,8 @@ class Run:
             processes=self.processes.count,
         )
 
-    def test_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of the test images."""
+    def test_batches(self) -> Iterator[Batch]:
+        """This process's part of the test samples."""
         return batches(
             self.data.test,
             self.config.test_batch_size,
@@ -92,7 +91,7 @@ class Run:
             processes=self.processes.count,
         )
 
-    def step(self, x: Tensor, y: Tensor, where: str) -> onward.Step:
+    def step(self, x: Inputs, y: Tensor, where: str) -> onward.Step:
         """One step of training; `where` it is goes into the message if it fails.
 
         Raises:
@@ -102,12 +101,12 @@ class Run:
         self.follow()
         return done
 
-    def estimate(self, x: Tensor, y: Tensor, where: str) -> onward.Step:
+    def estimate(self, x: Inputs, y: Tensor, where: str) -> onward.Step:
         """The first half of a step: fill the gradients."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         done = self.estimator.estimate(x, y)
-        _check_finite(self.estimator, done.loss, x, where)
+        check_finite(self.estimator, done.loss, x, where)
         return done
 
     def follow(self) -> None:
@@ -143,7 +142,7 @@ class Run:
             self.estimator.load_state_dict(state["estimator"])
             for role, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(copy.deepcopy(state["optimizers"][role]))  # it keeps the tensors that it is given
-                _check_shapes(optimizer)
+                check_shapes(optimizer)
             self.rate.scheduler.load_state_dict(state["schedule"])
             if self.processes.rank < len(state["generators"]):  # it may have been saved by fewer processes
                 generators.restore(state["generators"][self.processes.rank], self.device)
@@ -169,17 +168,21 @@ class Standing:
     seen: int = 0
     """Samples."""
     heads: dict[str, Tensor] = field(default_factory=dict)
-    """For each cut the sum of losses, and the number of hits."""
+    """For each cut the sum of losses, and what the task's main metric adds up."""
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
-    def row(self) -> Row:
-        """The epoch's training figures: `seconds` is the time of its steps, `heads` each head's loss and accuracy (percent)."""
+    def complete(self, row: Row, peak: int) -> None:
+        """Stand at the beginning of the next epoch."""
+        vars(self).update(vars(Standing([*self.rows, row], self.aligned, self.epoch + 1, peak_memory_bytes=peak)))
+
+    def row(self, metric: Metric) -> Row:
+        """The epoch's training figures: `seconds` is the time of its steps, `heads` each head's loss and the metric."""
         row: Row = {"epoch": self.epoch, "train_loss": self.loss / self.seen, "seconds": self.seconds}
         if self.heads:
-            sums = {cut: pair.tolist() for cut, pair in self.heads.items()}
             row["heads"] = {
-                cut: {"loss": loss / self.seen, "accuracy": 100 * hits / self.seen} for cut, (loss, hits) in sums.items()
+                cut: {"loss": float(sums[0]) / self.seen, metric.name: metric.value(sums[1:].cpu(), self.seen)}
+                for cut, sums in self.heads.items()
             }
         return row
 
@@ -201,7 +204,7 @@ def standing(state: dict[str, Any], config: Train) -> Standing:
     return at
 
 
-def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
+def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     """The network, its estimator and its optimizers, before the first step.
 
     Raises:
@@ -210,16 +213,16 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     if config.statistics not in STATISTICS:
         raise unknown("handling of batch norm's statistics", config.statistics, STATISTICS)
     device = choose_device(config.device)
-    transform = replace(config.transform, size=config.transform.size or models.facts(config.model).image_size)
+    task = tasks.configured(tasks.named(data.task), config.task, data.outputs)
+    transform = _transform(config, data)
     batches(data.train, config.batch_size, transform=transform, train=True)  # says so now if they cannot be made as asked
-    channels, *size = data.shape
-    size = [transform.size] * 2 if transform.size else size
+    example = _example(data, transform)
     generators.seed(config.seed)
-    owns = (own.named("--model", config.model),)
-    code = own.digest(owns[0])  # before it is run
-    model = models.build(config.model, (channels, *size), data.classes, config.network).to(device)
-    estimator = algorithms.build(model, config, torch.zeros(2, channels, *size, device=device))
-    too_few = _leaves_too_few(len(data.train), config.batch_size, model, group.count)
+    owns = algorithms.files(config)
+    code = algorithms.digest(config)  # before they are run
+    model = models.build(config.model, _shape(example), data.outputs, config.network, example).to(device)
+    estimator = algorithms.build(model, config, mapped(example, lambda tensor: tensor.to(device)), task.loss)
+    too_few = _leaves_too_few(data, config.batch_size, model, group.count)
     drop_last = too_few or (config.drop_last and len(data.train) >= config.batch_size)
     if group.rank:
         generators.seed(seed_of(config.seed, "process", group.rank))  # for masks of its own
@@ -227,12 +230,41 @@ def prepare(config: Train, data: ImageData, group: Processes = ALONE) -> Run:
     full, rest = divmod(len(data.train), config.batch_size)
     steps = full + (rest > 0 and not drop_last)
     rate = Rate(config.schedule, optimizers["network"], epochs=config.epochs, steps=steps)
-    return Run(config, data, device, transform, estimator, optimizers, rate, steps, drop_last, group, owns, code)
+    return Run(config, data, task, device, transform, estimator, optimizers, rate, steps, drop_last, group, owns, code)
+
+
+def _transform(config: Train, data: Data) -> Transform:
+    """What is done to batches: of images, in the size that the network is for if none is asked for; of other data, nothing."""
+    asked = config.transform
+    if data.train.pixels:
+        return replace(asked, size=asked.size or models.facts(config.model).image_size)
+    for entry in fields(Transform):
+        if getattr(asked, entry.name) != entry.default:
+            raise UsageError(
+                f"--transform.{entry.name} {getattr(asked, entry.name)}: {data.name} holds no images, its inputs are taken as "
+                "they are: leave it out, or do it where the data are made"
+            )
+    return asked
+
+
+def _example(data: Data, transform: Transform) -> Inputs:
+    """A batch of two inputs, or of the only one: of images, black ones."""
+    if not data.train.pixels:
+        return next(batches(data.train, 2, transform=transform, train=False))[0]
+    channels, *size = data.shape
+    return torch.zeros(2, channels, *([transform.size] * 2 if transform.size else size))
+
+
+def _shape(x: Inputs) -> Any:
+    """The shape of one input, or those of its parts."""
+    if isinstance(x, tuple):
+        return tuple(tuple(part.shape[1:]) for part in x)
+    return {name: tuple(part.shape[1:]) for name, part in x.items()} if isinstance(x, dict) else tuple(x.shape[1:])
 
 
 def try_out(
     config: Train,
-    data: ImageData,
+    data: Data,
     group: Processes = ALONE,
     state: dict[str, Any] | None = None,
     at: Standing | None = None,
@@ -248,7 +280,7 @@ def try_out(
         TrainingFailed: the loss or a gradient is not finite.
     """
     at = at or Standing()
-    owns = (own.named("--model", config.model),)
+    owns = algorithms.files(config)
     with own.errors(owns, " in a step of training"):
         run = prepare(config, data, group)
         if state is not None:
@@ -289,9 +321,9 @@ def train_epoch(run: Run, at: Standing) -> Iterator[float]:
         samples = min(run.config.batch_size, len(run.data.train) - at.step * run.config.batch_size)
         at.step, at.loss, at.seen = at.step + 1, at.loss + loss * samples, at.seen + samples
         if done.heads:
-            hits = run.processes.total(torch.stack([(logits.argmax(1) == y).sum() for _, logits in done.heads.values()]))
-            for (cut, (head_loss, _)), hit in zip(done.heads.items(), hits, strict=True):
-                sums = torch.stack([head_loss * samples, hit])
+            measured = torch.stack([run.task.main.measure(output, y) for _, output in done.heads.values()])
+            for (cut, (head_loss, _)), sums in zip(done.heads.items(), run.processes.total(measured), strict=True):
+                sums = torch.cat([head_loss.double().view(1) * samples, sums])
                 at.heads[cut] = at.heads[cut] + sums if cut in at.heads else sums
         at.seconds += time.perf_counter() - start
         yield loss
@@ -300,27 +332,31 @@ def train_epoch(run: Run, at: Standing) -> Iterator[float]:
 
 @torch.no_grad()
 def evaluate(run: Run) -> Row:
-    """Mean loss and accuracy (percent) on the test images, in eval mode."""
+    """Mean loss and the task's metrics on the test data, in eval mode."""
     run.estimator.eval()
-    loss, correct = 0.0, 0
-    x = torch.empty(0)
+    sums: list[Tensor] = []
+    x: Inputs = torch.empty(0)
     for x, y in run.test_batches():
         with own.errors(run.owns, " in a test"):
-            batch_loss, hits = _test(run, x, y)
-        loss += batch_loss * len(y)
-        correct += hits
+            measured = _test(run, x, y)
+        sums = [a + b for a, b in zip(sums, measured, strict=True)] if sums else measured
     n = len(run.data.test)
-    totals = torch.tensor([loss, correct], dtype=torch.float64, device=run.device)
-    loss, correct = run.processes.total(totals).tolist()
-    if not math.isfinite(loss):
-        raise TrainingFailed(f"the test loss is {loss} after an epoch ({_culprit(run.estimator, x)})")
-    return {"test_loss": loss / n, "test_accuracy": 100 * correct / n}
+    sizes = next(found for found in run.processes.everyones([len(part) for part in sums]) if found)
+    mine = (
+        torch.cat(sums) if sums else torch.zeros(sum(sizes), dtype=torch.float64, device=run.device)
+    )  # few samples, many of us
+    loss, *parts = run.processes.total(mine).cpu().split(sizes)
+    if not loss.isfinite():
+        raise TrainingFailed(f"the test loss is {loss.item()} after an epoch ({culprit(run.estimator, x)})")
+    values = {metric.key: metric.value(part, n) for metric, part in zip(run.task.metrics, parts, strict=True)}
+    return {"test_loss": loss.item() / n, **values}
 
 
-def _test(run: Run, x: Tensor, y: Tensor) -> tuple[float, int]:
-    """The mean loss of one batch, and how many hits there are."""
-    logits = run.estimator(x)
-    return run.estimator.loss(logits, y).item(), int((logits.argmax(1) == y).sum())
+def _test(run: Run, x: Inputs, y: Tensor) -> list[Tensor]:
+    """What one batch adds to the loss and to each metric."""
+    output = call(run.estimator, x)
+    loss = run.estimator.loss(output, y).double().view(1) * len(y)
+    return [loss, *(metric.measure(output, y) for metric in run.task.metrics)]
 
 
 def align(run: Run) -> dict[str, Block]:
@@ -347,119 +383,33 @@ def check_place(folder: Path, config: Recipe) -> None:
         )
 
 
-def load_data(config: Recipe) -> ImageData:
-    """The images that `config` names."""
+def load_data(config: Recipe, seed: int | None = None) -> Data:
+    """The data that `config` names; those of one's own with its seed, or with another."""
     data = load(
         config.data,
         config.data_dir,
         train_samples=config.subset.train,
         test_samples=config.subset.test,
         patience=config.data_timeout,
+        task=config.task.name,
+        seed=getattr(config, "seed", 0) if seed is None else seed,
     )
     return held_out(data) if config.subset.held_out else data
 
 
-def make_optimizers(config: Train, estimator: onward.Estimator) -> dict[str, Optimizer]:
-    """One optimizer for the network and its heads, and one for feedback if the estimator has any."""
-    options = {"lr": config.lr, "weight_decay": config.optimizer.weight_decay}
-    if config.optimizer.name == "sgd":
-        options["momentum"] = config.optimizer.momentum
-    groups = estimator.parameter_groups(
-        network=options, heads=options, feedback={"lr": config.feedback.lr, "weight_decay": config.feedback.decay}
-    )
-    feedback = [group for group in groups if group["role"] == "feedback"]
-    optimizers = {"network": OPTIMIZERS[config.optimizer.name]([group for group in groups if group["role"] != "feedback"])}
-    if feedback:
-        optimizers["feedback"] = OPTIMIZERS[config.feedback.optimizer](feedback)
-    return optimizers
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the GPU if there is one.
-
-    Raises:
-        UsageError: no such device here.
-    """
-    if name in ("auto", "cuda") and processes.asked_for() > 1 and torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())  # each process has its own
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UsageError(f"--device {name} cannot be used ({reason}): use cpu, or auto") from error
-    return device
-
-
-def describe(device: torch.device) -> str:
-    """The device in words."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def _leaves_too_few(images: int, batch_size: int, model: nn.Module, count: int) -> bool:
-    """Whether the last batch would give a process no image, or a single one, which batch norm can do nothing with.
+def _leaves_too_few(data: Data, batch_size: int, model: nn.Module, count: int) -> bool:
+    """Whether the last batch would give a process no sample, or a single one, which batch norm can do nothing with.
 
     Raises:
         UsageError: every batch would.
     """
     norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     least = (2 if norm else 1) * count
-    why = "this network has batch norm, which needs at least 2 images in a batch" if norm else "each needs at least 1 image"
+    why = f"each needs at least 1 {data.noun.removesuffix('s')}"
+    if norm:
+        why = f"this network has batch norm, which needs at least 2 {data.noun} in a batch"
     of = f", divided among {count} processes" if count > 1 else ""
-    for what, number in (("--batch-size", batch_size), ("training images:", images)):
+    for what, number in (("--batch-size", batch_size), (f"training {data.noun}:", len(data.train))):
         if number < least:
             raise UsageError(f"{what} {number}{of}: {why}")
-    return 0 < images % batch_size < least
-
-
-def _check_shapes(optimizer: Optimizer) -> None:
-    """Raise a ValueError if the averages that it keeps are of other parameters."""
-    for parameter, kept in optimizer.state.items():
-        for name, value in kept.items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}")
-
-
-def _check_finite(estimator: onward.Estimator, loss: Tensor, x: Tensor, where: str) -> None:
-    if not math.isfinite(loss.item()):
-        raise TrainingFailed(f"the training loss is {loss.item()} at {where} ({_culprit(estimator, x)})")
-    gradients = [p.grad for p in estimator.parameters() if p.grad is not None]
-    if not nn.utils.get_total_norm(gradients).isfinite():
-        for name, p in estimator.named_parameters():
-            if p.grad is not None and not p.grad.isfinite().all():
-                raise TrainingFailed(f"the gradient of {name.removeprefix('model.')} is not finite at {where}")
-
-
-def _culprit(estimator: onward.Estimator, x: Tensor) -> str:
-    """The first thing that is not finite: the input, a parameter, the output of a module, a statistic."""
-    model = estimator.model
-    outputs = () if torch.distributed.is_initialized() else _outputs(model, x)  # the others may not run it again
-    for name, tensor in itertools.chain([("the input", x)], model.named_parameters(), outputs, model.named_buffers()):
-        if not tensor.isfinite().all():
-            return f"{name} is not finite"
-    return "the network's parameters are finite, its loss is not"
-
-
-def _outputs(model: nn.Module, x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """What each module of the network makes of a batch, from the first to the last that returns."""
-    found: list[tuple[str, Tensor]] = []
-
-    def note(name: str, output: Any) -> None:
-        if isinstance(output, Tensor):
-            found.append((f"the output of {name}" if name else "the network's output", output))
-
-    handles = [
-        module.register_forward_hook(lambda _, args, output, name=name: note(name, output))
-        for name, module in model.named_modules()
-    ]
-    try:
-        with torch.no_grad(), frozen_statistics(model):
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    yield from found
+    return 0 < len(data.train) % batch_size < least

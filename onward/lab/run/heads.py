@@ -1,0 +1,69 @@
+"""The heads that a run asks for: their kind and width, and what a network says about where its heads begin."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+import onward
+from onward.lab.networks import models
+from onward.lab.networks.blocks import scaled
+from onward.lab.settings import Train
+from onward.network.cuts import check_names
+from onward.network.heads import PredSim, default_width
+from onward.network.run import Loss
+
+
+def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Module]:
+    """A head for each hidden block, as `config.heads` says.
+
+    Raises:
+        UsageError: a kind that does not fit a block's output.
+    """
+    shared = models.facts(config.model).heads_behind
+    cuts = check_names(model, config.cuts or onward.default_cuts(model))
+    ends = [shared.get(cut, cut) for cut in cuts]
+    flat = any(isinstance(layer, nn.Flatten) for end in ends for layer in model.get_submodule(end).modules())
+    made = _drawn(model, config, x, config.heads.kind or ("linear" if flat else "cnn"), ends)
+    heads = {
+        cut: made[end] if end == cut else _behind(copy.deepcopy(model.get_submodule(end)), made[end])
+        for cut, end in zip(cuts, ends, strict=True)
+    }
+    if initialize := models.facts(config.model).initialize:
+        for head in heads.values():
+            head.reset_parameters = partial(initialize, head)  # so heads that are drawn afresh start in the same way
+    return heads
+
+
+def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str]) -> dict[str, nn.Module]:
+    """A head of that kind for the output of each of these modules, as wide as the configuration says, with the network's
+    kind of initial weights."""
+    width = default_width(kind, len(ends)) if config.heads.width is None else config.heads.width
+    made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
+    if initialize := models.facts(config.model).initialize:
+        for head in made.values():
+            initialize(head)
+    return made
+
+
+def end_in_head(model: nn.Module, config: Train, x: Tensor) -> None:
+    """Put a head of the chosen kind in the place of the network's classifier; of predsim, its own classifier."""
+    last = models.facts(config.model).ends_in_head
+    (head,) = _drawn(model, config, x, config.heads.kind, [f"output.{last}"]).values()
+    head = head.classify if isinstance(head, PredSim) else head
+    model.output = nn.Sequential(OrderedDict({last: model.output.get_submodule(last), "head": head}))
+
+
+def _behind(block: nn.Module, head: nn.Module) -> nn.Module:
+    """A head that starts with a block, and has a loss of its own only if the head behind the block does."""
+    return (_OwnLoss if hasattr(head, "local_loss") else nn.Sequential)(block, head)
+
+
+class _OwnLoss(nn.Sequential):
+    def local_loss(self, h: Tensor, y: Any, loss: Loss) -> tuple[Tensor, Tensor]:
+        block, head = self
+        return head.local_loss(block(h), y, loss)
