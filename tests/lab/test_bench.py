@@ -14,7 +14,7 @@ from torch import nn
 
 from onward.errors import UsageError
 from onward.lab import cli as command
-from onward.lab.settings import Backprop, Bench, Network
+from onward.lab.settings import Bench, Network
 from onward.lab.studies import bench, step
 from onward.lab.studies.bench import BASELINES
 from onward.lab.studies.step import PHASES, Clock, Learner, Turn
@@ -23,7 +23,7 @@ from onward.phases import timed
 
 CPU = torch.device("cpu")
 VARIANTS = (
-    "local:kind=linear",
+    "local:heads.kind=linear",
     "dfa",
     "dkp",
     "fdfa",
@@ -61,7 +61,7 @@ def learner(config: Bench, name: str) -> Learner:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_every_algorithm_has_its_row(config: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ("local:kind=linear", "fdfa:low_memory=true", "fg:space=avg-weight")
+    asked = ("local:heads.kind=linear", "fdfa:low_memory=true", "fg:space=avg-weight")
     rows = bench.bench(replace(config, algorithms=asked, json=str(tmp_path / "bench.json")))
     report = json.loads((tmp_path / "bench.json").read_text())
     printed = capsys.readouterr().out
@@ -94,10 +94,9 @@ def test_ratios_are_taken_within_a_turn() -> None:
 
 
 def test_the_baselines_stay_what_they_are(config: Bench) -> None:
-    runs = bench.candidates(replace(config, algorithms=("dfa", "bp"), backprop=Backprop(checkpoint=True), low_memory=True))
+    runs = bench.candidates(replace(config, algorithms=("dfa", "bp")))
     assert list(runs) == [*BASELINES, "dfa"]
-    assert [run.backprop.checkpoint for run in runs.values()] == [False, True, True]
-    assert [run.low_memory for run in runs.values()] == [False, False, True]
+    assert [run.algorithm for run in runs.values()] == ["bp", "bp:checkpoint=true", "dfa"]
 
 
 def test_flops_are_those_of_the_matrix_products(config: Bench) -> None:
@@ -194,7 +193,7 @@ def fixed():
 @pytest.mark.usefixtures("in_this_process")
 def test_what_fails_is_a_row_that_says_so(config: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "own.py").write_text(OWN)
-    asked = ("fg:space=avg-weight", "local:kind=cnn")
+    asked = ("fg:space=avg-weight", "local:heads.kind=cnn")
     rows = bench.bench(replace(config, model=f"{tmp_path}/own.py:make_model", network=Network(), input="4", algorithms=asked))
     errors = [row["error"] for row in rows]
     assert errors[:3] == ["out of memory: no room", "out of memory: no room", None]
@@ -203,7 +202,40 @@ def test_what_fails_is_a_row_that_says_so(config: Bench, tmp_path: Path, capsys:
     assert rows[2]["seconds"] > 0
     printed = capsys.readouterr().out
     assert "bp:checkpoint=true: out of memory: no room\n" in printed
-    assert "local:kind=cnn: a cnn head at cut" in printed
+    assert "local:heads.kind=cnn: a cnn head at cut" in printed
+
+
+RULE = """\
+import onward
+
+class Rule(onward.DFA):
+    def __init__(self, model, cuts=None, *, fails: bool = False, **options):
+        super().__init__(model, cuts, **options)
+        self.fails = fails
+
+    def signal(self, k, h, known):
+        if self.fails and len(h) > 2:
+            raise ValueError("no signal")
+        return super().signal(k, h, known)
+"""
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_rule_of_ones_own(config: Bench, tmp_path: Path) -> None:
+    (tmp_path / "rule.py").write_text(RULE)
+    rule = f"{tmp_path}/rule.py:Rule"
+    *_, works, fails = bench.bench(replace(config, algorithms=(rule, f"{rule}:fails=true")))
+    assert works["error"] is None
+    assert works["time / bp"] > 0
+    assert fails["error"] == f"{tmp_path}/rule.py, line 10 in a step: ValueError: no signal"
+
+
+def test_an_error_of_ones_own_rule_keeps_its_line_in_a_fresh_process(config: Bench, tmp_path: Path) -> None:
+    (tmp_path / "rule.py").write_text(RULE)
+    name = f"{tmp_path}/rule.py:Rule:fails=true"
+    run = bench.candidates(replace(config, algorithms=(name,)))[name]
+    with pytest.raises(UsageError, match=r"rule.py, line 10 in a step: ValueError: no signal"):
+        step.in_a_fresh_process(step.peak, run, bench.shape_of(config), config.classes, CPU, 1)
 
 
 @pytest.mark.usefixtures("in_this_process")
@@ -299,7 +331,7 @@ def test_what_a_sweep_changes(config: Bench, sweep: tuple[str, ...], batch_size:
         ({"sweep": ("depth", "2", "x")}, "--sweep depth x: this is no whole number"),
         ({"sweep": ("batch", "0", "2")}, "--batch-size 0: use at least 1"),
         ({"sweep": ("width", "-1", "2")}, "--network.width -1.0: use a positive number"),
-        ({"input": "1,4"}, r"mlp for inputs of shape \(1, 4\): it is for images, three sizes such as 3,32,32"),
+        ({"model": "cnn", "input": "1,4"}, r"cnn for inputs of shape \(1, 4\): it is for images, three sizes such as 3,32,32"),
         ({"json": "no/such/folder/bench.json"}, "--json no/such/folder/bench.json: there is no folder no/such/folder"),
         ({"sweep": ("depth", "2", "3"), "plot": "d.jpog"}, "--plot d.jpog: a picture has a name that ends in one of .*.png"),
         ({"sweep": ("depth", "2", "3"), "plot": "d.pgf"}, "--plot d.pgf: a picture has a name that ends in one of"),

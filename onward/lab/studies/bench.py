@@ -27,18 +27,18 @@ from rich.table import Table
 import onward
 from onward.errors import UsageError, unknown
 from onward.lab.networks import models
-from onward.lab.report import figures as plots
+from onward.lab.report.figures import sweep
+from onward.lab.report.picture import draw, formats
+from onward.lab.report.picture import picture as draw_panels
 from onward.lab.run import algorithms
-from onward.lab.run.training import choose_device, describe
-from onward.lab.settings import Backprop, Bench, Setup, Train
+from onward.lab.run.devices import choose_device, describe
+from onward.lab.settings import Bench, Setup, Train
 from onward.lab.studies.step import PHASES, Learner, Turn, memory_of, take_turn
-from onward.lab.system import disk, memory
+from onward.lab.system import disk, memory, own
 
 Row = dict[str, Any]
 BASELINES = ("bp", "bp:checkpoint=true")
 """Always measured: what every other row is a ratio to."""
-INPUTS = {"mlp": (1, 28, 28), "alexnet": (3, 224, 224)}
-"""The shape of one input by network, if `--input` does not say it; 3x32x32 for the others."""
 SWEEPS = {"depth": "blocks of --network.layers", "width": "--network.width", "batch": "--batch-size"}
 OPTIONS = {"depth": "layers", "width": "width"}
 """The field of `Network` that a sweep sets."""
@@ -88,7 +88,8 @@ def bench(config: Bench) -> list[Row]:
     if figures:
         console.print(f"figures: {figures}")
     if picture:
-        plots.draw({picture: lambda path: draw_sweep(path, report["slopes"], rows, config)})
+        title = f"{config.model}, batch {config.batch_size}" if config.sweep[0] != "batch" else config.model
+        draw({picture: lambda path: draw_panels(path, [sweep(report["slopes"], rows, MEASURES, config.sweep[0])], title)})
     return rows
 
 
@@ -110,7 +111,7 @@ def _files(config: Bench) -> tuple[Path | None, Path | None]:
                 disk.try_out(folder)
             except OSError as error:
                 raise UsageError(f"{flag} {path} cannot be written ({error.strerror}): name a file elsewhere") from error
-    if picture and picture.suffix.lower() not in (known := plots.formats()):
+    if picture and picture.suffix.lower() not in (known := formats()):
         raise UsageError(f"--plot {picture}: a picture has a name that ends in one of {', '.join(known)}")
     return figures, picture
 
@@ -138,7 +139,7 @@ def measure(config: Bench, device: torch.device, console: Console) -> list[Row]:
                 progress.update(task, description=f"time of {name}", advance=1)
                 if rows[name]["error"]:
                     continue
-                with _failure_into(rows[name]):
+                with _failure_into(rows[name]), own.errors(algorithms.files(run), " in a step"):
                     turn = take_turn(Learner.of(run, shape, config.classes, device), device, steps, count=index == 0)
                     turns[name].append(turn)
                     steps = steps or turn.steps
@@ -171,11 +172,7 @@ def candidates(config: Bench) -> dict[str, Train]:
     """The two baselines and the algorithms asked for, by name."""
     shared = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(Setup)}
     base = Train(**shared)
-    plain = dataclasses.replace(base, backprop=Backprop(), low_memory=False)
-    return {
-        name: algorithms.variant(name, plain if name in BASELINES else base)
-        for name in dict.fromkeys((*BASELINES, *config.algorithms))
-    }
+    return {name: algorithms.variant(name, base) for name in dict.fromkeys((*BASELINES, *config.algorithms))}
 
 
 def shape_of(config: Bench) -> tuple[int, ...]:
@@ -184,7 +181,7 @@ def shape_of(config: Bench) -> tuple[int, ...]:
         return models.parse_shape(config.input)
     if config.model not in models.MODELS:
         raise UsageError(f"--model {config.model}: say what its inputs look like, such as --input 3,32,32")
-    return INPUTS.get(config.model, (3, 32, 32))
+    return models.facts(config.model).inputs
 
 
 def _points(config: Bench) -> list[Bench]:
@@ -335,27 +332,3 @@ def show_sweep(fits: Sequence[Row], rows: Sequence[Row], config: Bench, device: 
             table.add_row(name, *(found.get((name, value), "failed") for value in values), slope, *ratios)
         console.print(f"\n{title} in {unit.partition(' ')[0]}; slope by least squares", table)
     _show_failures(rows, console)
-
-
-def draw_sweep(path: Path, fits: Sequence[Row], rows: Sequence[Row], config: Bench) -> None:
-    """A picture: time and memory over the values of the sweep, each with its line."""
-    figure = plots.empty(12, 4.5)
-    figure.suptitle(f"{config.model}, batch {config.batch_size}" if config.sweep[0] != "batch" else config.model)
-    panels = figure.subplots(1, len(MEASURES))
-    for axes, (unit, (_, measured)) in zip(panels, MEASURES.items(), strict=True):
-        for index, fit in enumerate(fits):
-            good = [row for row in rows if row["algorithm"] == fit["algorithm"] and not row["error"]]
-            if not good:
-                continue
-            values, color = [row["value"] for row in good], f"C{index}"
-            axes.plot(values, [measured(row) for row in good], "o", color=color, markersize=4)
-            label = fit["algorithm"]
-            if unit in fit:
-                line = fit[unit]
-                label += f" ({line['slope']:.3g})"
-                ends = [min(values), max(values)]
-                axes.plot(ends, [line["intercept"] + line["slope"] * end for end in ends], color=color, label=label)
-        axes.set(xlabel=config.sweep[0], ylabel=unit, ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small", title=f"slope, {unit} per {config.sweep[0]}", title_fontsize="x-small")
-    plots.save(figure, path)

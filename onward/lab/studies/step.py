@@ -39,9 +39,9 @@ from torch.utils.flop_counter import flop_registry
 import onward
 from onward.lab.networks import models
 from onward.lab.run import algorithms
-from onward.lab.run.training import make_optimizers
+from onward.lab.run.optimizers import make_optimizers
 from onward.lab.settings import Heads, Network, Train
-from onward.lab.system import generators, interrupt, memory
+from onward.lab.system import generators, interrupt, memory, own
 from onward.phases import phase, timed
 
 PHASES = ("primal", "tangent", "backward", "optimizer", "other")
@@ -201,15 +201,18 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: torch.device
     """Bytes by which memory grew over three steps, and bytes of what outlives a step."""
     if device.type == "cpu":
         torch.set_num_threads(threads)
-    # What the first step in a process loads and keeps does not count as memory of this network.
+    # Memory for what the first step in a process loads, or a file of the user's own imports, is not this network's.
+    models.options_of(config.model)
     tiny = {"model": "mlp", "network": Network(width=0.01), "heads": Heads(), "input": None, "cuts": None, "batch_size": 2}
-    Learner.of(replace(config, **tiny), (1, 2, 2), 2, device).step()
+    with suppress(Exception):  # a rule of the user's own may be for other networks
+        Learner.of(replace(config, **tiny), (1, 2, 2), 2, device).step()
     memory.keep_freed()
     memory.reset_peak(device)
     before = memory.peak(device)
-    learner = Learner.of(config, shape, classes, device)
-    for _ in range(3):
-        learner.step()
+    with own.errors(algorithms.files(config), " in a step"):  # here, where the lines of the error are known
+        learner = Learner.of(config, shape, classes, device)
+        for _ in range(3):
+            learner.step()
     return memory.peak(device) - before, learner.state_bytes()
 
 
