@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,18 @@ from rich.table import Table
 
 from onward.errors import UsageError
 from onward.lab.networks import models
-from onward.lab.report import page as report
-from onward.lab.report.figures import draw, empty, formats, save
-from onward.lab.report.page import short_names
+from onward.lab.report.alignment import COSINES, HISTOGRAM, WORDS, maps
+from onward.lab.report.groups import short_names, shown
+from onward.lab.report.picture import draw, formats, picture
+from onward.lab.run import checkpoint, record
 from onward.lab.run import folder as run_folder
 from onward.lab.run.training import TrainingFailed, check_place, load_data, prepare, standing
 from onward.lab.run.training import align as align_run
-from onward.lab.settings import Align
-from onward.lab.studies.compare import failures, images_for, runs_of, train_all
+from onward.lab.settings import Align, flat
+from onward.lab.studies.runs import data_for, failures, runs_of, train_all
 from onward.lab.system import disk
 
 JSON, MAP, HISTOGRAMS = run_folder.ALIGNED
-KINDS = {"signal": "error signal", "parameters": "parameter gradient", "feedback": "feedback matrix"}
 COLUMNS = {
     "cosine": "cosine",
     "norm_ratio": "length",
@@ -67,16 +68,16 @@ def align(config: Align) -> list[Entry]:
         show(entry)
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     console.print(*failed, f"table: {folder / JSON}", sep="\n")
-    draw({folder / MAP: lambda path: heat_map(path, found), folder / HISTOGRAMS: lambda path: histograms(path, latest)})
+    draw({folder / name: partial(picture_of, name, found) for name in (MAP, HISTOGRAMS)})
     return found
 
 
 def _refuse_without_effect(config: Align) -> None:
     """Raise a UsageError for options that say how to train: the runs that are looked at have been trained already."""
     heeded = ("runs", "out", "device", "align_estimates")
-    given, defaults = report.settings(config), report.settings(Align())
+    given, defaults = flat(config), flat(Align())
     if others := [name for name in given if name not in heeded and given[name] != defaults[name]]:
-        flags = " ".join(f"--{name.replace('_', '-')} {report.shown(given[name])}" for name in others)
+        flags = " ".join(f"--{name.replace('_', '-')} {shown(given[name])}" for name in others)
         raise UsageError(
             f"{flags}: a run that is looked at keeps its own settings, leave that out, or leave out the run folders to train"
         )
@@ -86,14 +87,17 @@ def _default_folder(runs: Sequence[Path]) -> Path:
     """The run's own folder; of several, one that is named after what they have in common."""
     if len(runs) == 1:
         return runs[0]
-    names = {run_folder.default_path(run_folder.settings(run), "align") for run in runs}
+    names = {run_folder.default_path(record.read(run).config, "align") for run in runs}
     return names.pop() if len(names) == 1 else Path("runs/align")
 
 
 def _of_checkpoint(folder: Path, config: Align) -> list[dict[str, Any]]:
     """What was measured while the run trained, and now at its checkpoint."""
-    settings, saved = run_folder.load(folder)
-    settings = replace(settings, device=config.device, align_estimates=config.align_estimates)
+    kept = record.read(folder)
+    settings = replace(kept.config, device=config.device, align_estimates=config.align_estimates)
+    saved = checkpoint.load(folder / run_folder.CHECKPOINT)
+    if saved is None:
+        raise UsageError(f"{folder} has no {run_folder.CHECKPOINT} yet: go on with the run by onward train --resume {folder}")
     data = load_data(settings)
     run_folder.check_data(folder, data, saved)
     run_folder.check_code(folder, settings, saved)
@@ -105,7 +109,7 @@ def _of_checkpoint(folder: Path, config: Align) -> list[dict[str, Any]]:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"the checkpoint of {folder} does not fit its settings ({reason}): train it again") from error
     entry = run_folder.alignment_entry(epoch, config.align_estimates, align_run(run))
-    earlier = [line for line in run_folder.read_alignment(folder) if line["epoch"] != epoch]
+    earlier = [line for line in kept.alignment if line["epoch"] != epoch]
     return [*earlier, entry]
 
 
@@ -115,12 +119,12 @@ def _of_training(config: Align, folder: Path) -> tuple[list[Entry], list[str]]:
     runs = runs_of(config, config.algorithms, [config.seed], folder)
     check_place(folder, config)
     with run_folder.claimed(folder, overwrite=True):
-        outcomes = train_all(runs, "seed", config.overwrite, images_for(runs, config))
+        outcomes = train_all(runs, "seed", config.overwrite, data_for(runs, config))
     found = [
         {"label": label, **line}
         for label, (run,) in runs.items()
-        if not run_folder.differing(Path(run.out), run)  # one that failed at once has left another in its place
-        for line in run_folder.read_alignment(Path(run.out))
+        if (there := record.same(Path(run.out), run))  # a run that failed at once has left another in its place, or none
+        for line in there.alignment
     ]
     return found, failures(outcomes, "seed")
 
@@ -135,9 +139,9 @@ def show(entry: Entry) -> None:
     for column in ("block", "of its", *COLUMNS.values()):
         printed.add_column(column, justify="left" if column in ("block", "of its") else "right")
     for block, found in entry["blocks"].items():
-        for kind, name in KINDS.items():
+        for kind in ("signal", "parameters", "feedback"):
             if kind in found:
-                printed.add_row(block, name, *(_cell(found[kind], key) for key in COLUMNS))
+                printed.add_row(block, WORDS[kind], *(_cell(found[kind], key) for key in COLUMNS))
     Console(markup=False, emoji=False).print(printed)  # names are no markup
 
 
@@ -157,66 +161,17 @@ def _cell(agreement: Mapping[str, float | None], key: str) -> str:
     return f"{value:.3f}" if key == "cosine" else f"{value:.3g}"
 
 
-def heat_map(path: Path, found: Sequence[Entry]) -> None:
-    """The cosines over blocks and epochs: a row of maps for each run, of its error signals and of its parameter gradients."""
-    labels = list(dict.fromkeys(entry["label"] for entry in found))
-    kinds = ("signal", "parameters")
-    most = max(len(entry["blocks"]) for entry in found)
-    figure = empty(11, len(labels) * (0.9 + 0.28 * most))
-    grid = figure.subplots(len(labels), len(kinds), squeeze=False)
-    for row, label in zip(grid, labels, strict=True):
-        entries = sorted((entry for entry in found if entry["label"] == label), key=lambda entry: entry["epoch"])
-        for axes, kind in zip(row, kinds, strict=True):
-            blocks = [
-                block for block in entries[-1]["blocks"] if kind == "parameters" or block != list(entries[-1]["blocks"])[-1]
-            ]
-            if not blocks:
-                axes.set_visible(False)
-                continue
-            values = [[_cosine(entry, block, kind) for entry in entries] for block in blocks]
-            picture = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu", aspect="auto", interpolation="nearest")
-            axes.set_facecolor("0.85")
-            axes.set(title=f"{label}: {KINDS[kind]}", xlabel="epoch" if label == labels[-1] else "")
-            axes.set_xticks(range(len(entries)), [str(entry["epoch"]) for entry in entries])
-            axes.set_yticks(range(len(blocks)), blocks)
-            if len(entries) > 12:
-                axes.locator_params(axis="x", nbins=12)
-            else:
-                for y, line in enumerate(values):
-                    for x, value in enumerate(line):
-                        said = f"{value:.2f}" if value == value else "none"
-                        axes.text(x, y, said, ha="center", va="center", fontsize=8, color="w" if abs(value) > 0.6 else "k")
-    figure.colorbar(picture, ax=grid, label="cosine with the true gradient", shrink=min(1.0, 4 / len(labels)))
-    save(figure, path, dpi=120)
-
-
-def _cosine(entry: Entry, block: str, kind: str) -> float:
-    value = entry["blocks"].get(block, {}).get(kind, {}).get("cosine")
-    return float("nan") if value is None else value
-
-
-def histograms(path: Path, latest: Mapping[str, Entry]) -> None:
-    """For each block, how the samples' cosines are distributed at the last epoch of every run."""
-    blocks = list(
-        dict.fromkeys(name for entry in latest.values() for name, block in entry["blocks"].items() if "counts" in block)
-    )
-    columns = max(1, min(3, len(blocks)))
-    rows = max(1, -(-len(blocks) // columns))
-    figure = empty(4.5 * columns, 3 * rows + 0.6)
-    figure.suptitle("cosine of each sample's error signal with the true gradient")
-    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in grid:
-        axes.set_visible(False)
-    lines: dict[str, Any] = {}
-    for axes, block in zip(grid, blocks, strict=False):
-        axes.set_visible(True)
-        axes.set(title=block, xlim=(-1.05, 1.05), ylabel="part of the samples")
-        for number, (label, entry) in enumerate(latest.items()):
-            if counts := entry["blocks"].get(block, {}).get("counts"):
-                width = (entry["to"] - entry["from"]) / len(counts)
-                edges = [entry["from"] + width * i for i in range(len(counts) + 1)]
-                parts = [count / sum(counts) for count in counts]
-                lines[label] = axes.stairs(parts, edges, label=label, color=f"C{number % 10}", linewidth=1.5)
-    if lines:
-        figure.legend(lines.values(), lines.keys(), loc="outside right upper", fontsize=8)
-    save(figure, path, dpi=120)
+def picture_of(name: str, found: Sequence[Entry], path: Path) -> None:
+    """Draw one of the two pictures: maps of the cosines, a row for each run, or the distribution of the samples' cosines."""
+    labels = dict.fromkeys(entry["label"] for entry in found)
+    measured = maps({label: [[entry for entry in found if entry["label"] == label]] for label in labels})
+    if name == HISTOGRAMS:
+        spread = next((one for one in measured if one.measure == HISTOGRAM), None)
+        figures = spread.figures if spread else []
+        picture(path, [figures[at : at + 3] for at in range(0, len(figures), 3)], spread.title if spread else "")
+        return
+    cosines = {one.measure.partition(".")[0]: dict(one.figures) for one in measured if one.measure in COSINES}
+    rows = [
+        [(f"{label}: {WORDS[kind]}", of[label]) if label in of else None for kind, of in cosines.items()] for label in labels
+    ]
+    picture(path, rows, "Cosine with the true gradient")
