@@ -19,10 +19,10 @@ from test_command import SMALL
 import onward
 from onward.errors import UsageError
 from onward.lab import cli as command
-from onward.lab.report import figures as plots
-from onward.lab.run import folder as run_folder
+from onward.lab.report import picture as plots
 from onward.lab.run import processes
 from onward.lab.run.loop import train
+from onward.lab.run.record import read
 from onward.lab.settings import Align, Bench, Compare, Network, Report, Subset, Train
 from onward.lab.studies.compare import compare
 from onward.lab.system import surroundings
@@ -148,8 +148,8 @@ def test_help_has_an_end_in_the_narrowest_terminal(tmp_path: Path) -> None:
 
 def test_a_notebooks_backend_is_there_for_its_own_pictures(tmp_path: Path) -> None:
     program = (
-        "from onward.lab import plots\n"
-        "plots.empty(1, 1).savefig('picture.png')\n"
+        "from onward.lab.report import picture\n"
+        "picture.empty(1, 1).savefig('picture.png')\n"
         "import os, matplotlib; print(matplotlib.rcParams['backend'], os.environ['MPLBACKEND'])"
     )
     done = subprocess.run(
@@ -287,7 +287,7 @@ def test_a_home_folder_may_be_written_as_everywhere(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     small = ["--epochs", "1", "--subset.train", "64", "--subset.test", "32", "--device", "cpu"]
     assert command.main(["train", *small, "--model", "~/net.py:make", "--out=~/runs/a"]) == 0
-    assert run_folder.settings(home / "runs/a").model == f"{home}/net.py:make"
+    assert read(home / "runs/a").config.model == f"{home}/net.py:make"
     assert command.main(["train", "--resume=~/runs/a"]) == 0
     assert command.main(["align", "~/runs/a", "--device", "cpu", "--align-estimates", "1"]) == 0
     assert (home / "runs/a/alignment.json").exists()
