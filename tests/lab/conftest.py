@@ -7,14 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from onward.lab.data.images import ImageData, Split
+from onward.lab.data import Data, Split
 
 
 @pytest.fixture
-def images() -> Callable[..., ImageData]:
+def images() -> Callable[..., Data]:
     """Make data whose class is the bright row of a noisy image."""
 
-    def make(train: int = 96, test: int = 40, channels: int = 1, size: int = 8, classes: int = 4) -> ImageData:
+    def make(train: int = 96, test: int = 40, channels: int = 1, size: int = 8, classes: int = 4) -> Data:
         generator = torch.Generator().manual_seed(0)
 
         def split(n: int) -> Split:
@@ -23,6 +23,6 @@ def images() -> Callable[..., ImageData]:
             pixels[torch.arange(n), :, labels] += 100
             return Split(pixels.to(torch.uint8), labels)
 
-        return ImageData("rows", split(train), split(test), classes, tuple(map(str, range(classes))))
+        return Data("rows", split(train), split(test), classes, tuple(map(str, range(classes))))
 
     return make

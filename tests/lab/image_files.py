@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from onward.errors import UsageError
-from onward.lab.data.images import load
+from onward.lab.data import load
 
 CLASSES = ["cat", "dog", "owl"]
 

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from onward.errors import UsageError
-from onward.lab.data.batches import AUGMENTATIONS, Transform, batches
+from onward.lab.data import Split
+from onward.lab.data.batches import batches
 from onward.lab.data.encoded import Encoded, Sample
-from onward.lab.data.images import Split
+from onward.lab.settings import AUGMENTATIONS, Transform
 
 
 def split_of(count: int, channels: int = 3, side: int = 8) -> Split:

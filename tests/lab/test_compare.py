@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from onward.errors import UsageError
-from onward.lab.data.images import load
+from onward.lab.data import load
 from onward.lab.run import loop as training
 from onward.lab.run.loop import load_data, train
-from onward.lab.settings import Compare, ForwardGradient, Heads, Network, Subset, Train
+from onward.lab.settings import Compare, Heads, Network, Subset, Train
 from onward.lab.studies.compare import compare, show, summary
+from onward.lab.tasks import CLASSIFICATION
 
 
 @pytest.fixture
@@ -93,9 +94,9 @@ def test_runs_with_other_settings_are_kept(config: Compare, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("guess", ["random", "local"])
 def test_algorithms_with_heads_are_compared_too(config: Compare, guess: str) -> None:
-    asked = ForwardGradient(guess=guess, engine="reverse" if guess == "local" else "forward")
-    table = compare(replace(config, algorithms=("local", "fg", "bp"), seeds=1, heads=Heads("linear"), forward_gradient=asked))
-    assert [row["algorithm"] for row in table] == ["local", "fg", "bp"]
+    fg = f"fg:guess={guess},engine={'reverse' if guess == 'local' else 'forward'}"
+    table = compare(replace(config, algorithms=("local", fg, "bp"), seeds=1, heads=Heads("linear")))
+    assert [row["algorithm"] for row in table] == ["local", fg, "bp"]
     assert all(row["accuracy"] > 0 for row in table)
 
 
@@ -105,7 +106,7 @@ def test_variants_are_rows_of_their_own(config: Compare, tmp_path: Path, capsys:
     printed = capsys.readouterr().out
     assert [(row["algorithm"], row["lr"]) for row in table] == list(zip(labels, (1e-2, 1e-3, 1e-2), strict=True))
     kept = json.loads((tmp_path / "fdfa-directions=2-lr=0.001-s0" / "config.json").read_text())["config"]
-    assert (kept["algorithm"], kept["feedback"]["directions"], kept["lr"]) == ("fdfa", 2, 1e-3)
+    assert (kept["algorithm"], kept["lr"]) == ("fdfa:directions=2", 1e-3)
     assert "3/3  fg:guess=local,heads.kind=linear, seed 0: test accuracy" in printed
 
 
@@ -242,7 +243,7 @@ def test_a_request_to_stop_between_two_runs_is_heeded(
         return outcome
 
     config = replace(config, algorithms=("bp",), epochs=1)
-    monkeypatch.setattr("onward.lab.studies.compare.train", train_as_it_arrives)
+    monkeypatch.setattr("onward.lab.studies.runs.train", train_as_it_arrives)
     with pytest.raises(KeyboardInterrupt, match=f"^{message}; the same command goes on with the runs that are missing$"):
         compare(config)
     assert not (tmp_path / "bp-s1").exists()
@@ -259,17 +260,21 @@ def test_a_table_of_ordinary_width_breaks_no_words(capsys: pytest.CaptureFixture
     monkeypatch.setenv("COLUMNS", "80")
     runs = [[{"test_accuracy": value, "seconds": 12.34, "peak_memory_bytes": 1.2e9}] for value in (50.0, 60.0)]
     rows = [
-        {"algorithm": "bp", "lr": 5e-5, **summary(runs), "failed": 1},
-        {"algorithm": "fdfa", "lr": None, **summary([]), "failed": 0},
+        {"algorithm": "bp", "lr": 5e-5, **summary(runs, CLASSIFICATION), "failed": 1},
+        {"algorithm": "fdfa", "lr": None, **summary([], CLASSIFICATION), "failed": 0},
     ]
-    show(rows, "mlp")
+    show(rows, "mlp", CLASSIFICATION.main)
     printed = capsys.readouterr().out
     for word in ("algorithm", "55.00 ± 7.07", "s/epoch", "12.34", "1200", "1 of 3", "all rates", "failed", "5e-05"):
         assert word in printed
 
 
 def test_a_path_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    show([{"algorithm": "bp", "engine": None, "lr": 1e-3, **summary([]), "failed": 1}], "mlp, q[/x]/:x:, 1 epoch")
+    show(
+        [{"algorithm": "bp", "engine": None, "lr": 1e-3, **summary([], CLASSIFICATION), "failed": 1}],
+        "mlp, q[/x]/:x:, 1 epoch",
+        CLASSIFICATION.main,
+    )
     assert "mlp, q[/x]/:x:, 1 epoch" in capsys.readouterr().out
 
 
@@ -281,7 +286,7 @@ def test_a_path_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
         ({"algorithms": ()}, "0 algorithms with 2 seeds: compare at least one of each"),
         ({"data": "digit"}, "unknown data set 'digit'"),
         ({"seeds": 0}, "2 algorithms with 0 seeds: compare at least one of each"),
-        ({"algorithms": ("fg:guess=locl",)}, "unknown fg:guess 'locl': did you mean 'local'"),
+        ({"algorithms": ("fg:guess=locl",)}, "algorithm 'fg:guess=locl': unknown guess 'locl': did you mean 'local'"),
         ({"lr_grid": (0.1,), "subset": Subset(held_out=True)}, "--lr-grid with --subset.held-out: the same images"),
     ],
 )

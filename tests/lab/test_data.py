@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from onward.errors import UsageError
-from onward.lab.data.images import Split, load
+from onward.lab.data import Split, load
 from onward.lab.system import memory
 from tests.lab.image_files import CLASSES, pictures, png, refusal, write_classes, write_parquet, write_parts
 
@@ -27,7 +27,7 @@ def parquet(tmp_path: Path) -> Path:
 
 def test_digits_are_whole_stratified_and_the_same_every_time():
     data, again = load("digits"), load("digits")
-    assert (data.name, data.shape, data.classes) == ("digits", (1, 8, 8), 10)
+    assert (data.name, data.shape, data.outputs) == ("digits", (1, 8, 8), 10)
     assert data.class_names == tuple("0123456789")
     assert len(data.train) + len(data.test) == 1797
     assert data.train.images.dtype == torch.uint8
@@ -54,7 +54,7 @@ def test_the_splits_of_digits_hold_every_image_once():
 
 def test_parquet_files_give_their_pixels_and_labels_in_order(parquet):
     data = load("digits", parquet)
-    assert (data.name, data.shape, data.classes, data.class_names) == (parquet.name, (1, 5, 6), 3, tuple(CLASSES))
+    assert (data.name, data.shape, data.outputs, data.class_names) == (parquet.name, (1, 5, 6), 3, tuple(CLASSES))
     assert data.train.labels.tolist() == [0, 1, 2] * 3
     assert data.test.labels.tolist() == [2, 1, 0]
     assert np.array_equal(data.train.images[:, 0], np.stack([np.asarray(picture) for picture in pictures(9)]))
@@ -109,7 +109,7 @@ def test_class_folders_give_labels_in_the_order_of_their_names(tmp_path):
     write_classes(tmp_path / "test", {"owl": 1}, mode="RGB")
     (tmp_path / "train" / "owl" / "notes.txt").write_text("no image")
     data = load("digits", tmp_path)
-    assert (data.shape, data.classes, data.class_names) == ((3, 5, 6), 2, ("cat", "owl"))
+    assert (data.shape, data.outputs, data.class_names) == ((3, 5, 6), 2, ("cat", "owl"))
     assert data.train.labels.tolist() == [0, 1, 1]
     assert data.test.labels.tolist() == [1]
     assert np.array_equal(data.train.images[2].permute(1, 2, 0), np.asarray(pictures(2, "RGB")[1]))
@@ -129,7 +129,7 @@ def test_a_subset_is_fixed_and_drawn_from_everywhere(tmp_path):
     write_parquet(tmp_path / "test.parquet", pictures(3), [0, 1, 2])
     data = load("digits", tmp_path, train_samples=12, test_samples=2)
     again = load("digits", tmp_path, train_samples=12)
-    assert (len(data.train), len(data.test), len(again.test), data.classes) == (12, 2, 3, 3)
+    assert (len(data.train), len(data.test), len(again.test), data.outputs) == (12, 2, 3, 3)
     assert torch.equal(data.train.images, again.train.images)
     assert set(data.train.labels.tolist()) == {0, 1, 2}
 
@@ -141,7 +141,7 @@ def test_images_of_two_sizes_stay_encoded(parquet):
     test = parquet / "test-00000-of-00001.parquet"
     write_parquet(test, [*pictures(2, "RGB"), *pictures(1, size=(7, 4))], [0, 1, 2])
     data = load("digits", parquet)
-    assert (data.shape, len(data.train), len(data.test), data.classes) == ((3, None, None), 9, 3, 3)
+    assert (data.shape, len(data.train), len(data.test), data.outputs) == ((3, None, None), 9, 3, 3)
     images = data.test.images[torch.tensor([2, 0])]
     assert [(image.dtype, image.shape) for image in images] == [(torch.uint8, (3, 4, 7)), (torch.uint8, (3, 5, 6))]
     assert np.array_equal(images[0][0], np.asarray(pictures(1, size=(7, 4))[0]))
@@ -328,7 +328,7 @@ def test_labels_that_are_no_class_numbers(tmp_path):
 def test_named_classes_may_outnumber_the_images(tmp_path):
     for part in ("train", "test"):
         write_parquet(tmp_path / f"{part}.parquet", pictures(2), [0, 2], names=[*CLASSES, "yak"])
-    assert load("digits", tmp_path).classes == 4
+    assert load("digits", tmp_path).outputs == 4
 
 
 def test_a_single_class(tmp_path):
@@ -413,7 +413,7 @@ def test_labels_beyond_what_a_signed_number_holds(tmp_path):
 def test_numbers_that_labels_leave_out_are_told(tmp_path, caplog, labels, told):
     for part in ("train", "test"):
         write_parquet(tmp_path / f"{part}.parquet", pictures(9), labels * 3, names=None)
-    assert load("digits", tmp_path).classes == max(labels) + 1
+    assert load("digits", tmp_path).outputs == max(labels) + 1
     assert f"data set {tmp_path.name}: {told}" in caplog.text
     for part in ("train", "test"):
         write_parquet(tmp_path / f"{part}.parquet", pictures(9), labels * 3, names=list("abcdefgh"))

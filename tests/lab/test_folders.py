@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from onward.lab.data.images import load
+from onward.lab.data import load
 from tests.lab.image_files import pictures, png, refusal, write_classes, write_parquet
 
 TESTS = ["test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"]

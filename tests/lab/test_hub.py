@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onward.lab.data.bundled import BUNDLED
 from onward.lab.data.encoded import decode, from_table
-from onward.lab.data.images import DATASETS, ON_HUB
+from onward.lab.data.sets import DATASETS, ON_HUB
 from tests.lab.fake_hub import serve
 from tests.lab.image_files import pictures, write_classes, write_parquet, write_parts
 
 SCRIPT = """
 import sys, time
 from onward.errors import UsageError
-from onward.lab.data.images import load
+from onward.lab.data import load
 for name in sys.argv[1:]:
     start = time.perf_counter()
     try:
@@ -40,7 +41,7 @@ def load_elsewhere(home: Path, endpoint: str, *names: str, **environment: str) -
 
 
 def test_known_names_are_those_with_a_source():
-    assert set(DATASETS) == {"digits", *ON_HUB}
+    assert list(DATASETS) == [*BUNDLED, *ON_HUB]
 
 
 def test_without_a_network_and_a_cache_one_sentence_comes_within_ten_seconds(tmp_path):

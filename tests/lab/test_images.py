@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from onward.lab.data import load
 from onward.lab.data.encoded import Sample, decode, from_table
-from onward.lab.data.images import load
 from tests.lab.image_files import pictures, refusal, write_classes, write_parquet
 
 
@@ -44,7 +44,7 @@ def test_one_image_in_colour_makes_all_of_them_coloured_and_keeps_their_pixels(t
     write_parquet(tmp_path / "test.parquet", images[15:], [0, 1, 2, 0, 1])
     room = {"whole": 10**9, "a quarter": 4 * 20 * 30, "nothing": 100}[most]
     monkeypatch.setattr("onward.lab.data.images.memory.physical", lambda: room)
-    monkeypatch.setattr("onward.lab.data.folder._read_parquet", lambda file, mapped: pq.read_table(file))
+    monkeypatch.setattr("onward.lab.data.parquet._read_parquet", lambda file, mapped: pq.read_table(file))
     data = load("digits", tmp_path)
     assert data.shape[0] == (1 if coloured is None else 3)
     assert isinstance(data.train.images, torch.Tensor) == (most == "whole" or (most == "a quarter" and coloured is None))

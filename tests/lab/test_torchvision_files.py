@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from onward.errors import UsageError
-from onward.lab.data.images import load
+from onward.lab.data import load
 from onward.lab.system import memory
 from tests.lab.image_files import pictures, refusal, write_classes, write_parquet
 
@@ -81,7 +81,7 @@ def write_svhn(folder: Path) -> None:
 def test_idx_files_give_their_pixels_and_labels(tmp_path, place, packed, joint):
     write_idx(tmp_path / place, packed=packed, joint=joint)
     data = load("digits", tmp_path)
-    assert (data.shape, data.classes, data.class_names) == ((1, 28, 28), 10, tuple("0123456789"))
+    assert (data.shape, data.outputs, data.class_names) == ((1, 28, 28), 10, tuple("0123456789"))
     assert np.array_equal(data.train.images[:, 0], pixels(20, 28, 28))
     assert np.array_equal(data.test.images[:, 0], pixels(10, 28, 28, seed=1))
     assert data.train.labels.tolist() == [*range(10)] * 2
@@ -89,7 +89,7 @@ def test_idx_files_give_their_pixels_and_labels(tmp_path, place, packed, joint):
 
 def test_a_part_of_the_digits_has_ten_classes_all_the_same(tmp_path):
     write_idx(tmp_path / "MNIST" / "raw", train=4, test=2)
-    assert load("mnist", tmp_path).classes == 10
+    assert load("mnist", tmp_path).outputs == 10
 
 
 def test_an_unpacked_file_is_taken_before_the_packed_one(tmp_path):
@@ -239,7 +239,7 @@ def test_cifar100_is_read_with_its_fine_labels(tmp_path):
     write_cifar100(tmp_path / "cifar-100-python")
     for folder in (tmp_path, tmp_path / "cifar-100-python"):
         data = load("cifar100", folder)
-        assert (data.shape, data.classes, data.class_names) == ((3, 32, 32), 100, tuple(FINE))
+        assert (data.shape, data.outputs, data.class_names) == ((3, 32, 32), 100, tuple(FINE))
         assert data.train.labels.tolist() == [99, *range(9)]
         assert np.array_equal(data.test.images.flatten(1), pixels(10, 3072, seed=1))
 
@@ -327,7 +327,7 @@ def test_files_of_cifar_that_are_missing_are_named(tmp_path):
 def test_svhn_is_read_and_its_ten_is_a_nought(tmp_path):
     write_svhn(tmp_path)
     data = load("svhn", tmp_path)
-    assert (data.shape, data.classes) == ((3, 32, 32), 10)
+    assert (data.shape, data.outputs) == ((3, 32, 32), 10)
     assert data.train.labels.tolist() == [0, 1, 2, 9, 5]
     assert np.array_equal(data.test.images.permute(2, 3, 1, 0), pixels(32, 32, 3, 5, seed=1))
 

@@ -15,27 +15,27 @@ from PIL import Image
 
 import onward
 from onward.errors import UsageError
-from onward.lab.data.batches import Transform, batches
-from onward.lab.data.images import ImageData
+from onward.lab.data import Data
+from onward.lab.data.batches import batches
 from onward.lab.networks import models
 from onward.lab.run import folder as run_folder
 from onward.lab.run import loop as training
+from onward.lab.run import record
 from onward.lab.run.loop import TrainingFailed, prepare, resume, train
 from onward.lab.settings import (
-    Backprop,
     Feedback,
-    ForwardGradient,
     Heads,
     Network,
     Optimizer,
     Recipe,
     Schedule,
     Train,
+    Transform,
     from_dict,
 )
 from onward.lab.system import memory
 
-Make = Callable[..., ImageData]
+Make = Callable[..., Data]
 
 
 @pytest.fixture
@@ -63,26 +63,26 @@ def metrics(config: Train) -> list[dict[str, float]]:
     "changes",
     [
         {"algorithm": "bp"},
-        {"algorithm": "bp", "backprop": Backprop(checkpoint=True)},
+        {"algorithm": "bp:checkpoint=true"},
         {"algorithm": "bp", "optimizer": Optimizer("sgd", momentum=0.9, weight_decay=1e-4)},
         {"algorithm": "dfa"},
         {"algorithm": "dkp", "feedback": Feedback(decay=1e-6)},
         {"algorithm": "fdfa"},
-        {"algorithm": "fdfa", "feedback": Feedback(directions=2)},
+        {"algorithm": "fdfa:directions=2"},
         {"algorithm": "fdfa", "feedback": Feedback(optimizer="sgd", lr=0.1)},
-        {"algorithm": "fdfa", "low_memory": True},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(noise="rademacher", directions=4)},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(space="avg-weight", directions=8), "epochs": 30},
+        {"algorithm": "fdfa:low_memory=true"},
+        {"algorithm": "fg:noise=rademacher,directions=4"},
+        {"algorithm": "fg:space=avg-weight,directions=8", "epochs": 30},
         {"algorithm": "local"},
         {"algorithm": "local", "heads": Heads("linear"), "optimizer": Optimizer("sgd", momentum=0.9, weight_decay=1e-4)},
         {"algorithm": "local", "heads": Heads("predsim")},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="local")},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="local", space="avg-weight", passes="one")},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="local", space="weight", engine="reverse")},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(target="local", guess="random", directions=4)},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(target="sum", guess="global", engine="reverse")},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="fixed-ntk")},
-        {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="feedback", feedback="dkp")},
+        {"algorithm": "fg:guess=local"},
+        {"algorithm": "fg:guess=local,space=avg-weight,passes=one"},
+        {"algorithm": "fg:guess=local,space=weight,engine=reverse"},
+        {"algorithm": "fg:target=local,guess=random,directions=4"},
+        {"algorithm": "fg:target=sum,guess=global,engine=reverse"},
+        {"algorithm": "fg:guess=fixed-ntk"},
+        {"algorithm": "fg:guess=feedback,feedback=dkp"},
         {"algorithm": "local", "model": "small-net", "transform": Transform(size=4), "lr": 1e-2},
         {"algorithm": "fdfa", "model": "cnn", "network": Network(width=0.2), "transform": Transform(size=12)},
     ],
@@ -180,15 +180,15 @@ def test_a_failure_that_was_overcome_is_forgotten(config: Train, images: Make, m
     with pytest.raises(TrainingFailed):
         train(config, images())
     folder = Path(config.out or "")
-    assert run_folder.finished(folder, config) == "the test loss is nan"
+    assert record.finished(folder, config) == "the test loss is nan"
     assert len(resume(folder, images())) == 2
-    assert len(run_folder.finished(folder, config) or "") == 2
+    assert len(record.finished(folder, config) or "") == 2
 
 
 @pytest.mark.parametrize("guess", ["ntk", "fixed-ntk"])
 def test_heads_that_do_not_learn_start_as_the_papers_do(config: Train, images: Make, guess: str) -> None:
-    options = {"model": "resnet18-8b", "network": Network(width=0.125), "forward_gradient": ForwardGradient(guess=guess)}
-    run = prepare(replace(config, algorithm="fg", **options), images(train=16, channels=3, size=32))
+    options = {"model": "resnet18-8b", "network": Network(width=0.125)}
+    run = prepare(replace(config, algorithm=f"fg:guess={guess}", **options), images(train=16, channels=3, size=32))
     run.estimator.estimate(*next(run.training_batches(1)))
     layers = [layer for layer in run.estimator.frozen_heads.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear))]
     assert layers
@@ -294,9 +294,9 @@ def test_an_earlier_run_is_kept_unless_overwritten(config: Train, images: Make) 
         ({"device": "cuda:99"}, {}, "--device cuda:99 cannot be used"),
         ({"batch_size": 1}, {}, "--batch-size 1: this network has batch norm, which needs at least 2 images in a batch"),
         ({}, {"train": 1}, "training images: 1: this network has batch norm"),
-        ({"algorithm": "bp", "low_memory": True}, {}, "--low-memory: bp has no such form, use --backprop.checkpoint"),
-        ({"algorithm": "local", "low_memory": True}, {}, "--low-memory: local has no such form, it never runs the network tw"),
-        ({"algorithm": "fg", "low_memory": True}, {}, "--low-memory: fg has no such form, its forward engine always keeps one"),
+        ({"algorithm": "bp:low_memory=true"}, {}, "unknown setting 'low_memory'"),
+        ({"algorithm": "local:low_memory=true"}, {}, "setting 'low_memory': there are none"),
+        ({"algorithm": "fg:low_memory=true"}, {}, "unknown setting 'low_memory'"),
         ({"algorithm": "local", "heads": Heads("cnn")}, {}, "a cnn head at cut 'block1': the output has shape"),
         ({"algorithm": "local", "heads": Heads("mlp", 0)}, {}, "--heads.width 0: use at least 1"),
         ({"transform": Transform(mean=(0.1, 0.2))}, {}, "for images of 1 channel"),
@@ -433,7 +433,7 @@ def test_a_run_on_the_gpu(config: Train, images: Make) -> None:
 
 # ---- heads
 
-LOCAL_GUESS = {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="local", engine="reverse")}
+LOCAL_GUESS = {"algorithm": "fg:guess=local,engine=reverse"}
 
 
 def images_of(model: str) -> dict[str, int]:
@@ -550,8 +550,8 @@ def test_heads_of_the_papers_networks_start_as_these_do(images: Make, model: str
 
 
 def test_a_head_behind_a_copy_suits_the_forward_engine(config: Train, images: Make) -> None:
-    asked = ForwardGradient(target="local", guess="random")
-    config = replace(config, algorithm="fg", model="resnet18-2b", forward_gradient=asked, network=Network(width=0.1))
+    algorithm = "fg:target=local,guess=random"
+    config = replace(config, algorithm=algorithm, model="resnet18-2b", network=Network(width=0.1))
     assert len(train(replace(config, epochs=1), images(train=16, channels=3, size=8))) == 1
 
 

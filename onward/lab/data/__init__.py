@@ -1,5 +1,6 @@
 """Data sets: read, checked, and served in batches."""
 
-from onward.lab.data.images import DATASETS, ImageData, Split, held_out, load
+from onward.lab.data.sets import DATASETS, load
+from onward.lab.data.split import Data, Split, held_out
 
-__all__ = ["DATASETS", "ImageData", "Split", "held_out", "load"]
+__all__ = ["DATASETS", "Data", "Split", "held_out", "load"]

@@ -8,7 +8,7 @@ import multiprocessing
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -198,6 +198,10 @@ class Encoded:
     def sizes(self) -> list[tuple[str, int]]:
         """The name of each image's file, without its folder, and the bytes that the image takes there."""
         return list(_each(_size, self.samples, self.patience))
+
+    def part(self, rows: Sequence[int]) -> Encoded:
+        """Some of the images."""
+        return replace(self, samples=[self.samples[row] for row in rows])
 
     def __getitem__(self, rows: Tensor) -> list[Tensor]:
         asked = [self.samples[row] for row in rows.tolist()]

@@ -12,7 +12,7 @@ from typing import Any
 
 from onward.errors import UsageError
 from onward.lab.data.encoded import Sample, columns, from_table, refuse_other_columns
-from onward.lab.data.folder import Labelled, choose_splits, first_labelled
+from onward.lab.data.parts import Labelled, choose_splits, first_labelled
 from onward.lab.system.extra import lab_extra
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,75 @@
+"""What a network is called with: one tensor, or a tuple or dict of tensors, samples first in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onward.errors import UsageError
+
+Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
+"""One tensor, positional inputs, or keyword inputs."""
+Batch = tuple[Inputs, Tensor]
+"""Inputs, and targets as their task has them."""
+
+
+def leaves(inputs: Inputs) -> dict[str, Tensor]:
+    """The tensors among inputs, by name or place; one alone has no name.
+
+    >>> list(leaves((torch.zeros(2), torch.ones(2))))
+    ['0', '1']
+    """
+    if isinstance(inputs, Tensor):
+        return {"": inputs}
+    return dict(inputs) if isinstance(inputs, Mapping) else {str(place): tensor for place, tensor in enumerate(inputs)}
+
+
+def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
+    """The inputs with each of their tensors changed.
+
+    >>> mapped({"a": torch.zeros(2), "b": torch.ones(2)}, lambda tensor: tensor[:1])
+    {'a': tensor([0.]), 'b': tensor([1.])}
+    """
+    if isinstance(inputs, Tensor):
+        return change(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: change(tensor) for name, tensor in inputs.items()}
+    return tuple(change(tensor) for tensor in inputs)
+
+
+def tensors(value: Any, what: str) -> Inputs:
+    """A value of the user's own as inputs: real numbers become float32, what is no tensor becomes one.
+
+    Raises:
+        UsageError: it cannot; the message calls it `what`.
+
+    >>> tensors((np.ones(1), [2, 3]), "the inputs")
+    (tensor([1.]), tensor([2, 3]))
+    """
+    if isinstance(value, Mapping):
+        return {name: tensor(part, f"{what} {name!r}") for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(tensor(part, f"{what} [{place}]") for place, part in enumerate(value))
+    return tensor(value, what)
+
+
+def tensor(value: Any, what: str) -> Tensor:
+    """One of them."""
+    try:
+        found = torch.as_tensor(value).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UsageError(f"{what} is a {type(value).__name__}, not a tensor ({reason}): return a tensor of numbers") from None
+    if found.layout != torch.strided:
+        raise UsageError(f"{what} is a sparse tensor: return an ordinary one (tensor.to_dense())")
+    return found.float() if found.is_floating_point() else found
+
+
+def numbers(tensor: Tensor) -> Any:
+    """What a tensor holds, as an array whose bytes are the same on every machine."""
+    array = np.ascontiguousarray(tensor.cpu().numpy())
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)

@@ -1,0 +1,88 @@
+"""Items of a `torch.utils.data.Dataset` of the user's own: a batch asks for each anew, for it may be random."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from onward.errors import UsageError
+from onward.lab.data.inputs import Batch, Inputs, leaves, numbers, tensor, tensors
+from onward.lab.system import generators, own
+from onward.lab.system.own import Own
+from onward.lab.tasks import Task
+
+AT_ONCE = 256
+"""Items that are looked at together as a run begins."""
+TWICE = 8
+"""Items that are asked for twice, to find out if they are drawn at random."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """Some rows of a Dataset. `items[rows]` is a batch; without a task, its targets are as the Dataset has them."""
+
+    dataset: Dataset
+    rows: Sequence[int]
+    owner: Own
+    task: Task | None = None
+    sums: Sequence[str] = ()
+    """Of each item a number that tells it from others; none where items are drawn at random."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, rows: Sequence[int]) -> Items:
+        """Some of the rows."""
+        return replace(self, rows=[self.rows[row] for row in rows], sums=[self.sums[row] for row in rows if self.sums])
+
+    def __getitem__(self, rows: Tensor) -> Batch:
+        asked = [self.rows[row] for row in rows.tolist()]
+        pairs = [self._pair(row) for row in asked]
+        x = self._stacked(asked, [x for x, _ in pairs])
+        y = self._stacked(asked, [y for _, y in pairs])
+        return x, self.task.read(y) if self.task else y
+
+    def _pair(self, row: int) -> tuple[Inputs, Tensor]:
+        with own.errors(self.owner, f" at item {row}", elsewhere=True):
+            item = self.dataset[row]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise UsageError(f"{self.owner}: item {row} of its Dataset is a {type(item).__name__}: return (input, target)")
+        what = f"{self.owner}: of item {row} the"
+        return tensors(item[0], f"{what} input"), tensor(item[1], f"{what} target")
+
+    def _stacked(self, asked: Sequence[int], parts: Sequence[Inputs]) -> Inputs:
+        shapes = [{name: (*part.shape,) for name, part in leaves(inputs).items()} for inputs in parts]
+        for row, shape in zip(asked, shapes, strict=True):
+            if shape != shapes[0]:
+                said = ["; ".join(f"{name} {size}".strip() for name, size in one.items()) for one in (shapes[0], shape)]
+                raise UsageError(
+                    f"{self.owner}: item {asked[0]} has a tensor of shape {said[0]}, item {row} one of {said[1]}: return items "
+                    "that can be put together in a batch"
+                )
+        if isinstance(parts[0], Tensor):
+            return torch.stack(parts)
+        if isinstance(parts[0], tuple):
+            return tuple(torch.stack(column) for column in zip(*parts, strict=True))
+        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def looked_through(self, check: Callable[[Inputs, Tensor, int], None]) -> tuple[Items, Tensor]:
+        """The items with their sums, and all targets. `check` sees them batch by batch, with the number of the first item."""
+        found, sums = [], []
+        for start in range(0, len(self), AT_ONCE):
+            x, y = self[torch.arange(start, min(start + AT_ONCE, len(self)))]
+            check(x, y, start)
+            found.append(y)
+            sums += _sums(x, y)
+        generators.seed(1)
+        again = _sums(*self[torch.arange(min(TWICE, len(self)))])
+        return replace(self, sums=sums if again == sums[: len(again)] else ()), torch.cat(found)
+
+
+def _sums(x: Inputs, y: Tensor) -> list[str]:
+    columns = [numbers(part) for part in (*leaves(x).values(), y)]
+    return [hashlib.blake2b(b"".join(part.tobytes() for part in row), digest_size=8).hexdigest() for row in zip(*columns)]  # noqa: B905

@@ -1,0 +1,113 @@
+"""The data sets that have a name here, and how any data are loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from os import PathLike
+from pathlib import Path
+
+from onward.errors import UsageError, unknown
+from onward.lab import tasks
+from onward.lab.data import folder, hub, own
+from onward.lab.data.bundled import BUNDLED
+from onward.lab.data.encoded import PATIENCE
+from onward.lab.data.images import decoded
+from onward.lab.data.split import Data, subset
+from onward.lab.system.own import Own, named
+
+ON_HUB = {
+    "mnist": ("ylecun/mnist", "70,000 handwritten digits, 28x28 grey, 10 classes"),
+    "fashion-mnist": ("zalando-datasets/fashion_mnist", "70,000 articles of clothing, 28x28 grey, 10 classes"),
+    "k-mnist": ("tanganke/kmnist", "70,000 cursive Japanese characters, 28x28 grey, 10 classes"),
+    "svhn": ("ufldl-stanford/svhn:cropped_digits", "99,289 house-number digits from photographs, 32x32 colour, 10 classes"),
+    "cifar10": ("uoft-cs/cifar10", "60,000 photographs of animals and vehicles, 32x32 colour, 10 classes"),
+    "cifar100": ("uoft-cs/cifar100", "60,000 photographs, 32x32 colour, 100 classes"),
+    "imagenette": ("frgfm/imagenette:320px", "13,394 photographs of 10 of ImageNet's classes, 320 pixels on the short side"),
+    "imagenet32": ("benjamin-paine/imagenet-1k-32x32", "1,331,167 photographs, 32x32 colour, 1,000 classes"),
+    "imagenet": (
+        "ILSVRC/imagenet-1k",
+        "1,331,167 photographs of all sizes, 1,000 classes; the hub wants you to accept its terms first",
+    ),
+}
+"""Images on the Hugging Face hub: what they are called there, and a line on them."""
+DATASETS = {
+    **{name: (make.__doc__ or "").partition("\n")[0].rstrip(".") for name, make in BUNDLED.items()},
+    **{name: line for name, (_, line) in ON_HUB.items()},
+}
+"""All that have a name here, with a line on each."""
+
+
+def load(
+    name: str,
+    data_dir: str | PathLike[str] | None = None,
+    *,
+    train_samples: int | None = None,
+    test_samples: int | None = None,
+    patience: float = PATIENCE,
+    task: str = "auto",
+    seed: int = 0,
+) -> Data:
+    """A data set by one of the `DATASETS` names, by its name on the Hugging Face hub, from a folder or a file of one's own.
+
+    `owner/name` (or `owner/name:subset`) is looked for in the hub's cache, then on the hub. `data_dir` wins over
+    `name`: a folder of parquet files as on the hub (train-*.parquet, test-*.parquet), of class folders of images
+    (train/cat/1.png, test/cat/2.png, or cat/1.png), or of files that torchvision has downloaded (of several data sets, the one
+    called `name`). A part may have any of the hub's names for it (training, validation, dev, ...), and a number. Without a test
+    part, a fixed fifth of each class is held out for it. `train_samples`, `test_samples` keep a fixed random subset.
+
+    Images are decoded once, into memory, if they are all of one size and take at most a quarter of the machine's memory. If
+    not, each is decoded when a batch needs it. Both ways give the same batches. An image that cannot be read within `patience`
+    seconds is given up.
+
+    `path/to/file.py:function` is called, with the `seed` if it takes it, and returns (train, test), each a pair of tensors or a
+    Dataset of pairs. The `task` says what their targets are for; with `auto` they say it themselves.
+
+    Raises:
+        UsageError: an unknown name, a data set out of reach, data that cannot be used, or not for this task.
+        TimeoutError: an image does not come.
+
+    >>> data = load("digits")
+    >>> data.shape, data.outputs, len(data.train), len(data.test)
+    ((1, 8, 8), 10, 1442, 355)
+    """
+    if task != "auto":
+        tasks.named(task)  # says so if there is none
+    asked = {"train": train_samples, "test": test_samples}
+    if owner := own_function(name, data_dir):
+        return subset(own.read(owner, task, seed), asked)
+    if data_dir is not None:
+        path = Path(data_dir)
+        data = decoded(path.resolve().name, *folder.read(path, name), asked, patience)
+    elif name in BUNDLED:
+        data = subset(BUNDLED[name](), asked)
+    else:
+        if name not in ON_HUB and os.path.isdir(name.partition(":")[0]):  # noqa: PTH112 (no path may be made of some names)
+            raise UsageError(f"data set {name} is a folder here: give it with --data-dir")
+        if name not in ON_HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
+            raise unknown("data set", name, [*DATASETS, "owner/name on the Hugging Face hub, path/to/file.py:function"])
+        on_hub = ON_HUB[name][0] if name in ON_HUB else name
+        data = decoded(name, *hub.read(on_hub), asked, patience)
+    if task not in ("auto", data.task):
+        raise UsageError(f"--task {task}: data set {data.name} is for {data.task}, leave it out")
+    return data
+
+
+def own_function(name: str, data_dir: str | PathLike[str] | None = None) -> Own | None:
+    """The function that `path/to/file.py:function` names; None of another name.
+
+    Raises:
+        UsageError: it names no function or no file, or there is a folder of images besides.
+    """
+    owner = named("--data", name)
+    if owner and data_dir is not None:
+        raise UsageError(
+            f"--data-dir {data_dir} beside {owner}: the one is a folder of images, the other returns data, leave one out"
+        )
+    return owner
+
+
+def depend_on_seed(name: str) -> bool:
+    """Whether data of that name are others with another seed: a function of one's own takes it."""
+    owner = named("--data", name)
+    return owner is not None and own.takes_seed(owner)

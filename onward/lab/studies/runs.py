@@ -1,0 +1,180 @@
+"""Several runs: each algorithm with every seed, in folders of their own, trained one after the other."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from onward.errors import UsageError
+from onward.lab import tasks
+from onward.lab.data import Data
+from onward.lab.data.sets import depend_on_seed
+from onward.lab.run import algorithms, record
+from onward.lab.run import folder as run_folder
+from onward.lab.run.failure import TrainingFailed
+from onward.lab.run.loop import progress, resume, train
+from onward.lab.run.training import Row, load_data, try_out
+from onward.lab.settings import Recipe, Train
+from onward.lab.system import interrupt
+from onward.lab.tasks import Task
+
+Outcome = list[Row] | str
+"""What became of a run: its epochs, or why it failed."""
+
+
+def runs_of(config: Recipe, labels: Iterable[str], seeds: Iterable[int], folder: Path) -> dict[str, list[Train]]:
+    """For each algorithm, as lists name it, a training with every seed, in a folder of its own.
+
+    Raises:
+        UsageError: an algorithm that cannot be, or two whose folders would be the same.
+    """
+    shared = {entry.name: getattr(config, entry.name) for entry in fields(Recipe)}
+    names: dict[str, str] = {}
+    found = {}
+    for label in dict.fromkeys(labels):
+        name = algorithms.folder_name(label)
+        if (other := names.setdefault(name, label)) != label:
+            raise UsageError(f"algorithms {other!r} and {label!r} would share the folder {name}: leave one out")
+        found[label] = [
+            algorithms.variant(label, Train(**{**shared, "seed": seed, "out": str(folder / f"{name}-s{seed}")}))
+            for seed in seeds
+        ]
+    return found
+
+
+def data_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[Train], Data]:
+    """A function that gives the data of a run. They are loaded when they are first asked for; then each algorithm takes a step,
+    for nothing: one that cannot work, which may be seen only there, is refused before the others have trained for hours.
+
+    Raises, when called:
+        UsageError: there are no such data, or an algorithm, which is named, does not work with them or with the network.
+        TrainingFailed: no algorithm has a first step with finite numbers.
+    """
+
+    @cache
+    def loaded(seed: int) -> Data:
+        return load_data(config, seed)
+
+    def data(run: Train) -> Data:
+        return loaded(run.seed if depend_on_seed(config.data) else 0)
+
+    @cache
+    def try_all() -> None:
+        failed = []
+        for label, (first, *_) in runs.items():
+            try:
+                try_out(first, data(first))
+            except UsageError as error:
+                raise UsageError(f"{label}: {error}") from error
+            except TrainingFailed as error:
+                failed.append(f"{label}: {error}")
+        if len(failed) == len(runs):
+            raise TrainingFailed(f"{'; '.join(failed)}; nothing was written")
+
+    def tried(run: Train) -> Data:
+        found = data(run)
+        try_all()
+        return found
+
+    return tried
+
+
+def task_of(runs: Mapping[str, Sequence[Train]], data: Callable[[Train], Data]) -> Task:
+    """What the runs are trained for: any of them says it, and their data if none has begun."""
+    every = [run for same in runs.values() for run in same]
+    for run in every:
+        with suppress(UsageError):
+            return record.read(Path(run.out)).task
+    return tasks.named(data(every[0]).task)
+
+
+def train_all(
+    runs: Mapping[str, Sequence[Train]], differ: str, overwrite: bool, data: Callable[[Train], Data]
+) -> dict[str, dict[Any, Outcome]]:
+    """Train what is not there yet, under one progress bar. Returns for each label what became of its runs, by the setting that
+    they `differ` in. A run that fails does not stop the others.
+
+    Raises:
+        UsageError: a run with other settings or of other data is in the way; nothing has been trained then.
+        KeyboardInterrupt: a signal asked to stop; the run at hand is saved, and the message says how to go on.
+    """
+    done: dict[str, dict[Any, Outcome]] = {label: {} for label in runs}
+    missing: list[tuple[str, Train]] = []
+    for label, same in runs.items():
+        for run in same:
+            outcome = None if overwrite else record.finished(Path(run.out), run)
+            if outcome:
+                done[label][getattr(run, differ)] = outcome
+            else:
+                missing.append((label, run))
+    if not missing:
+        return done
+    console = Console(highlight=False, soft_wrap=True, markup=False)
+    if there := sum(map(len, done.values())):
+        console.print(f"{there} of {there + len(missing)} runs are there already")
+    for run in itertools.chain.from_iterable(runs.values()):
+        found = data(run)
+        if not overwrite:
+            run_folder.check_data(Path(run.out), found)
+    steps = [run.epochs * -(-len(data(run).train) // run.batch_size) for _, run in missing]
+    again = f"the same command{' without --overwrite' if overwrite else ''} goes on with the runs that are missing"
+    with progress(console, sum(steps)) as advance, interrupt.requests() as asked_to_stop:
+        for number, ((label, run), left) in enumerate(zip(missing, steps, strict=True), start=1):
+            name = f"{number}/{len(missing)}  {label}, {differ} {getattr(run, differ):g}"
+            steps_taken = _Steps(name, advance, asked_to_stop)
+            try:
+                outcome = _outcome(run, data(run), steps_taken, overwrite)
+            except KeyboardInterrupt as stopped:
+                raise KeyboardInterrupt(f"{stopped}; {again}".removeprefix("; ")) from None
+            metric = tasks.named(data(run).task).main
+            failed = isinstance(outcome, str)
+            console.print(f"{name}: {outcome if failed else f'{metric.title} {metric.text(outcome[-1][metric.key])}'}")
+            advance(name, left - steps_taken.count)
+            done[label][getattr(run, differ)] = outcome
+            if request := asked_to_stop():
+                raise KeyboardInterrupt(f"{request} after run {number} of {len(missing)}; {again}")
+    return {label: {getattr(run, differ): done[label][getattr(run, differ)] for run in same} for label, same in runs.items()}
+
+
+def _outcome(run: Train, data: Data, step: Callable[[str], None], overwrite: bool) -> Outcome:
+    """What becomes of a run, which goes on where it has begun."""
+    try:
+        begun = not overwrite and (Path(run.out) / run_folder.CONFIG).exists()
+        return resume(Path(run.out), data, step) if begun else train(run, data, step)
+    except TrainingFailed as error:
+        return str(error)
+
+
+class _Steps:
+    """Called after each step of a run: moves the bar, counts, and passes on a request to stop, which the run then heeds."""
+
+    def __init__(self, name: str, advance: Callable[..., None], asked_to_stop: Callable[[], str | None]) -> None:
+        self.name, self.advance, self.asked_to_stop, self.count = name, advance, asked_to_stop, 0
+
+    def __call__(self, text: str) -> None:
+        self.count += 1
+        self.advance(f"{self.name}: {text}")
+        if request := self.asked_to_stop():  # it came before the run began to listen
+            signal.raise_signal(signal.Signals[request])
+
+
+def failures(outcomes: Mapping[str, Mapping[Any, Outcome]], differ: str) -> list[str]:
+    """A line for each run that failed, with the reason.
+
+    >>> failures({"bp": {0: [{"epoch": 1}], 1: "the loss is nan"}}, "seed")
+    ['bp, seed 1 failed: the loss is nan']
+    """
+    return [
+        f"{label}, {differ} {value:g} failed: {outcome}"
+        for label, same in outcomes.items()
+        for value, outcome in same.items()
+        if isinstance(outcome, str)
+    ]
