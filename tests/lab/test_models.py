@@ -129,7 +129,7 @@ def test_networks_for_images_take_nothing_else() -> None:
             ):
                 build(name, shape, 10, Network())
     for shape in ((), {"x": (10,)}):
-        with pytest.raises(UsageError, match=r"mlp for inputs of shape .*: it takes one tensor with a row for each sample"):
+        with pytest.raises(UsageError, match=r"mlp for inputs of shape .*: it is for tensors with a row of numbers"):
             build("mlp", shape, 10, Network())
 
 

@@ -1,1 +1,1 @@
-"""The networks that have a name, and networks of one's own."""
+"""Networks, one file each: a file that is put here is found. `models` builds them, or the user's own, by name."""

@@ -78,16 +78,15 @@ def build(name: str, shape: Shapes, outputs: int, options: Network, example: Any
     for entry in dataclasses.fields(options):
         if entry.name not in takes and (value := getattr(options, entry.name)) != entry.default:
             raise UsageError(f"--network.{entry.name.replace('_', '-')} {value}: {name} has no such option, leave it out")
-    shape = shape if isinstance(shape, Mapping) else tuple(shape)
-    known = {"shape": shape, "classes": outputs, "outputs": outputs, **vars(options)}
+    sizes = shape if isinstance(shape, Mapping) else tuple(shape)
+    known = {"shape": sizes, "classes": outputs, "outputs": outputs, **vars(options)}
     made = partial(make, **{parameter: known[parameter] for parameter in takes if parameter in known})
     if theirs := own.named("--model", name):
         return _tried(theirs, made, torch.zeros(2, *shape) if example is None else example, outputs)
-    one = isinstance(shape, tuple) and all(isinstance(size, int) for size in shape)
-    if facts(name).images and not (one and len(shape) == 3):
-        raise UsageError(f"{name} for inputs of shape {shape}: it is for images, three sizes such as 3,32,32")
-    if not (one and shape):
-        raise UsageError(f"{name} for inputs of shape {shape}: it takes one tensor with a row for each sample")
+    one, images = all(isinstance(size, int) for size in sizes), facts(name).images
+    if not one or not sizes or (images and len(sizes) != 3):
+        wanted = "images, three sizes such as 3,32,32" if images else "tensors with a row of numbers for each input"
+        raise UsageError(f"{name} for inputs of shape {sizes}: it is for {wanted}")
     return made()
 
 

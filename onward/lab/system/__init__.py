@@ -1,1 +1,1 @@
-"""What the lab asks of the machine: disk, memory, signals, streams, packages that may be missing."""
+"""The machine: disk, memory, signals, streams, random generators, packages that may be missing, and files of the user's own."""

@@ -20,7 +20,7 @@ TAKEN = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What keeps the body from writing to `path` is told with its name and a remedy: the system leaves out either, or both.
+    """Name the path and a remedy in an error of the body that writes to it: the system's own message leaves out one or both.
 
     >>> with writing(Path("run/metrics.jsonl")):
     ...     raise OSError(errno.ENOSPC, "No space left on device")
@@ -30,7 +30,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save buries what the file has raised in a RuntimeError of its own.
+        # torch.save raises a RuntimeError of its own where the file has raised an OSError
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -47,17 +47,18 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(
     path: Path, write: Callable[[BinaryIO], object], keep: Path | None = None, before: Callable[[], object] | None = None
 ) -> None:
-    """Write a file that is never seen half-written, even if the machine stops in between; `keep` takes the old one. `before`
-    is called when it is complete and has not taken its place yet.
+    """Write a file so that nobody ever sees half of it, even if the machine stops in between.
 
-    A symbolic link is followed. A pipe or a device is not replaced by a file: what reads it would get nothing.
+    A file that was there before is kept under the name `keep`, if that is given. `before` is called when the new file is
+    complete, just before it takes the place of the old one. A symbolic link is followed. A pipe or a device is written to and
+    not replaced, because a program reads from it.
 
     Raises:
-        OSError: it could not be written, for want of space perhaps; what was there is still there.
+        OSError: the file cannot be written, because the disk is full perhaps; the old file is still there.
     """
     with writing(path):
         if path.exists() and not path.is_file():
-            held = io.BytesIO()  # a picture is written back and forth
+            held = io.BytesIO()  # whoever writes a picture goes back in the file, which a pipe cannot
             write(held)
             with path.open("wb") as pipe:
                 pipe.write(held.getbuffer())
@@ -79,7 +80,7 @@ def write_whole(
             raise
         folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the renaming too
+            os.fsync(folder)  # so that the new name is on the disk too
         finally:
             os.close(folder)
 
@@ -90,17 +91,17 @@ def write_text(path: Path, text: str, before: Callable[[], object] | None = None
 
 
 def read_text(path: Path) -> str:
-    """A text that `write_text` has written, whatever encoding the system prefers."""
+    """Read a text that `write_text` has written; the encoding is UTF-8 on every system."""
     return path.read_text(encoding="utf-8")
 
 
 def try_out(folder: Path) -> None:
     """Raise an OSError if no file can be written there."""
     with tempfile.TemporaryFile(dir=folder) as probe:
-        probe.write(bytes(4096))  # a disk that is full still takes a file that is empty
+        probe.write(bytes(4096))  # a full disk still takes an empty file
 
 
 def space(folder: Path) -> float:
-    """Bytes that are free on its disk; without end where it does not tell."""
+    """Bytes that are free on the disk of a folder; infinity where the disk does not say how large it is."""
     usage = shutil.disk_usage(folder)
     return usage.total - usage.used if usage.total else math.inf

@@ -1,4 +1,4 @@
-"""The lab's own dependencies, imported where they are needed."""
+"""Packages that the lab needs and the library does not: a sentence where one is missing."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ with lab_extra():
 
 
 def seed(number: int) -> None:
-    """Start all of them from one number.
+    """Start all three from one number.
 
     >>> seed(3); first = random.random(), np.random.rand(), torch.rand(()).item()
     >>> seed(3); first == (random.random(), np.random.rand(), torch.rand(()).item())
@@ -28,9 +28,10 @@ def seed(number: int) -> None:
 
 
 def states(device: torch.device) -> dict[str, Any]:
-    """Where they stand, as numbers and tensors, which `torch.load(weights_only=True)` reads."""
+    """The states of all of them, as numbers and tensors, which `torch.load(weights_only=True)` reads."""
     version, words, gauss = random.getstate()
-    kind, key, *rest = np.random.get_state()  # noqa: NPY002
+    numpy: Any = np.random.get_state()  # noqa: NPY002
+    kind, key, *rest = numpy
     found: dict[str, Any] = {
         "cpu": torch.get_rng_state(),
         "python": (version, _as_tensor(np.array(words, np.uint32)), gauss),
@@ -42,7 +43,7 @@ def states(device: torch.device) -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any], device: torch.device) -> None:
-    """Let them stand where they stood; one that is missing, as in checkpoints from before it was kept, stays where it is."""
+    """Give them the states that :func:`states` returned. One that is missing there, as in old checkpoints, is left alone."""
     torch.set_rng_state(states["cpu"])
     if "python" in states:
         version, words, gauss = states["python"]
@@ -56,7 +57,7 @@ def restore(states: dict[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def untouched(device: torch.device) -> Iterator[None]:
-    """What the body draws is not missed afterwards.
+    """After the body the generators are as before it, whatever it has drawn.
 
     >>> with untouched(torch.device("cpu")):
     ...     first = random.random()
@@ -71,7 +72,7 @@ def untouched(device: torch.device) -> Iterator[None]:
 
 
 def _as_tensor(words: np.ndarray) -> torch.Tensor:
-    """Unsigned words of 32 bits, as the signed ones that every part of PyTorch knows."""
+    """Unsigned words of 32 bits as signed ones, because parts of PyTorch have no unsigned type."""
     return torch.from_numpy(words.view(np.int32).copy())
 
 

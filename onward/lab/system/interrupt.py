@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and the end of a terminal as a request: the step at hand is finished first."""
+"""Ctrl-C, SIGTERM and a closed terminal ask a run to stop: it finishes its step first."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import FrameType
 
 @contextmanager
 def requests() -> Iterator[Callable[[], str | None]]:
-    """A function that names the signal which asked to stop, or None; a second signal stops at once.
+    """Yield a function that returns the name of the signal that asked to stop, or None; a second signal stops at once.
 
-    Outside the main thread, where signals do not arrive, it is always None.
+    Outside the main thread it always returns None, because signals arrive in the main thread.
 
     >>> with requests() as asked:
     ...     signal.raise_signal(signal.SIGTERM)
@@ -42,7 +42,7 @@ def requests() -> Iterator[Callable[[], str | None]]:
 
 @contextmanager
 def ours_alone() -> Iterator[None]:
-    """A program started in the body does not hear Ctrl-C, which a terminal sends to every process: only we tell of it."""
+    """Let programs that are started in the body ignore Ctrl-C, which a terminal sends to every process: only we answer it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -143,24 +143,28 @@ def _run(own: Own) -> ModuleType:
     """The file as a module, run with its own folder on the import path, as `python file.py` does.
 
     It is run anew each time, so that its own random generators start at the same place. But what it registers with PyTorch
-    can be registered only once: if it fails where the same text was run before, that first module is returned.
+    can be registered only once: if it fails now and the same text was run before without an error, the module of then is taken.
     """
     path = own.path.resolve()
     spec = importlib.util.spec_from_file_location(path.stem + MARK, own.path)
-    module = importlib.util.module_from_spec(spec)
+    assert spec is not None
+    assert spec.loader is not None
     source = path.read_bytes()
-    before = sys.modules.get(spec.name)
-    sys.modules[spec.name] = module
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     with _beside(own.flag, str(path.parent)):
         try:
             spec.loader.exec_module(module)
         except Exception:
-            if getattr(before, "_source", None) != (path, source):
+            earlier, found = _ran.get(path, (None, module))
+            if earlier != source:
                 raise
-            sys.modules[spec.name] = before
-            return before
-    module._source = path, source
+            module = sys.modules[spec.name] = found
+    _ran[path] = source, module
     return module
+
+
+_ran: dict[Path, tuple[bytes, ModuleType]] = {}
+"""What the files held when they were last run without an error, and the modules that this made."""
 
 
 class _Place:

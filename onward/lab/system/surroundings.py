@@ -1,4 +1,4 @@
-"""What a command finds where it is started: no work is lost for a line on the screen, whatever the streams are."""
+"""Standard streams and environment variables as a command finds them: none of them may stop a run or lose its work."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 NARROWEST = 20
-"""Columns of a terminal: with fewer than ten, the help would be broken into lines for ever."""
+"""Columns of a terminal: with fewer than ten, the help would be wrapped in an endless loop."""
 
 
 @contextmanager
 def settled() -> Iterator[None]:
-    """While the body runs, it can write to its standard streams; what others have left in the environment does not stop it."""
+    """Let the body write to its standard streams, whatever state these and the environment are in."""
     if shutil.get_terminal_size().columns < NARROWEST or _asked_columns() < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
     _warn_only()
@@ -36,7 +36,7 @@ def settled() -> Iterator[None]:
 
 
 def _asked_columns() -> int:
-    """What COLUMNS says; others than `shutil` take a 0 at its word."""
+    """The value of COLUMNS. `shutil` takes 0 for no answer, but other programs believe it."""
     try:
         return int(os.environ.get("COLUMNS", NARROWEST))
     except ValueError:
@@ -44,7 +44,7 @@ def _asked_columns() -> int:
 
 
 def mend(before: tuple[TextIO | None, TextIO | None, TextIO | None]) -> None:
-    """Give the program standard streams again where others have closed them or taken them away since it had these."""
+    """Replace standard streams that have been closed or set to None since the program had those in `before`."""
     names = ("stdin", "stdout", "stderr")
     if all(was is None or _works(getattr(sys, name)) for name, was in zip(names, before, strict=True)):
         return
@@ -55,7 +55,7 @@ def mend(before: tuple[TextIO | None, TextIO | None, TextIO | None]) -> None:
 
 
 def flush() -> None:
-    """Write what standard output still holds, if there is any."""
+    """Flush standard output, if there is one."""
     if _works(sys.stdout):
         sys.stdout.flush()
 
@@ -65,15 +65,15 @@ def _works(stream: Any) -> bool:
 
 
 def _anew(number: int) -> TextIO:
-    """A stream in place of one that was closed: to where that one went."""
+    """A stream in place of a closed one, with the same destination."""
     if number == 0:
-        return open(os.devnull)  # noqa: PTH123 (for as long as the program runs)
+        return open(os.devnull)  # noqa: PTH123 (it stays open to the end of the program)
     file = io.BufferedWriter(_Forgiving(number, tells_of_readers=number == 1))
     return io.TextIOWrapper(file, errors="replace", line_buffering=True)
 
 
 def _warn_only() -> None:
-    """Let a warning be a warning where PYTHONWARNINGS makes it an error."""
+    """Keep warnings from being errors if PYTHONWARNINGS makes them so."""
     others = [option for option in sys.warnoptions if not "error".startswith(option.partition(":")[0])]
     if others != sys.warnoptions:
         sys.warnoptions[:] = others
@@ -84,10 +84,10 @@ def _warn_only() -> None:
 def _usable(stream: TextIO | None, number: int) -> TextIO:
     """The standard stream of that number, or one that can be used in its place."""
     if stream is None or stream.closed:
-        return open(os.devnull, "w" if number else "r")  # noqa: PTH123 (it is closed where the others are given back)
-    if number == 0 or type(stream) is not io.TextIOWrapper:  # a notebook's, a test's
+        return open(os.devnull, "w" if number else "r")  # noqa: PTH123 (`settled` closes it)
+    if number == 0 or type(stream) is not io.TextIOWrapper:  # of a notebook or a test
         return stream
-    if stream.errors in ("strict", "surrogateescape"):  # else a ± or ─ ends a program whose encoding has none
+    if stream.errors in ("strict", "surrogateescape"):  # else ± or ─ would raise an error where the encoding lacks them
         stream.reconfigure(errors="replace")
     file = getattr(stream.buffer, "raw", stream.buffer)
     if not isinstance(file, io.FileIO):
@@ -103,7 +103,7 @@ def _usable(stream: TextIO | None, number: int) -> TextIO:
 
 
 def _occupy(numbers: Iterable[int]) -> None:
-    """Keep the numbers of streams that are closed from being given to the next files that are opened."""
+    """Open the null device under the numbers of closed streams, which the next files to be opened would get otherwise."""
     for number in numbers:
         try:
             os.fstat(number)
@@ -115,7 +115,7 @@ def _occupy(numbers: Iterable[int]) -> None:
 
 
 class _Forgiving(io.FileIO):
-    """A file that takes what it is given, also where its disk is full or its terminal has gone."""
+    """A file whose writes succeed even if its disk is full or its terminal is gone: what cannot be written is dropped."""
 
     def __init__(self, number: int, *, tells_of_readers: bool) -> None:
         super().__init__(number, "w", closefd=False)
@@ -123,9 +123,9 @@ class _Forgiving(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            while (written := super().write(data)) is None:  # another program has made it non-blocking
+            while (written := super().write(data)) is None:  # another program may have made the file non-blocking
                 select.select([], [self], [])
-        except BrokenPipeError:  # a reader who has heard enough ends the program, as ever
+        except BrokenPipeError:  # on standard output, a reader that stops reading ends the program, as usual
             if self._tells_of_readers:
                 raise
             return memoryview(data).nbytes
