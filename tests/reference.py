@@ -153,6 +153,16 @@ def direct_feedback(
     return gradients, e, [h.detach().flatten(1) for h in hidden]
 
 
+def target_projection(
+    model: nn.Module, x: Any, y: Tensor, cuts: Sequence[str], loss: Loss, feedback: Sequence[Tensor]
+) -> Gradients:
+    """Parameter gradients under delta_{k,n} = -(1/N) y_n B_k, y_n one-hot or the numbers that the loss compares with."""
+    z = run(model, x, cuts)[1].flatten(1)
+    rows = [[float(c == int(label)) for c in range(z.shape[1])] if y.dim() == 1 else label.flatten().tolist() for label in y]
+    targets = torch.tensor(rows, dtype=z.dtype)
+    return delivered(model, x, y, cuts, loss, [-product(targets, b.detach()) / len(y) for b in feedback])
+
+
 def block_directions(hidden: Sequence[Tensor], seed: int, step: int, direction: int, noise: str = "gaussian") -> list[Tensor]:
     """The directions the library promises to use at step `step`, one per cut."""
     return [

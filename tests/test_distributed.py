@@ -57,6 +57,7 @@ def build(kind: str, **options: Any) -> onward.Estimator:
         "dfa": onward.DFA,
         "dkp": onward.DKP,
         "fdfa": onward.FDFA,
+        "drtp": onward.DRTP,
         "fg": onward.ForwardGradient,
     }[kind]
     if kind == "fg" and not OF_HEADS.isdisjoint({options.get("target"), options.get("guess")}):
@@ -65,9 +66,9 @@ def build(kind: str, **options: Any) -> onward.Estimator:
 
 
 def plain() -> Iterator[tuple[str, Options]]:
-    for kind in ("bp", "bp-checkpoint", "local", "dfa", "dkp", "fdfa"):
+    for kind in ("bp", "bp-checkpoint", "local", "dfa", "dkp", "fdfa", "drtp"):
         yield kind, {}
-    for kind in ("dfa", "dkp", "fdfa"):
+    for kind in ("dfa", "dkp", "fdfa", "drtp"):
         yield kind, {"low_memory": True}
     yield "fdfa", {"directions": 2, "noise": "rademacher"}
     yield "fg", {"directions": 3, "orthogonal": True}

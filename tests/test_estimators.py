@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import onward
-from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
+from onward import DFA, DKP, DRTP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
 
 KINDS: dict[str, Callable[..., Estimator]] = {
     "bp": Backprop,
     "bp-checkpoint": partial(Backprop, checkpoint=True),
     "dfa": DFA,
     "dkp": DKP,
+    "drtp": DRTP,
+    "drtp-low-memory": partial(DRTP, low_memory=True),
     "fdfa": FDFA,
     "fdfa-low-memory": partial(FDFA, low_memory=True),
     "fg-activation": ForwardGradient,
@@ -49,7 +51,7 @@ LEARNED_FEEDBACK = ("dkp", "fdfa", "fdfa-low-memory", "fg-feedback", "fg-feedbac
 HEADED = ("fg-local", "fg-local-one", "fg-local-reverse", "fg-above-ntk", "local")
 NEEDS_OUTPUTS = ("dkp", "fg-feedback-reverse")
 ALL = pytest.mark.parametrize("kind", KINDS)
-FEEDBACK = pytest.mark.parametrize("kind", ["dfa", "dkp", "fdfa", "fdfa-low-memory", "fg-feedback", "fg-feedback-dfa"])
+FEEDBACK = pytest.mark.parametrize("kind", ["dfa", "drtp", "dkp", "fdfa", "fdfa-low-memory", "fg-feedback", "fg-feedback-dfa"])
 SIGNALS = pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("bp")])
 
 
@@ -654,7 +656,7 @@ def test_every_direction_is_drawn_once_in_a_measuring_pass(monkeypatch: pytest.M
         drawn.append(given["direction"])
         return draw(*args, **given)
 
-    monkeypatch.setattr(onward.directions, "draw", noted)
+    monkeypatch.setattr("onward.estimators.base.draw", noted)
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
     onward.ForwardGradient(model, passes="block", directions=32).estimate(torch.randn(2, 3), torch.tensor([0, 1]))
     assert len(drawn) == 2 * 32  # to measure, and to deliver

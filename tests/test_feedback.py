@@ -1,4 +1,4 @@
-"""DFA, DKP and FDFA against explicit loops, in both forms, on every network."""
+"""DFA, DKP, FDFA and DRTP against explicit loops, in both forms, on every network."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from cases import CASES, Case, by_name
 from torch import Tensor, nn
 
-from onward import DFA, DKP, FDFA, Backprop, UsageError
+from onward import DFA, DKP, DRTP, FDFA, Backprop, UsageError
 from onward.derivatives import directions
 
 SEED = 11
 KINDS = {
     "dfa": (DFA, {}),
+    "drtp": (DRTP, {}),
     "dkp": (DKP, {}),
     "fdfa": (FDFA, {}),
     "fdfa-rademacher-3": (FDFA, {"noise": "rademacher", "directions": 3}),
@@ -58,6 +59,8 @@ def test_gradients(case: Case, kind: str, train: bool, low_memory: bool) -> None
     twin = copy.deepcopy(model)
     feedback = [matrix.detach().clone() for matrix in estimator.feedback]
     expected, e, hidden = reference.direct_feedback(twin, x, y, cuts, loss, feedback)
+    if kind == "drtp":
+        expected = reference.target_projection(twin, x, y, cuts, loss, feedback)
 
     torch.manual_seed(reference.MASKS)
     logits = reference.call(twin, x).detach()  # moves the twin's statistics once
@@ -79,7 +82,7 @@ def test_gradients(case: Case, kind: str, train: bool, low_memory: bool) -> None
     for (name, buffer), other in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(buffer, other, msg=name)
 
-    if kind == "dfa":
+    if kind in ("dfa", "drtp"):
         gradients: list[Tensor | None] = [None] * len(cuts)
     elif kind == "dkp":
         gradients = [reference.outer_sum(e, h) for h in hidden]
@@ -118,7 +121,7 @@ def test_the_first_step_needs_no_initialisation(name: str, kind: str, low_memory
         close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("kind", [DFA, DKP, FDFA])
+@pytest.mark.parametrize("kind", [DFA, DKP, FDFA, DRTP])
 def test_initial_feedback(kind: type) -> None:
     model = nn.Sequential(nn.Linear(5, 300), nn.ReLU(), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
     estimator = kind(model, seed=4)
@@ -126,14 +129,14 @@ def test_initial_feedback(kind: type) -> None:
     assert [tuple(matrix.shape) for matrix in estimator.feedback] == [(10, 300), (10, 200)]
     for matrix in estimator.feedback:
         bound = math.sqrt(6 / matrix.shape[1])
-        if kind is not DFA:
+        if kind not in (DFA, DRTP):
             assert not matrix.any()
             continue
         assert matrix.abs().max() <= bound
         assert matrix.abs().max() > 0.98 * bound
         assert abs(matrix.mean()) < 4 * bound / math.sqrt(3 * matrix.numel())
         assert abs(matrix.var() / (bound**2 / 3) - 1) < 0.1
-    if kind is DFA:
+    if kind in (DFA, DRTP):
         same, other = (kind(model, seed=seed) for seed in (4, 5))
         for each in (same, other):
             each.initialize(torch.randn(3, 5))
@@ -196,7 +199,7 @@ def test_moving_average_converges_to_the_jacobian() -> None:
         assert abs(matrix.norm() / jacobian.mean(0).norm() - 1) < 0.2
 
 
-@pytest.mark.parametrize("kind", [DFA, DKP, FDFA])
+@pytest.mark.parametrize("kind", [DFA, DKP, FDFA, DRTP])
 def test_learns_beside_backprop(kind: type) -> None:
     """A small problem, solved with an optimizer made before the feedback has a size."""
 
@@ -214,7 +217,8 @@ def test_learns_beside_backprop(kind: type) -> None:
         return step.loss.item()
 
     assert final_loss(Backprop) < 0.2
-    assert final_loss(kind) < 0.8  # log 3 = 1.1 at first
+    # log 3 = 1.1 at first; the targets are signals that do not fade as the error does
+    assert final_loss(kind) < (1.0 if kind is DRTP else 0.8)
 
 
 def test_branch_that_runs_beside_a_later_cut() -> None:

@@ -20,7 +20,7 @@ from together import in_group, start, together
 from torch import Tensor, nn
 
 import onward
-from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, ProcessLost, Stage, UsageError
+from onward import DFA, DKP, DRTP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, ProcessLost, Stage, UsageError
 
 STEPS = 4
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -69,6 +69,7 @@ DIRECT: dict[str, Callable[[nn.Module], Estimator]] = {
     "dfa": lambda model: DFA(model, CUTS, seed=2),
     "dkp": lambda model: DKP(model, CUTS, seed=2),
     "fdfa": lambda model: FDFA(model, CUTS, seed=2, directions=2),
+    "drtp": lambda model: DRTP(model, CUTS, seed=2),
 }
 
 
