@@ -107,9 +107,10 @@ def digest(own: Own | None) -> str | None:
 def errors(owns: Own | Sequence[Own | None] | None, when: str = "", *, elsewhere: bool = False) -> Iterator[None]:
     """Tell an error in these files, or in one beside them, as an :class:`OwnError` with its line; `when` follows the line.
 
-    Of several files, the one that the error came about in last is named. Other errors pass unless `elsewhere` is set. So do
-    without it errors that say themselves what to do: a UsageError, a lost process, exhausted memory. What the body changes for
-    the whole program (folder, streams, PyTorch's default type and device) is changed back. Without a file nothing is done.
+    If the error passed through several of the files, the last one is named. Unless `elsewhere` is set, errors pass that came
+    about in other files, and errors that say themselves what to do: a UsageError, a lost process, exhausted memory. What the
+    body changes for the whole program (folder, streams, PyTorch's default type and device) is changed back. Without a file
+    nothing is done.
     """
     files = [own.path for own in ([owns] if isinstance(owns, Own) else owns or ()) if own]
     if not files:
@@ -229,7 +230,7 @@ def _undisturbed() -> Iterator[None]:
     except OSError:  # it is gone
         folder = None
     streams = sys.stdin, sys.stdout, sys.stderr
-    dtype, device = torch.get_default_dtype(), _default_device()
+    dtype, device = torch.get_default_dtype(), _device.CURRENT_DEVICE  # None if none was set
     try:
         yield
     finally:
@@ -239,10 +240,5 @@ def _undisturbed() -> Iterator[None]:
         surroundings.mend(streams)
         if torch.get_default_dtype() != dtype:
             torch.set_default_dtype(dtype)
-        if _default_device() != device:
+        if device != _device.CURRENT_DEVICE:
             torch.set_default_device(device)
-
-
-def _default_device() -> torch.device | None:
-    """The default device that was set; None if none was."""
-    return _device.CURRENT_DEVICE
