@@ -413,7 +413,7 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     >>> flat(Train())["network.layers"]
     2
     """
-    values = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    values = config if isinstance(config, dict) else dataclasses.asdict(config)
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}

@@ -223,6 +223,25 @@ def test_networks_and_data_have_sections_of_their_own(write: Write, tmp_path: Pa
     assert names == {"dfa"}
 
 
+def test_tasks_have_sections_and_metrics_of_their_own(write: Write, tmp_path: Path) -> None:
+    write("runs/a", algorithm="dfa")
+    for seed in (0, 1):
+        for algorithm, r2 in (("bp", 0.5), ("fdfa", 0.25)):
+            values = {"test_r2": r2 + seed / 4, "test_rmse": 100.0}
+            folder = write(f"runs/{algorithm}-s{seed}", algorithm=algorithm, seed=seed, values=values)
+            saved = json.loads((folder / "config.json").read_text())
+            (folder / "config.json").write_text(json.dumps({**saved, "data": {"task": "regression"}}))
+    page = make(tmp_path / "page.html", tmp_path / "runs")
+    assert page.texts["h2"] == ["mlp on digits", "mlp on digits, regression"]
+    headings = "algorithm test R²last epoch differenceover bp test R²best epoch test RMSElast epoch time"
+    assert page.rows("over bp")[0].startswith(headings)
+    assert page.rows("0.3750")[0].startswith("fdfa 0.3750 ± 0.1768 −0.2500 0.3750 ± 0.1768 100 ± 0 0.50 s")
+    assert page.rows("fdfa-s1") == ["fdfa-s1 fdfa 1 3 0.5000 0.5000 100 0.3333 0.6667 1.50 s 500 MB"]
+    axes = [figure["layout"]["yaxis"]["title"]["text"] for figure in page.figures]
+    assert axes[:6] == ["test accuracy (%)"] * 2 + ["training loss", "test loss"] + ["test accuracy (%)"] * 2
+    assert axes[6:] == ["test R²"] * 2 + ["test RMSE", "training loss", "test loss"] + ["test R²"] * 2
+
+
 def test_what_is_broken_is_named_and_left_out(write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     write("runs/good", values={"test_loss": float("nan")})

@@ -95,7 +95,7 @@ def curves(results: Results, looks: Looks, measure: Measure, *, by_seconds: bool
     if not lines:
         return None
     means = [value for line in lines for value in line["y"]]
-    y_axis: dict[str, Any] = {}
+    y_axis: Figure = {}
     if measure.better == "lower" and min(means) > 0 and max(means) > 1000 * min(means):  # one that diverged
         y_axis = {"type": "log", "exponentformat": "power"}
         for trace in bands:  # a mean less its deviation may be below 0
@@ -103,7 +103,7 @@ def curves(results: Results, looks: Looks, measure: Measure, *, by_seconds: bool
     if by_seconds:
         layout = _layout("seconds of training", measure.axis, {"rangemode": "tozero"}, y_axis, hovermode="closest")
     else:
-        axis = {"tickformat": "d", "unifiedhovertitle": {"text": "epoch %{x}"}}
+        axis: Figure = {"tickformat": "d", "unifiedhovertitle": {"text": "epoch %{x}"}}
         axis |= {"spikethickness": -1, "spikecolor": BASELINE["color"]}  # negative: without a halo
         axis |= {"dtick": 1} if max(len(line["x"]) for line in lines) <= 12 else {}
         layout = _layout("epoch", measure.axis, axis, y_axis, hovermode="x unified" if together else "closest")
@@ -128,9 +128,15 @@ def _curve(name: str, look: Mapping[str, str], points: Sequence[tuple[float, flo
     stds = [statistics.stdev(found) if len(found) > 1 else 0.0 for *_, found in points]
     high, low = ([mean + sign * std for mean, std in zip(means, stds, strict=True)] for sign in (1, -1))
     faint = f"rgba({','.join(str(int(color[at : at + 2], 16)) for at in (1, 3, 5))},0.18)"
-    band = {"type": "scatter", "x": [*x, *reversed(x)], "y": [*high, *reversed(low)], "fill": "toself", "fillcolor": faint}
+    band: Figure = {
+        "type": "scatter",
+        "x": [*x, *reversed(x)],
+        "y": [*high, *reversed(low)],
+        "fill": "toself",
+        "fillcolor": faint,
+    }
     band |= {"line": {"width": 0, "color": color}, "mode": "lines", "hoverinfo": "skip"}
-    line = {"type": "scatter", "name": html.escape(name), "x": x, "y": means, "mode": "lines+markers"}
+    line: Figure = {"type": "scatter", "name": html.escape(name), "x": x, "y": means, "mode": "lines+markers"}
     line |= {"line": {"color": color, "dash": look["dash"], "width": 2}}
     return band, line | {"marker": {"color": color, "symbol": look["symbol"], "size": 7, "maxdisplayed": 30}}
 
@@ -144,11 +150,12 @@ def cost(results: Results, looks: Looks, measure: str, title: str, gain: Measure
     >>> mean["x"], mean["y"]
     ([3.0], [4.0])
     """
-    small: list[dict[str, Any]] = []
-    large: list[dict[str, Any]] = []
+    small: list[Figure] = []
+    large: list[Figure] = []
     say, unit = (duration, 1.0) if measure == "seconds" else (size, 1e6)
     for place, (name, runs) in enumerate(results.items()):
-        found = [point for rows in runs if None not in (point := (total(rows, measure), last(rows, gain.key)))]
+        pairs = [(total(rows, measure), last(rows, gain.key)) for rows in runs]
+        found = [(spent, value) for spent, value in pairs if spent is not None and value is not None]
         if not found:
             continue
         costs, gains = ([*values] for values in zip(*found, strict=True))
@@ -227,7 +234,7 @@ def sweep(fits: Rows, rows: Rows, measures: Mapping[str, tuple[str, Callable[[An
             name, line = fit["algorithm"], fit.get(unit)
             good = [row for row in rows if row["algorithm"] == name and not row["error"]]
             x, color = [row["value"] for row in good], looks[name]["color"]
-            trace = {"type": "scatter", "name": html.escape(f"{name} ({line['slope']:.3g})" if line else name)}
+            trace: Figure = {"type": "scatter", "name": html.escape(f"{name} ({line['slope']:.3g})" if line else name)}
             marker = {"color": color, "symbol": looks[name]["symbol"], "size": 6}
             if good:
                 traces.append({**trace, "mode": "markers", "x": x, "y": [measured(row) for row in good], "marker": marker})

@@ -125,10 +125,11 @@ def charts(groups: Sequence[Group], task: Task, looks: Looks) -> tuple[list[Pane
     """Curves of every metric and loss, and what the main metric cost, as far as there are numbers for them."""
     results = {group.label: [run.rows for run in group.counted] for group in groups}
     main, said = task.main, _capital(task.main.title)
+    others: list[figures.Measure] = [*task.metrics[1:], *LOSSES]
     learning = [
         (f"{said} over the epochs", figures.curves(results, looks, main)),
         (f"{said} over the time it took", figures.curves(results, looks, main, by_seconds=True)),
-        *((_capital(other.axis), figures.curves(results, looks, other)) for other in (*task.metrics[1:], *LOSSES)),
+        *((_capital(other.axis), figures.curves(results, looks, other)) for other in others),
     ]
     costs = [
         (f"{said} against training time", figures.cost(results, looks, "seconds", "seconds of training", main)),

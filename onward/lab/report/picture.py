@@ -76,7 +76,7 @@ def picture(path: Path, grid: Sequence[Sequence[Panel | None]], title: str = "")
 
 def _draw(axes: Any, figure: Figure) -> dict[str, Any]:
     """Draw one figure; returns what a legend has to explain, by name."""
-    named = {}
+    named: dict[str, Any] = {}
     for trace in figure["data"]:
         if trace["type"] == "heatmap":
             _heat_map(axes, trace)

@@ -19,8 +19,9 @@ from onward.lab.report.groups import short_names, shown
 from onward.lab.report.picture import draw, formats, picture
 from onward.lab.run import checkpoint, record
 from onward.lab.run import folder as run_folder
-from onward.lab.run.training import TrainingFailed, check_place, load_data, prepare, standing
+from onward.lab.run.failure import TrainingFailed
 from onward.lab.run.training import align as align_run
+from onward.lab.run.training import check_place, load_data, prepare, standing
 from onward.lab.settings import Align, flat
 from onward.lab.studies.runs import data_for, failures, runs_of, train_all
 from onward.lab.system import disk
@@ -123,7 +124,7 @@ def _of_training(config: Align, folder: Path) -> tuple[list[Entry], list[str]]:
     found = [
         {"label": label, **line}
         for label, (run,) in runs.items()
-        if (there := record.same(Path(run.out), run))  # a run that failed at once has left another in its place, or none
+        if (there := record.same(Path(str(run.out)), run))  # a run that failed at once has left another in its place, or none
         for line in there.alignment
     ]
     return found, failures(outcomes, "seed")
