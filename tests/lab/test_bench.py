@@ -315,7 +315,7 @@ def test_slopes_are_least_squares() -> None:
 def test_what_a_sweep_changes(config: Bench, sweep: tuple[str, ...], batch_size: int, width: float, layers: int) -> None:
     first, last = bench._points(replace(config, sweep=sweep))
     assert (last.batch_size, last.network.width, last.network.layers) == (batch_size, width, layers)
-    assert [bench.swept(first), bench.swept(last)] == [float(value) for value in sweep[1:]]
+    assert [bench.swept(point, sweep[0]) for point in (first, last)] == [float(value) for value in sweep[1:]]
 
 
 @pytest.mark.parametrize(

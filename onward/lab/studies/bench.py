@@ -27,6 +27,7 @@ from rich.table import Table
 import onward
 from onward.errors import UsageError, unknown
 from onward.lab.networks import models
+from onward.lab.networks.blocks import MODELS
 from onward.lab.report.figures import sweep
 from onward.lab.report.picture import draw, formats
 from onward.lab.report.picture import picture as draw_panels
@@ -65,7 +66,7 @@ def bench(config: Bench) -> list[Row]:
     device = choose_device(config.device)
     figures, picture = _files(config)
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a path may have brackets in it
-    environment = {
+    environment: dict[str, Any] = {
         "device": describe(device),
         "threads": torch.get_num_threads(),
         "onward": onward.__version__,
@@ -81,15 +82,17 @@ def bench(config: Bench) -> list[Row]:
             disk.write_text(figures, json.dumps(report, indent=2) + "\n")
     finally:  # the table is printed even if the disk is full
         if config.sweep:
-            show_sweep(report["slopes"], rows, config, environment["device"], console)
+            what = config.sweep[0]
+            title = f"{config.model} over {what} ({SWEEPS[what]}), {environment['device']}"
+            show_sweep(report["slopes"], rows, what, title, console)
         else:
             shape = ",".join(map(str, shape_of(config)))
             show(rows, f"{config.model}, input {shape}, batch {config.batch_size}, {environment['device']}", console)
     if figures:
         console.print(f"figures: {figures}")
     if picture:
-        title = f"{config.model}, batch {config.batch_size}" if config.sweep[0] != "batch" else config.model
-        draw({picture: lambda path: draw_panels(path, [sweep(report["slopes"], rows, MEASURES, config.sweep[0])], title)})
+        title = config.model if what == "batch" else f"{config.model}, batch {config.batch_size}"
+        draw({picture: lambda path: draw_panels(path, [sweep(report["slopes"], rows, MEASURES, what)], title)})
     return rows
 
 
@@ -120,7 +123,7 @@ def measure(config: Bench, device: torch.device, console: Console) -> list[Row]:
     """One row for each algorithm of the configuration."""
     runs = candidates(config)
     shape = shape_of(config)
-    place = {"sweep": config.sweep[0], "value": swept(config)} if config.sweep else {}
+    place = {"sweep": config.sweep[0], "value": swept(config, config.sweep[0])} if config.sweep else {}
     rows: dict[str, Row] = {name: {"algorithm": name, "error": None, **place} for name in runs}
     turns: dict[str, list[Turn]] = {name: [] for name in runs}
     steps = config.steps
@@ -179,9 +182,9 @@ def shape_of(config: Bench) -> tuple[int, ...]:
     """The shape of one input."""
     if config.input:
         return models.parse_shape(config.input)
-    if config.model not in models.MODELS:
+    if config.model not in MODELS:
         raise UsageError(f"--model {config.model}: say what its inputs look like, such as --input 3,32,32")
-    return models.facts(config.model).inputs
+    return tuple(models.facts(config.model).inputs)
 
 
 def _points(config: Bench) -> list[Bench]:
@@ -195,12 +198,12 @@ def _points(config: Bench) -> list[Bench]:
         if what in OPTIONS and OPTIONS[what] not in models.options_of(config.model):
             raise UsageError(f"--sweep {what}: {config.model} has no --network.{OPTIONS[what]}, sweep something else")
         points = [_at(config, what, value) for value in values]
-        if len(set(map(swept, points))) < 2:
+        if len({swept(point, what) for point in points}) < 2:
             raise UsageError(f"--sweep {' '.join(config.sweep)}: a slope takes at least two values, such as {what} 8 16 32 64")
     for point in points:
         candidates(point)
         shape = shape_of(point)
-        if config.model in models.MODELS:
+        if config.model in MODELS:
             with torch.device("meta"):
                 models.build(config.model, shape, config.classes, point.network)
         elif point is points[0]:
@@ -210,18 +213,20 @@ def _points(config: Bench) -> list[Bench]:
 
 def _at(config: Bench, what: str, value: str) -> Bench:
     """The configuration at one value of a sweep."""
+    number: Any
     try:
         number = float(value) if what == "width" else int(value)
     except ValueError:
         raise UsageError(f"--sweep {what} {value}: this is no {'number' if what == 'width' else 'whole number'}") from None
     if what == "batch":
         return dataclasses.replace(config, batch_size=number)
-    return dataclasses.replace(config, network=dataclasses.replace(config.network, **{OPTIONS[what]: number}))
+    changes = {OPTIONS[what]: number}
+    return dataclasses.replace(config, network=dataclasses.replace(config.network, **changes))
 
 
-def swept(config: Bench) -> float:
+def swept(config: Bench, what: str) -> float:
     """The value that this configuration has of the quantity that is swept."""
-    return {"depth": config.network.layers, "width": config.network.width, "batch": config.batch_size}[config.sweep[0]]
+    return {"depth": config.network.layers, "width": config.network.width, "batch": config.batch_size}[what]
 
 
 def summary(turns: Sequence[Turn], bases: Mapping[str, Sequence[Turn]]) -> Row:
@@ -316,10 +321,9 @@ def _show_failures(rows: Sequence[Row], console: Console) -> None:
             console.print(f"{row['algorithm']}{at}: {row['error']}", style="red")
 
 
-def show_sweep(fits: Sequence[Row], rows: Sequence[Row], config: Bench, device: str, console: Console) -> None:
+def show_sweep(fits: Sequence[Row], rows: Sequence[Row], what: str, title: str, console: Console) -> None:
     """Print every measure over the values of the sweep, with its slope."""
-    what = config.sweep[0]
-    console.print(f"{config.model} over {what} ({SWEEPS[what]}), {device}", style="bold")
+    console.print(title, style="bold")
     values = sorted({row["value"] for row in rows})
     for unit, (title, measured) in MEASURES.items():
         found = {(row["algorithm"], row["value"]): f"{measured(row):.1f}" for row in rows if not row["error"]}

@@ -203,9 +203,9 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: torch.device
         torch.set_num_threads(threads)
     # Memory for what the first step in a process loads, or a file of the user's own imports, is not this network's.
     models.options_of(config.model)
-    tiny = {"model": "mlp", "network": Network(width=0.01), "heads": Heads(), "input": None, "cuts": None, "batch_size": 2}
+    tiny = replace(config, model="mlp", network=Network(width=0.01), heads=Heads(), input=None, cuts=None, batch_size=2)
     with suppress(Exception):  # a rule of the user's own may be for other networks
-        Learner.of(replace(config, **tiny), (1, 2, 2), 2, device).step()
+        Learner.of(tiny, (1, 2, 2), 2, device).step()
     memory.keep_freed()
     memory.reset_peak(device)
     before = memory.peak(device)
