@@ -23,7 +23,7 @@ from onward.errors import UsageError, unknown
 from onward.lab import tasks
 from onward.lab.data import Data, held_out, load
 from onward.lab.data.batches import batches
-from onward.lab.data.inputs import Batch, Inputs, mapped
+from onward.lab.data.inputs import Batch, Inputs, leaves, mapped
 from onward.lab.networks import models
 from onward.lab.run import algorithms, checkpoint
 from onward.lab.run import folder as run_folder
@@ -220,6 +220,13 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     generators.seed(config.seed)
     owns = algorithms.files(config)
     code = algorithms.digest(config)  # before they are run
+    if config.model in models.MODELS and (
+        kinds := {part.dtype for part in leaves(example).values() if not part.is_floating_point()}
+    ):
+        found = str(kinds.pop()).removeprefix("torch.")
+        raise UsageError(
+            f"{config.model} takes real numbers, and the inputs are {found}: return floats, or give a network of your own"
+        )
     model = models.build(config.model, _shape(example), data.outputs, config.network, example).to(device)
     estimator = algorithms.build(model, config, mapped(example, lambda tensor: tensor.to(device)), task.loss)
     too_few = _leaves_too_few(data, config.batch_size, model, group.count)
