@@ -76,18 +76,15 @@ def _read(lines: Lines) -> tuple[Cells, Counts]:
     counts."""
     cells: Cells = {}
     counts: Counts = {}
-    dated = []
-    for at, entry in enumerate(lines, start=1):
-        found = numbers(entry)
-        dated.append((found.get("epoch", at), found.get("estimates", 0), entry))
-    for epoch, _, entry in sorted(dated, key=lambda line: line[:2]):
+    dated = [({"epoch": at, "estimates": 0} | numbers(entry), entry) for at, entry in enumerate(lines, start=1)]
+    for said, entry in sorted(dated, key=lambda line: (line[0]["epoch"], line[0]["estimates"])):
         blocks = entry.get("blocks")
         for block, values in blocks.items() if isinstance(blocks, dict) else ():
             found = numbers(values)
             if (mean := found.pop("mean", None)) is not None:  # of the cosines: old lines have no other number
                 found.setdefault("signal.cosine", mean)
             for measure, value in found.items():
-                cells.setdefault(measure, {})[str(block), epoch] = value
+                cells.setdefault(measure, {})[str(block), said["epoch"]] = value
             bins = values.get("counts") if isinstance(values, dict) else None
             if isinstance(bins, list) and all(isinstance(count, int | float) for count in bins) and sum(bins) > 0:
                 counts[str(block)] = bins
@@ -98,9 +95,10 @@ def _map(measure: str, read: Mapping[str, Sequence[Cells]]) -> Map:
     """The means of a measure over the runs of a name; no figures where it is missing, or no cosine and everywhere the same."""
     means: dict[str, dict[tuple[str, float], float]] = {}
     for name, runs in read.items():
-        places = dict.fromkeys(place for cells in runs for place in cells.get(measure, ()))
-        if places:
-            found = {place: [cells[measure][place] for cells in runs if place in cells.get(measure, ())] for place in places}
+        found: dict[tuple[str, float], list[float]] = {}
+        for place, value in (pair for cells in runs for pair in cells.get(measure, {}).items()):
+            found.setdefault(place, []).append(value)
+        if found:
             means[name] = {place: statistics.fmean(values) for place, values in found.items()}
     every = [value for cells in means.values() for value in cells.values()]
     is_cosine = measure in COSINES
@@ -109,19 +107,14 @@ def _map(measure: str, read: Mapping[str, Sequence[Cells]]) -> Map:
     if not every or (not is_cosine and len(set(every)) == 1):
         return Map(measure, title, [], not is_cosine)
     most = max(map(abs, every)) or 1.0
+    limits = (-most, most) if is_cosine or min(every) < 0 else (0.0, most)
     figures = []
     for name, cells in means.items():
         blocks, epochs = [*dict.fromkeys(block for block, _ in cells)], sorted({epoch for _, epoch in cells})
-        figure = heat_map(
-            [[cells.get((block, epoch)) for epoch in epochs] for block in blocks],
-            epochs,
-            blocks,
-            title="epoch",
-            hover="epoch %{x}: %{z:.3f}",
-            limits=(-most, most) if is_cosine or min(every) < 0 else (0.0, most),
-            form=(".2f" if is_cosine else ".2g") if len(epochs) <= 7 else None,
-        )
-        figures.append((name, figure))
+        values = [[cells.get((block, epoch)) for epoch in epochs] for block in blocks]
+        form = (".2f" if is_cosine else ".2g") if len(epochs) <= 7 else None
+        hover = "epoch %{x}: %{z:.3f}"
+        figures.append((name, heat_map(values, epochs, blocks, title="epoch", hover=hover, limits=limits, form=form)))
     return Map(measure, title, figures, not is_cosine)
 
 
@@ -129,14 +122,9 @@ def _histograms(read: Mapping[str, Sequence[Counts]]) -> Map:
     """The distribution of the samples' cosines in each block, over all runs of a name."""
     shares: dict[str, dict[str, list[float]]] = {}
     for name, runs in read.items():
-        bins = max((len(counts) for blocks in runs for counts in blocks.values()), default=0)
-        sums: dict[str, list[float]] = {}
-        for blocks in runs:
-            for block, counts in blocks.items():
-                if len(counts) == bins:
-                    sums[block] = [a + b for a, b in zip(sums.get(block, [0] * bins), counts, strict=True)]
-        if sums:
-            shares[name] = {block: [100 * count / sum(counts) for count in counts] for block, counts in sums.items()}
+        for block in dict.fromkeys(block for counts in runs for block in counts):
+            sums = [sum(bins) for bins in zip(*(counts[block] for counts in runs if block in counts), strict=False)]
+            shares.setdefault(name, {})[block] = [100 * count / sum(sums) for count in sums]
     most = max((share for blocks in shares.values() for block in blocks.values() for share in block), default=0.0)
     figures = []
     for name, blocks in shares.items():

@@ -179,7 +179,7 @@ def cost(results: Results, looks: Looks, measure: str, title: str, gain: Measure
     means = [trace["x"][0] for trace in large]
     apart = min(means) > 0 and max(means) > 20 * min(means)
     axis = {"type": "log"} if apart else {"rangemode": "tozero"} if measure == "seconds" else {}
-    return {"data": small + large, "layout": _layout(title, gain.axis, axis, hovermode="closest")}
+    return {"data": small + large, "layout": _layout(title, gain.axis, axis, {}, hovermode="closest")}
 
 
 def heat_map(
@@ -259,14 +259,15 @@ def total(rows: Rows, measure: str) -> float | None:
     return (sum(values) if measure == "seconds" else max(values)) if values else None
 
 
-def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Mean ± sample standard deviation, in words.
+def spread(values: Iterable[float | None], form: str = ".2f") -> str:
+    """Mean ± sample standard deviation, in words; empty if there is no value.
 
-    >>> spread([1.0, 3.0]), spread([0.5])
-    ('2.00 ± 1.41', '0.50')
+    >>> spread([1.0, 3.0]), spread([0.5, None]), spread([])
+    ('2.00 ± 1.41', '0.50', '')
     """
-    mean = f"{statistics.fmean(values):{form}}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):{form}}"
+    found = [value for value in values if value is not None]
+    std = f" ± {statistics.stdev(found):{form}}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):{form}}{std}" if found else ""
 
 
 def duration(seconds: float) -> str:
@@ -295,15 +296,13 @@ def _short(name: str, most: int) -> str:
     return name if len(name) <= most else f"{name[: most // 2 - 1]}…{name[-(most - most // 2) :]}"
 
 
-def _layout(
-    x_title: str, y_title: str, x: Mapping[str, Any] | None = None, y: Mapping[str, Any] | None = None, **others: Any
-) -> Figure:
+def _layout(x_title: str, y_title: str, x: Figure, y: Figure, **others: Any) -> Figure:
     """What all figures share, with what is special to the axes of one. The page colours text and grid, so that they follow its
     theme."""
     plain = {"zeroline": False, "ticks": ""}
     return {
-        "xaxis": {**plain, "automargin": False, "title": {"text": x_title, "standoff": 8}, **(x or {})},
-        "yaxis": {**plain, "automargin": True, "title": {"text": y_title, "standoff": 8}, **(y or {})},
+        "xaxis": {**plain, "automargin": False, "title": {"text": x_title, "standoff": 8}, **x},
+        "yaxis": {**plain, "automargin": True, "title": {"text": y_title, "standoff": 8}, **y},
         "margin": {"l": 44, "r": 14, "t": 8, "b": 44},
         "height": 300,
         "showlegend": False,

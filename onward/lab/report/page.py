@@ -95,7 +95,6 @@ def section(title: str, groups: Sequence[Group], names: Mapping[Path, str], look
     runs = [run for group in groups for run in group.runs]
     task = runs[0].task
     baseline = next((results_of(group) for group in groups if group.label == "bp"), None)
-    learning, costs = charts(groups, task, looks)
     return {
         "title": title,
         "groups": [
@@ -106,8 +105,7 @@ def section(title: str, groups: Sequence[Group], names: Mapping[Path, str], look
         "others": task.metrics[1:],
         "baseline": baseline is not None and len(groups) > 1,
         "runs": [{"folder": names[run.folder], "label": group.label, **line_of(run)} for group in groups for run in group.runs],
-        "learning": learning,
-        "costs": costs,
+        **charts(groups, task, looks),
         "alignment": maps({group.label: [run.alignment for run in group.counted if run.alignment] for group in groups}),
         "differences": by.differences(groups),
         "shared": by.shared(runs),
@@ -121,7 +119,7 @@ def section(title: str, groups: Sequence[Group], names: Mapping[Path, str], look
     }
 
 
-def charts(groups: Sequence[Group], task: Task, looks: Looks) -> tuple[list[Panel], list[Panel]]:
+def charts(groups: Sequence[Group], task: Task, looks: Looks) -> dict[str, list[Panel]]:
     """Curves of every metric and loss, and what the main metric cost, as far as there are numbers for them."""
     results = {group.label: [run.rows for run in group.counted] for group in groups}
     main, said = task.main, _capital(task.main.title)
@@ -135,44 +133,44 @@ def charts(groups: Sequence[Group], task: Task, looks: Looks) -> tuple[list[Pane
         (f"{said} against training time", figures.cost(results, looks, "seconds", "seconds of training", main)),
         (f"{said} against peak memory", figures.cost(results, looks, "peak_memory_bytes", "peak memory (MB)", main)),
     ]
-    return [(name, figure) for name, figure in learning if figure], [(name, figure) for name, figure in costs if figure]
+    panels = {"learning": learning, "costs": costs}
+    return {name: [(title, figure) for title, figure in found if figure] for name, found in panels.items()}
 
 
 def results_of(group: Group, baseline: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """One row of the table of results; what is missing is None."""
-    runs, task = [run.rows for run in group.counted], group.runs[0].task
-    main, *others = ([last(rows, metric.key) for rows in runs] for metric in task.metrics)
+    """One row of the table of results; what is missing is None or empty."""
+    runs, (main, *others) = [run.rows for run in group.counted], group.runs[0].task.metrics
+    reached = _found(last(rows, main.key) for rows in runs)
     seconds = _found(row.get("seconds") for rows in runs for row in rows)
-    memory = _found(total(rows, "peak_memory_bytes") for rows in runs)
     row: dict[str, Any] = {
         "engine": " / ".join(dict.fromkeys(str(run.environment.get("engine", "")) for run in group.runs)),
         "n": len(runs),
         "left_out": len(group.runs) - len(runs),
-        "last": _spread(main, task.main),
-        "best": _spread([_best(task.main, rows) for rows in runs], task.main),
-        "others": [_spread(values, metric) for values, metric in zip(others, task.metrics[1:], strict=True)],
-        "mean": statistics.fmean(_found(main)) if _found(main) else None,
+        "last": spread(reached, main.form),
+        "best": spread((_best(main, rows) for rows in runs), main.form),
+        "others": [spread((last(rows, metric.key) for rows in runs), metric.form) for metric in others],
+        "mean": statistics.fmean(reached) if reached else None,
         "seconds": statistics.fmean(seconds) if seconds else None,
-        "memory": max(memory) if memory else None,
+        "memory": max(_found(total(rows, "peak_memory_bytes") for rows in runs), default=None),
     }
     if baseline:
-        both = {name: (row[name], baseline[name]) for name in ("mean", "seconds", "memory")}
-        row["above"] = None if None in both["mean"] else f"{row['mean'] - baseline['mean']:+{task.main.form}}".replace("-", "−")
+        both = None not in (row["mean"], baseline["mean"])
+        row["above"] = f"{row['mean'] - baseline['mean']:+{main.form}}".replace("-", "−") if both else ""
         for name in ("seconds", "memory"):
-            row[f"{name}_ratio"] = row[name] / baseline[name] if None not in both[name] and baseline[name] else None
+            row[f"{name}_ratio"] = row[name] / baseline[name] if row[name] is not None and baseline[name] else None
     return row
 
 
 def line_of(run: Record) -> dict[str, Any]:
     """One row of the table of runs."""
-    main, *others = run.task.metrics
-    metrics = [(main, last(run.rows, main.key)), (main, _best(main, run.rows))]
-    metrics += [(metric, last(run.rows, metric.key)) for metric in others]
+    main = run.task.main
+    others: list[figures.Measure] = [*run.task.metrics[1:], *LOSSES]
+    cells = [spread([value], main.form) for value in (last(run.rows, main.key), _best(main, run.rows))]
+    cells += [spread([last(run.rows, measure.key)], measure.form) for measure in others]
     return {
         "seed": run.config.seed,
         "epochs": f"{len(run.rows)}" if run.complete else f"{len(run.rows)} of {run.config.epochs}",
-        "metrics": [None if value is None else f"{value:{metric.form}}" for metric, value in metrics],
-        "losses": [None if (value := last(run.rows, loss.key)) is None else f"{value:{loss.form}}" for loss in LOSSES],
+        "cells": cells,
         "seconds": total(run.rows, "seconds"),
         "memory": total(run.rows, "peak_memory_bytes"),
         "command": [shlex.quote(word) for word in command(run.config)],
@@ -195,11 +193,6 @@ def command(config: Train) -> list[str]:
         values = [] if value is True else [str(entry) for entry in (value if isinstance(value, tuple) else [value])]
         words += [f"{flag}={values[0]}"] if len(values) == 1 and values[0].startswith("-") else [flag, *values]
     return words
-
-
-def _spread(values: Iterable[float | None], metric: Metric) -> str | None:
-    found = _found(values)
-    return spread(found, metric.form) if found else None
 
 
 def _best(metric: Metric, rows: figures.Rows) -> float | None:

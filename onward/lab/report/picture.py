@@ -14,14 +14,13 @@ from typing import Any
 
 from rich.console import Console
 
-from onward.lab.report.figures import Figure, Panel
+from onward.lab.report.figures import BASELINE, SYMBOLS, Figure, Panel
 from onward.lab.system import disk
 from onward.lab.system.extra import lab_extra
 
 INCH = 75
 """Pixels of the page that are one inch of a picture."""
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down", "star")
-MARKERS = dict(zip(SYMBOLS, "osD^PXv*", strict=True))
+MARKERS = dict(zip((BASELINE["symbol"], *SYMBOLS), "osD^PXv*", strict=True))
 DASHES = {"solid": "-", "dot": ":", "dash": "--"}
 
 
@@ -103,20 +102,15 @@ def _draw(axes: Any, figure: Figure) -> dict[str, Any]:
 def _line(axes: Any, trace: Mapping[str, Any]) -> Any:
     """Draw a line, marks, or both, with their error bars."""
     line, marker = trace.get("line", {}), trace.get("marker", {})
-    most = marker.get("maxdisplayed")
-    return axes.errorbar(
-        trace["x"],
-        trace["y"],
-        xerr=trace.get("error_x", {}).get("array"),
-        yerr=trace.get("error_y", {}).get("array"),
-        color=line.get("color") or marker["color"],
-        linestyle=DASHES[line.get("dash", "solid")] if "lines" in trace["mode"] else "none",
-        linewidth=0.75 * line.get("width", 2),
-        marker=MARKERS[marker["symbol"]] if "markers" in trace["mode"] else None,
-        markersize=0.75 * marker.get("size", 0),
-        markevery=-(-len(trace["x"]) // most) if most else None,
-        alpha=marker.get("opacity"),
-    )
+    look = {"color": line.get("color") or marker["color"], "alpha": marker.get("opacity")}
+    look |= {"linestyle": "none", "linewidth": 0.75 * line.get("width", 2)}
+    if "lines" in trace["mode"]:
+        look["linestyle"] = DASHES[line["dash"]]
+    if "markers" in trace["mode"]:
+        look |= {"marker": MARKERS[marker["symbol"]], "markersize": 0.75 * marker["size"]}
+        look["markevery"] = -(-len(trace["x"]) // marker.get("maxdisplayed", len(trace["x"])))
+    errors = {f"{axis}err": trace.get(f"error_{axis}", {}).get("array") for axis in "xy"}
+    return axes.errorbar(trace["x"], trace["y"], **errors, **look)
 
 
 def _heat_map(axes: Any, trace: Mapping[str, Any]) -> None:

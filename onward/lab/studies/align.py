@@ -27,13 +27,7 @@ from onward.lab.studies.runs import data_for, failures, runs_of, train_all
 from onward.lab.system import disk
 
 JSON, MAP, HISTOGRAMS = run_folder.ALIGNED
-COLUMNS = {
-    "cosine": "cosine",
-    "norm_ratio": "length",
-    "bias": "bias",
-    "variance": "variance",
-    "snr": "SNR",
-}
+COLUMNS = {"cosine": "cosine", "norm_ratio": "length", "bias": "bias", "variance": "variance", "snr": "SNR"}
 Entry = dict[str, Any]
 """A line of alignment.jsonl, with the `label` of its run."""
 
