@@ -30,7 +30,13 @@ def test_the_readmes_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_readmes_commands_can_be_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [shlex.split(line, comments=True) for line in re.findall(r"^onward .*$", README, re.MULTILINE)]
     asked = []
-    for name in ("train.train", "compare.compare", "bench.bench", "align.align", "report.report"):
+    for name in (
+        "run.loop.train",
+        "studies.compare.compare",
+        "studies.bench.bench",
+        "studies.align.align",
+        "report.page.report",
+    ):
         monkeypatch.setattr(f"onward.lab.{name}", asked.append)
     monkeypatch.setattr("onward.lab.run.loop.resume", lambda folder, changes: asked.append(folder))
     assert [command.main(line[1:]) for line in lines] == [0] * len(lines)
