@@ -91,11 +91,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Transform:
-    """What happens to a batch of images: pixels go to [0, 1], then (x - mean) / std; training batches are augmented in between.
-
-    Raises:
-        UsageError: an unknown augmentation, a size below 1, a standard deviation that is not positive.
-    """
+    """What happens to images: pixels go to [0, 1], then (x - mean) / std; training batches are augmented in between."""
 
     mean: float | tuple[float, ...] = 0.5
     """One number, or one per channel."""
@@ -105,8 +101,7 @@ class Transform:
     """Of training batches: none; crop-flip, a random crop of the image padded with 4 black pixels on every side, mirrored half
     of the time; resized-crop-flip, a random 8 to 100 % of its area, resized to size, mirrored half of the time."""
     size: int | None = None
-    """Side of the images that come out, resized to it on their shorter side and cut to their middle square; if not given, they
-    stay as they are."""
+    """Side of the squares that images become: resized on their shorter side, cut to their middle; not given, they stay."""
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -128,13 +123,11 @@ class TaskSettings:
     """Of classification, a number for each class: what a sample of it counts in the loss."""
 
     def __post_init__(self) -> None:
-        at_least(0, "task.", label_smoothing=self.label_smoothing)
-        if self.label_smoothing > 1:
-            raise UsageError(f"--task.label-smoothing {self.label_smoothing}: use at most 1")
-        for weight in self.class_weights:
-            at_least(0, "task.", class_weights=weight)
-        if self.class_weights and not any(self.class_weights):
-            raise UsageError("--task.class-weights: all are 0, so nothing would be learnt: give one that is not")
+        weights = self.class_weights
+        if not 0 <= self.label_smoothing <= 1:
+            raise UsageError(f"--task.label-smoothing {self.label_smoothing}: use a number from 0 to 1")
+        if weights and not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
+            raise UsageError(f"--task.class-weights {' '.join(map(str, weights))}: use numbers from 0, and one above it")
 
 
 @dataclass(frozen=True)

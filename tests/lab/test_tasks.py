@@ -143,10 +143,10 @@ def test_settings_that_do_not_fit_the_task(task: tasks.Task, options: dict[str, 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"label_smoothing": -0.1}, "--task.label-smoothing -0.1: use at least 0"),
-        ({"label_smoothing": 1.5}, "--task.label-smoothing 1.5: use at most 1"),
-        ({"class_weights": (1.0, -1.0)}, "--task.class-weights -1.0: use at least 0"),
-        ({"class_weights": (0.0, 0.0)}, "--task.class-weights: all are 0"),
+        ({"label_smoothing": -0.1}, "--task.label-smoothing -0.1: use a number from 0 to 1"),
+        ({"label_smoothing": 1.5}, "--task.label-smoothing 1.5: use a number from 0 to 1"),
+        ({"class_weights": (1.0, -1.0)}, "--task.class-weights 1.0 -1.0: use numbers from 0, and one above it"),
+        ({"class_weights": (0.0, 0.0)}, "--task.class-weights 0.0 0.0: use numbers from 0, and one above it"),
     ],
 )
 def test_settings_out_of_range(options: dict[str, object], message: str) -> None:

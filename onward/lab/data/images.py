@@ -30,6 +30,35 @@ def decoded(
         UsageError: labels or images that cannot be used.
         TimeoutError: an image does not come.
     """
+    classes = _checked_classes(name, splits, class_names)
+    train = splits["train"]
+    if "test" not in splits:
+        rows, held = hold_out([sample.label for sample in train])
+        if not held:
+            raise UsageError(f"data set {name} has no test part, and no class of 5 images to hold one out of: add one")
+        splits = {"train": [train[row] for row in rows], "test": [train[row] for row in held]}
+        log.warning("data set %s has no test part: %d of its %d images are held out for it", name, len(held), len(train))
+    rows = {split: keep(len(samples), asked[split], split, name) for split, samples in splits.items()}
+    kept = {split: [splits[split][row] for row in rows[split]] for split in splits}
+    others = [splits[split][row] for split in splits for row in sorted(set(range(len(splits[split]))).difference(rows[split]))]
+    images = decode(kept["train"] + kept["test"], memory.physical() // parquet.SHARE, patience, others)
+    labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
+    cut = len(kept["train"])
+    if isinstance(images, Encoded):
+        parts = [replace(images, samples=samples) for samples in kept.values()]
+    else:
+        parts = [images[:cut], images[cut:]]
+    return Data(
+        name,
+        train=Split(parts[0], labels[:cut]),
+        test=Split(parts[1], labels[cut:]),
+        outputs=classes,
+        class_names=class_names or tuple(map(str, range(classes))),
+    )
+
+
+def _checked_classes(name: str, splits: dict[str, list[Sample]], class_names: tuple[str, ...]) -> int:
+    """How many classes there are, if the labels fit them."""
     for split, samples in splits.items():
         if not samples:
             raise UsageError(f"the {split} part of data set {name} has no images with labels: give one that has")
@@ -55,29 +84,7 @@ def decoded(
             _numbers(unused),
             last.label,
         )
-    if "test" not in splits:
-        rows, held = hold_out([sample.label for sample in train])
-        if not held:
-            raise UsageError(f"data set {name} has no test part, and no class of 5 images to hold one out of: add one")
-        splits = {"train": [train[row] for row in rows], "test": [train[row] for row in held]}
-        log.warning("data set %s has no test part: %d of its %d images are held out for it", name, len(held), len(train))
-    rows = {split: keep(len(samples), asked[split], split, name) for split, samples in splits.items()}
-    kept = {split: [splits[split][row] for row in rows[split]] for split in splits}
-    others = [splits[split][row] for split in splits for row in sorted(set(range(len(splits[split]))).difference(rows[split]))]
-    images = decode(kept["train"] + kept["test"], memory.physical() // parquet.SHARE, patience, others)
-    labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
-    cut = len(kept["train"])
-    if isinstance(images, Encoded):
-        parts = [replace(images, samples=samples) for samples in kept.values()]
-    else:
-        parts = [images[:cut], images[cut:]]
-    return Data(
-        name,
-        train=Split(parts[0], labels[:cut]),
-        test=Split(parts[1], labels[cut:]),
-        outputs=classes,
-        class_names=class_names or tuple(map(str, range(classes))),
-    )
+    return classes
 
 
 def _numbers(unused: Sequence[int]) -> str:

@@ -83,8 +83,9 @@ def summary(runs: Sequence[Sequence[Row]], task: Task) -> dict[str, float | None
     """One row of the table: mean and sample standard deviation (None for a single run) over the runs of one algorithm.
 
     >>> rows = [[{"test_accuracy": a, "seconds": 1.0, "peak_memory_bytes": 5} for a in run] for run in ([90, 80], [91, 84])]
-    >>> found = summary(rows, tasks.CLASSIFICATION)
-    >>> found["accuracy"], found["best_accuracy"], summary(rows[:1], tasks.CLASSIFICATION)["accuracy_std"]
+    >>> from onward.lab.tasks import CLASSIFICATION
+    >>> found = summary(rows, CLASSIFICATION)
+    >>> found["accuracy"], found["best_accuracy"], summary(rows[:1], CLASSIFICATION)["accuracy_std"]
     (82.0, 90.5, None)
     """
     found: dict[str, float | None] = {"runs": len(runs)}
