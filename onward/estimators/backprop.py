@@ -15,6 +15,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_e
 from onward.derivatives.graph import backward
 from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step
+from onward.network.cuts import check_names
 from onward.network.replay import Replay, check_same_output
 from onward.network.run import Loss, call, compute_loss, detached
 
@@ -50,7 +51,7 @@ class Backprop(Estimator, name="bp"):
         seed: int = 0,
         check: bool = True,
     ) -> None:
-        cuts = cuts if checkpoint else ()
+        cuts = cuts if checkpoint else check_names(model, cuts or ())[:0]
         super().__init__(model, cuts, loss=loss, seed=seed, check=check, uncut=True)
         self.checkpoint = checkpoint
         self.engine = "reverse, checkpointed" if checkpoint else "reverse"

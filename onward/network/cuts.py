@@ -95,15 +95,7 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
             if torch._C._current_graph_task_id() != -1:  # a backward pass recomputes the block
                 return None
             _check_output(name, module, output, with_gradients)
-            if name in done:
-                raise UsageError(
-                    f"cut {name!r} ({type(module).__name__}) runs more than once in a forward pass: cut at a module that "
-                    "runs once, or give each use a module of its own"
-                )
-            if name != order[len(done)]:
-                raise UsageError(
-                    f"cut {name!r} ran before cut {order[len(done)]!r}: name the cuts in the order in which they run"
-                )
+            _check_turn(name, module, order, done)
             done.append(name)
             watched = watching.pop(name, None)
             h = output if watched is None or not output.requires_grad else watched.setup_output_hook(output)
@@ -154,6 +146,17 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _check_turn(name: str, module: nn.Module, order: Sequence[str], done: Sequence[str]) -> None:
+    """Raise a :class:`onward.UsageError` where a cut has run already, or runs before those that were named before it."""
+    if name in done:
+        raise UsageError(
+            f"cut {name!r} ({type(module).__name__}) runs more than once in a forward pass: cut at a module that "
+            "runs once, or give each use a module of its own"
+        )
+    if name != order[len(done)]:
+        raise UsageError(f"cut {name!r} ran before cut {order[len(done)]!r}: name the cuts in the order in which they run")
 
 
 def _check_output(name: str, module: nn.Module, output: Any, with_gradients: bool) -> None:

@@ -15,15 +15,17 @@ import pytest
 import torch
 
 import onward
-from onward.derivatives.directions import NOISES
 from onward.estimators import ALGORITHMS
-from onward.estimators.forward_gradient.estimator import ENGINES, GUESSES, PASSES, SCALINGS, TARGETS
+from onward.estimators.forward_gradient.estimator import ENGINES
+from onward.estimators.forward_gradient.rule import FEEDBACK, GUESSES, PASSES, SCALINGS, TARGETS
 from onward.estimators.forward_gradient.spaces import SPACES
+from onward.estimators.settings import settings_of
 from onward.lab import cli as command
 from onward.lab.data import DATASETS
 from onward.lab.networks.models import MODELS
 from onward.lab.run.schedules import SCHEDULERS
-from onward.lab.settings import ForwardGradient, Heads, Schedule
+from onward.lab.settings import Heads, Schedule
+from onward.lab.tasks import TASKS
 from onward.network.heads import HEADS
 
 ONWARD = [sys.executable, "-m", "onward"]
@@ -98,23 +100,18 @@ def test_a_reader_that_has_gone_is_told_nothing(arguments: list[str], tmp_path: 
 
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["list"]) == 0
-    words = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    assert words == [*ALGORITHMS, *MODELS, *HEADS, *TARGETS, *GUESSES, *SPACES, *DATASETS]
+    printed = capsys.readouterr().out
+    words = [line.split()[0] for line in printed.splitlines() if re.match(r"  \S", line)]
+    tables = (ALGORITHMS, MODELS, HEADS, TARGETS, GUESSES, SPACES, ENGINES, PASSES, FEEDBACK, SCALINGS, TASKS, DATASETS)
+    assert sorted(words) == sorted(name for table in tables for name in table)
+    for name, algorithm in ALGORITHMS.items():
+        for setting in settings_of(algorithm):
+            assert re.search(rf"^ {{10,}}{setting}=", printed, re.MULTILINE), (name, setting)
 
 
 @pytest.mark.parametrize(
     ("kind", "field", "known"),
-    [
-        (Heads, "kind", HEADS),
-        (ForwardGradient, "target", TARGETS),
-        (ForwardGradient, "guess", GUESSES),
-        (ForwardGradient, "space", SPACES),
-        (ForwardGradient, "engine", ENGINES),
-        (ForwardGradient, "passes", PASSES),
-        (ForwardGradient, "noise", NOISES),
-        (ForwardGradient, "scaling", SCALINGS),
-        (Schedule, "name", SCHEDULERS),
-    ],
+    [(Heads, "kind", HEADS), (Schedule, "name", SCHEDULERS)],
 )
 def test_the_command_offers_what_there_is(kind: type, field: str, known: Iterable[str]) -> None:
     hint = get_type_hints(kind)[field]
@@ -131,6 +128,9 @@ def test_compare_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert f"picture: {tmp_path}/both/curves.png" in printed
 
 
+ENTRY = "fdfa:directions=2,low_memory=true"
+
+
 def test_settings_nest_under_their_owner(tmp_path: Path) -> None:
     nested = {
         "--network.layers": "3",
@@ -139,15 +139,13 @@ def test_settings_nest_under_their_owner(tmp_path: Path) -> None:
         "--schedule.gamma": "0.9",
         "--feedback.optimizer": "sgd",
         "--feedback.lr": "0.25",
-        "--feedback.directions": "2",
         "--transform.mean": "0.25",
         "--transform.augment": "crop-flip",
-        "--forward-gradient.noise": "rademacher",
     }
     flags = [word for pair in nested.items() for word in pair]
-    assert command.main(["train", "--out", str(tmp_path), *SMALL, "--low-memory", *flags]) == 0
+    assert command.main(["train", "--out", str(tmp_path), *SMALL, "--algorithm", ENTRY, *flags]) == 0
     config = json.loads((tmp_path / "config.json").read_text())["config"]
-    assert config["low_memory"] is True
+    assert config["algorithm"] == ENTRY
     for flag, value in nested.items():
         owner, name = flag.removeprefix("--").replace("-", "_").split(".")
         assert str(config[owner][name]) == value

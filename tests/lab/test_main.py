@@ -25,14 +25,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import main
+import onward
 from main import translate
 from onward.errors import UsageError
-from onward.lab.data.batches import Transform
-from onward.lab.data.images import ImageData
+from onward.lab.data import Data
 from onward.lab.dialects import commands, fdfa, flg
-from onward.lab.run.folder import settings
+from onward.lab.run.algorithms import spelled
 from onward.lab.run.loop import TrainingFailed, prepare
-from onward.lab.settings import Feedback, ForwardGradient, Heads, Network, Optimizer, Schedule, Subset, Train
+from onward.lab.run.record import read
+from onward.lab.settings import Feedback, Heads, Network, Optimizer, Schedule, Subset, Train, Transform
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = Train(algorithm="fdfa", model="mlp", data="mnist", epochs=100, batch_size=64, lr=1e-4, schedule=Schedule(gamma=0.95))
@@ -51,10 +52,9 @@ OTHERS = {
     "python main.py": DEFAULTS,
     "python main.py --train-mode FwdGrad": replace(
         DEFAULTS,
-        algorithm="fg",
+        algorithm="fg:space=avg-weight",
         lr=1e-3,
         network=Network(layers=1),
-        forward_gradient=ForwardGradient(space="avg-weight"),
     ),
     "python main.py --dataset FashionMNIST --n-layers 3 --no-cuda": replace(
         DEFAULTS, data="fashion-mnist", network=Network(layers=3), device="cpu"
@@ -172,7 +172,7 @@ README_OF_FLG = (
     "--n_epoch 100  --optimizer.lr 5e-2 --optimizer.wd 5e-4 --eps_norm 1e-14"
 )
 PAPER = Train(
-    algorithm="fg",
+    algorithm="fg:guess=local,space=weight,engine=reverse",
     model="resnet18-8b",
     data="cifar10",
     epochs=100,
@@ -186,55 +186,49 @@ PAPER = Train(
     optimizer=Optimizer("sgd", momentum=0.9, weight_decay=5e-4),
     schedule=Schedule("step", gamma=0.2, step_size=30),
     heads=Heads("mlp"),
-    forward_gradient=ForwardGradient(guess="local", space="weight", engine="reverse"),
     transform=Transform(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), augment="crop-flip"),
 )
 ImageNet = Transform(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), augment="resized-crop-flip", size=224)
 
 
-def fg(**changes: str | float) -> ForwardGradient:
-    return replace(PAPER.forward_gradient, **changes)  # type: ignore[arg-type]
+def fg(**changes: str | float) -> str:
+    settings = {"guess": "local", "space": "weight", "engine": "reverse", **changes}
+    return spelled("fg", onward.ForwardGradient, settings)
 
 
 FLG = {
-    README_OF_FLG: replace(PAPER, heads=Heads("cnn", 32), forward_gradient=fg(eps=1e-14)),
+    README_OF_FLG: replace(PAPER, heads=Heads("cnn", 32), algorithm=fg(eps=1e-14)),
     "python -u main.py --algo localonly --arch resnet18-16b --auxnet mlp --auxnet.h_channel 512 --n_epoch 100  "
     "--optimizer.lr 5e-2 --optimizer.wd 5e-4 --eps_norm 1e-14": replace(
-        PAPER, algorithm="local", model="resnet18-16b", heads=Heads("mlp", 512), forward_gradient=ForwardGradient()
+        PAPER, algorithm="local", model="resnet18-16b", heads=Heads("mlp", 512)
     ),
     "python -u main.py --algo std --arch resnet18 --auxnet linear --auxnet.h_channel 32 --n_epoch 100  --optimizer.lr 5e-2 "
-    "--optimizer.wd 5e-4 --eps_norm 1e-14": replace(
-        PAPER, algorithm="bp", heads=Heads("linear", 32), forward_gradient=ForwardGradient()
-    ),
+    "--optimizer.wd 5e-4 --eps_norm 1e-14": replace(PAPER, algorithm="bp", heads=Heads("linear", 32)),
     "python main.py --algorithm generic": PAPER,
-    "python main.py --algorithm=std": replace(PAPER, algorithm="bp", forward_gradient=ForwardGradient()),
-    "python main.py --algorithm localonly --auxnet predsim": replace(
-        PAPER, algorithm="local", heads=Heads("predsim"), forward_gradient=ForwardGradient()
-    ),
+    "python main.py --algorithm=std": replace(PAPER, algorithm="bp"),
+    "python main.py --algorithm localonly --auxnet predsim": replace(PAPER, algorithm="local", heads=Heads("predsim")),
     "python main.py --algorithm avg-weight-fast --guess random": replace(
         PAPER,
         cuts=("block1", "block2", "block3", "block4", "block5", "block6", "block7"),
-        forward_gradient=fg(guess="random", space="avg-weight"),
+        algorithm=fg(guess="random", space="avg-weight"),
     ),
-    "python main.py --algo avg-weight-fast": replace(PAPER, forward_gradient=fg(space="avg-weight")),
-    "python main.py --algo generic --space activation": replace(PAPER, forward_gradient=fg(space="activation")),
+    "python main.py --algo avg-weight-fast": replace(PAPER, algorithm=fg(space="avg-weight")),
+    "python main.py --algo generic --space activation": replace(PAPER, algorithm=fg(space="activation")),
     "python main.py --arch resnet18-16b --downsample avg-pool": replace(PAPER, model="resnet18-16b"),
     "python main.py --aux_type cnn --auxnet cnn --pool_size 2 --auxnet.n_layers 3": replace(PAPER, heads=Heads("cnn")),
     "python main.py --auxnet linear --h_channel 0": replace(PAPER, heads=Heads("linear")),
-    "python main.py --algo std --h_channel 0 --n_layers 5 --pool_size 1": replace(
-        PAPER, algorithm="bp", forward_gradient=ForwardGradient()
-    ),
+    "python main.py --algo std --h_channel 0 --n_layers 5 --pool_size 1": replace(PAPER, algorithm="bp"),
     "python main.py --weight_init kaiming-uniform": PAPER,
     "python main.py --scheduler linear --total_iters 9 --n_epoch 9": replace(PAPER, epochs=9, schedule=Schedule("linear")),
     "python main.py --scheduler onecycle --step_per_epoch_time_bs 45000": replace(PAPER, lr=0.1, schedule=Schedule("onecycle")),
     "python main.py --entity us": PAPER,
     "python main.py --target sum --guess ntk --space activation-2 --eps 1e-3": replace(
-        PAPER, forward_gradient=fg(target="sum", guess="ntk", space="activation-2", eps=1e-3)
+        PAPER, algorithm=fg(target="sum", guess="ntk", space="activation-2", eps=1e-3)
     ),
     "python main.py --guess random --space sign-weight --noise_type rademacher": replace(
-        PAPER, forward_gradient=fg(guess="random", space="sign-weight", noise="rademacher", scaling="projection")
+        PAPER, algorithm=fg(guess="random", space="sign-weight", noise="rademacher", scaling="projection")
     ),
-    "python main.py --guess random --space activation": replace(PAPER, forward_gradient=fg(guess="random", space="activation")),
+    "python main.py --guess random --space activation": replace(PAPER, algorithm=fg(guess="random", space="activation")),
     "python main.py --arch resnet18-2b --downsample avg-pool --widen_factor 0.5 --auxnet cnn --h_channel 16": replace(
         PAPER, model="resnet18-2b", network=Network(width=0.5, downsample="avg-pool"), heads=Heads("cnn", 16)
     ),
@@ -290,7 +284,7 @@ def test_every_name_of_a_target_and_a_guess(space: str) -> None:
     guesses = {**targets, "localgrad": "local"} | {name: name for name in ("random", "ntk", "fixed-ntk", "feedback")}
     for target, guess in itertools.product(targets, guesses):
         config = translate(["--algo", f"fg-tgt-{target}-guess-{guess}-{space}"])
-        assert config.forward_gradient == fg(
+        assert config.algorithm == fg(
             target=targets[target],
             guess=guesses[guess],
             space=space.replace("activity", "activation"),
@@ -403,7 +397,7 @@ def test_the_readme_command_of_flg_trains(tmp_path: Path) -> None:
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("fg (")
+    assert done.stdout.startswith("fg:guess=local,space=weight,engine=reverse,eps=1e-14 (reverse)")
     (folder,) = (tmp_path / "results" / "resnet18-8b-cnn-global-local-weight").iterdir()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
@@ -415,7 +409,7 @@ def test_the_readme_command_of_flg_trains(tmp_path: Path) -> None:
     assert len((folder / "alignment.jsonl").read_text().splitlines()) == 3
 
 
-Make = Callable[..., ImageData]
+Make = Callable[..., Data]
 
 
 @pytest.mark.parametrize("line", ["--algorithm avg-weight-fast --guess random", "--guess random --space avg-weight"])
@@ -683,7 +677,7 @@ def test_runs_that_start_in_the_same_second_do_not_meet(
     folders = sorted((tmp_path / "results" / "BP").iterdir())
     assert [folder.name for folder in folders] == ["240131_235959", "240131_235959-2", "240131_235959-3"]
     for folder in folders:
-        assert settings(folder).out == str(folder.relative_to(tmp_path))
+        assert read(folder).config.out == str(folder.relative_to(tmp_path))
         assert f"written to {folder.relative_to(tmp_path)}\n" in capsys.readouterr().out or folder != folders[0]
 
 
@@ -706,7 +700,7 @@ def test_more_images_than_there_are_are_all_of_them(tmp_path: Path, monkeypatch:
     small = f"--algo std --path {tmp_path} --arch small-net --widen_factor 0.0625 --n_epoch 1 --batchsize 8 --augmentation none"
     main.run(f"{small} --num_train_sample 16 --num_test_sample 1000 --log-dir first".split())
     main.run(f"{small} --num_train_sample 50000 --log-dir second".split())
-    first, second = (settings(next(Path(name).glob("*/*"))) for name in ("first", "second"))
+    first, second = (read(next(Path(name).glob("*/*"))).config for name in ("first", "second"))
     assert (first.subset, second.subset) == (Subset(16, None), Subset(None, None))
 
 

@@ -25,18 +25,18 @@ from hypothesis import strategies as st
 from onward.errors import UsageError
 from onward.lab.run import checkpoint
 from onward.lab.run.loop import resume, train
-from onward.lab.settings import Feedback, ForwardGradient, Heads, Network, Optimizer, Schedule, Train
+from onward.lab.settings import Feedback, Heads, Network, Optimizer, Schedule, Train
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "bp": {"algorithm": "bp", "optimizer": Optimizer("sgd", momentum=0.9), "schedule": Schedule("onecycle")},
     "local": {"algorithm": "local", "heads": Heads("linear")},
     "dfa": {"algorithm": "dfa"},
-    "dkp": {"algorithm": "dkp", "low_memory": True},
+    "dkp": {"algorithm": "dkp:low_memory=true"},
     "fdfa": {"algorithm": "fdfa", "feedback": Feedback(lr=1e-2, optimizer="sgd")},
     "fg-random": {"algorithm": "fg", "schedule": Schedule("plateau", patience=0)},
-    "fg-weights": {"algorithm": "fg", "forward_gradient": ForwardGradient(space="avg-weight", noise="rademacher")},
-    "fg-ntk": {"algorithm": "fg", "heads": Heads("linear"), "forward_gradient": ForwardGradient(guess="ntk")},
-    "fg-feedback": {"algorithm": "fg", "forward_gradient": ForwardGradient(guess="feedback", space="weight", engine="reverse")},
+    "fg-weights": {"algorithm": "fg:space=avg-weight,noise=rademacher"},
+    "fg-ntk": {"algorithm": "fg:guess=ntk", "heads": Heads("linear")},
+    "fg-feedback": {"algorithm": "fg:guess=feedback,space=weight,engine=reverse"},
 }
 MEASURED = ("seconds", "peak_memory_bytes")  # by the clock, so they may differ
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,38 +12,19 @@ from torch import Tensor, nn
 from onward.derivatives.directions import seed_of, without_row
 from onward.derivatives.graph import backward, padding_rows, parameters_behind
 from onward.derivatives.layers import Use, record_uses
-from onward.derivatives.per_sample import dots, weighted_sum
-from onward.derivatives.tangents import Tangents
+from onward.derivatives.per_sample import weighted_sum
 from onward.errors import UsageError
 from onward.estimators.base import Step
+from onward.estimators.forward_gradient.measure import Measured, Site, measure
 from onward.estimators.forward_gradient.reverse import accumulate_rows, estimate_samples, through
 from onward.estimators.forward_gradient.rule import Rule
 from onward.estimators.signals import Known, measure_output
 from onward.network.cuts import Elsewhere, cut_graph
 from onward.network.gradients import ParameterNames, accumulate, allocate_gradients, forget_unused
 from onward.network.replay import Replay, check_same_output
-from onward.network.run import Loss, as_rows, call, check_samples, detached, leaves, output_error, without_graph
+from onward.network.run import call, detached, leaves
 
 Guess = Callable[[], list[Tensor]]
-_AT_ONCE = 4  # tangents in one pass where every block has its own, so that memory does not grow with the number of blocks
-
-
-class Site(NamedTuple):
-    """Where a guess is a tangent: at the output of a block, or on a parameter while that block runs."""
-
-    block: int
-    parameter: str | None
-    direction: int
-
-
-class Measured(NamedTuple):
-    """The derivative along each site's tangent, of shape (N,), or (1,) for a parameter's; what the passes saw."""
-
-    slopes: dict[Site, Tensor]
-    loss: Tensor
-    output: Any
-    padding: dict[nn.Parameter, int]
-    """The rows of parameters that the network leaves out of their gradients, where it was run as a whole."""
 
 
 def estimate(fg: Rule, x: Any, y: Any) -> Step:
@@ -77,7 +57,7 @@ def _activations(fg: Rule, x: Any, y: Any, again: Replay, known: Known | None) -
                 return found
             return [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
 
-        measured = _measure(fg, x, y, again, slots, at_output=inject)
+        measured = measure(fg, x, y, again, slots, at_output=inject)
         slopes = measured.slopes
         slopes = {site: slope * _sign(fg, site, slope.shape) for site, slope in slopes.items()}
     of_samples = fg.comparison.in_samples
@@ -167,7 +147,7 @@ def _estimate_along(
         return along[site] * _sign(fg, site, ()) if _signed(fg) else along[site]
 
     slots = _slots(fg, list(along))
-    measured = _measure(fg, x, y, again, slots, on_parameters=tangent, members=members)
+    measured = measure(fg, x, y, again, slots, on_parameters=tangent, members=members)
     slopes_of = _mean_slopes(fg, measured.slopes)
     if along and not slopes_of:
         raise UsageError(
@@ -229,128 +209,6 @@ def _block_by_block(
         check(len(fg.cuts), *leaves(output))
     loss = fg.learn_last(output, y)
     return Step(loss, detached(output), seen)
-
-
-def _measure(
-    fg: Rule,
-    x: Any,
-    y: Any,
-    again: Replay,
-    slots: Sequence[Sequence[Site]],
-    *,
-    at_output: Callable[[Tensor, Sequence[Site]], list[Tensor]] | None = None,
-    on_parameters: Callable[[Site], Tensor] | None = None,
-    members: Mapping[int, Sequence[nn.Parameter]] = MappingProxyType({}),
-) -> Measured:
-    """The derivative of the target along each site's tangent: one tangent for each slot, which may serve several sites.
-
-    A target is read where its losses are: at the heads, from the tangents of a block's output, and at the network's output.
-    """
-    slopes: dict[Site, Tensor] = {}
-    shapes: dict[int, torch.Size] = {}
-    last = len(fg.cuts)
-    names = ParameterNames(fg.model)
-    at_once = len(slots) if fg.passes == "one" else _AT_ONCE
-    chunks = [slots[start : start + at_once] for start in range(0, len(slots), max(1, at_once))]
-    loss, output, tangents = torch.empty(0), None, Tangents()
-    for index, chunk in enumerate(chunks):
-        tangents = Tangents(len(chunk), through_gradients=True)
-
-        def read(
-            point: int, criterion: Loss, output: Any, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk
-        ) -> Tensor:
-            found = output_error(criterion, output, y, lambda value: tangents.get(value) is not None)
-            for j, slot in enumerate(chunk):
-                moved = [(e, t) for z, e in zip(found.at, found.e, strict=True) if (t := tangents.get(z, j)) is not None]
-                if moved:
-                    slope = _slope(moved, by_sample=slot[0].parameter is None)
-                    for site in slot:
-                        if _reads(fg.target, site.block, point, last):
-                            if site.parameter is None and site.block in shapes:  # a cut that did not run is told of later
-                                check_samples(fg.cuts[site.block], shapes[site.block], len(slope), "a forward gradient")
-                            slopes[site] = slopes[site] + slope if site in slopes else slope
-            return found.loss
-
-        def enter(k: int, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> None:
-            """Give the parameters of block k their tangents."""
-            if on_parameters is None or k not in members:
-                return
-            tangent_of = on_parameters
-            for p in members[k]:
-                found: list[Tensor | None] = [
-                    next((tangent_of(s) for s in slot if s.block == k and s.parameter == names[p]), None) for slot in chunk
-                ]
-                if any(t is not None for t in found):
-                    tangents.set(p, *(torch.zeros_like(p) if t is None else t for t in found))
-
-        def deliver(k: int, h: Tensor, tangents: Tangents = tangents, chunk: Sequence[Sequence[Site]] = chunk) -> Tensor:
-            for p in members.get(k, ()):
-                tangents.clear(p)
-            shapes[k] = h.shape
-            moved = [tangents.get(h, j) for j in range(len(chunk))]
-            if fg.target == "above" and k > 0:
-                _at_head(fg, k, h, moved, tangents, read)
-            if at_output is not None:
-                wanted = {j: site for j, slot in enumerate(chunk) for site in slot if site.block == k}
-                for j, u in zip(wanted, at_output(h, list(wanted.values())) if wanted else (), strict=True):
-                    arrived = moved[j]
-                    moved[j] = u if arrived is None else arrived + u
-            if fg.target in ("local", "sum"):
-                _at_head(fg, k, h, moved, tangents, read)
-            passed_on = h.detach()
-            if fg.target != "local":
-                _give(tangents, passed_on, moved)
-            enter(k + 1)
-            return passed_on
-
-        # The only pass of a network without cuts is the one that moves its running statistics.
-        running = again if last == 0 and index == len(chunks) - 1 else again.frozen()
-        with running, without_graph(fg), tangents, cut_graph(fg.model, fg.cuts, deliver):
-            enter(min(members, default=0))
-            output = call(fg.model, x)
-            loss = read(last, fg.loss, output) if fg.ends_here else leaves(output)[0].new_zeros(())
-    for site in {site for slot in slots for site in slot if site.parameter is None} - slopes.keys():
-        raise UsageError(
-            f"no tangent reached the target's loss from cut {fg.cuts[site.block]!r}: something after it is invisible to "
-            "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
-        )
-    return Measured(slopes, loss, output, tangents.padding_rows() if not fg.cuts else {})
-
-
-def _slope(moved: Sequence[tuple[Tensor, Tensor]], *, by_sample: bool) -> Tensor:
-    """A loss's derivative along a tangent, from its gradient and the tangent at each output: each sample's, or the sum."""
-    if by_sample:
-        return dots(as_rows([e for e, _ in moved]), as_rows([t.to(e.dtype) for e, t in moved]))
-    parts = [(e * t).sum() if e.dim() == 0 else dots(as_rows(e), as_rows(t.to(e.dtype))).sum() for e, t in moved]
-    return torch.stack(parts).sum().view(1)
-
-
-def _reads(target: str, block: int, point: int, last: int) -> bool:
-    """Whether the target of a block contains the loss at a point: the head of that number, or the output (the last)."""
-    match target:
-        case "global":
-            return point == last
-        case "local":
-            return point == block
-        case "above":
-            return point == block + 1
-        case _:
-            return point >= block
-
-
-def _at_head(
-    fg: Rule, k: int, h: Tensor, moved: Sequence[Tensor | None], tangents: Tangents, read: Callable[..., Tensor]
-) -> None:
-    assert fg.heads is not None
-    probe = h.detach()
-    _give(tangents, probe, moved)
-    with fg.heads.randomness(k, fg.mask_seed, fg.step):
-        read(k, fg.loss, fg.heads[k](probe))
-
-
-def _give(tangents: Tangents, tensor: Tensor, moved: Sequence[Tensor | None]) -> None:
-    if any(t is not None for t in moved):
-        tangents.set(tensor, *(torch.zeros_like(tensor) if t is None else t.clone() for t in moved))
 
 
 def _slots(fg: Rule, sites: Sequence[Site]) -> list[list[Site]]:

@@ -176,7 +176,8 @@ def _learn(fg: Rule, k: int, block: Block, sweep: Sweep, known: Known | None, y:
         edges = parameters
     elif fg.comparison.in_samples:
         edges = [use.output for use in uses]
-    compared = edges if fg.comparison.of != "rows" else []  # the target itself is not needed inside the block
+    weighs_rows = fg.comparison.of == "rows" and fg.comparison.in_samples
+    compared = [] if weighs_rows else edges  # the target itself is not needed inside the block
     at_target = deliver(fg.target, target, compared)
     same = fg.guess == fg.target and compared is edges
     at_guesses = [at_target] if same else [deliver(fg.guess, u, edges) for u in guesses]
@@ -186,18 +187,21 @@ def _learn(fg: Rule, k: int, block: Block, sweep: Sweep, known: Known | None, y:
         _estimate_parameters(fg, parameters, at_target, None if drawn_in_weights else at_guesses, padding_rows(h))
     elif fg.comparison.of == "samples":
         estimate_samples(fg, k, h, uses, [target, *guesses], [at_target, *at_guesses])
-    elif fg.comparison.in_samples:
+    elif weighs_rows:
         weights = fg.row_weights([dots(target, u) for u in guesses], guesses)
         accumulate_rows(h, uses, guesses, at_guesses, weights)
     else:
-        if fg.comparison.spans:
-            delta = torch.stack([spaces.span_rows(target, fg.shard.gather(u)) for u in guesses]).mean(0)
-        else:
-            delta = weighted_sum(guesses, fg.row_weights([dots(target, u) for u in guesses], guesses))
-        backward(h, fg.observed(k, delta), inputs=parameters)
+        backward(h, fg.observed(k, _estimate_signal(fg, target, guesses)), inputs=parameters)
         return
     if not drawn_in_weights:
         fg.observed(k, guesses[0])
+
+
+def _estimate_signal(fg: Rule, target: Tensor, guesses: Sequence[Tensor]) -> Tensor:
+    """The estimate in the spaces of each sample's rows of activations."""
+    if fg.comparison.spans:
+        return torch.stack([spaces.span_rows(target, fg.shard.gather(u)) for u in guesses]).mean(0)
+    return weighted_sum(guesses, fg.row_weights([dots(target, u) for u in guesses], guesses))
 
 
 def accumulate_rows(

@@ -8,6 +8,7 @@ code does otherwise, and where this differs: docs/papers.md.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -82,7 +83,6 @@ FLAGS = {
     "--data-dir": "path",
     "--device": "device",
     "--epochs": "n_epoch",
-    "--forward-gradient.eps": "eps",
     "--heads.kind": "auxnet",
     "--heads.width": "h_channel",
     "--log-interval": "log_freq",
@@ -218,15 +218,7 @@ def read(arguments: Sequence[str] | None = None) -> Command:
         _check_heads(asked, spelled)
     method = {"local": ["local", asked.auxnet], "bp": ["std"]}.get(algorithm)
     method = method or [asked.auxnet, fg["target"], fg["guess"], fg["space"]]
-    names = {flag: spelled[name] for flag, name in FLAGS.items()}
-    names |= PHRASES
-    names["give one number, or one per channel"] = (
-        f"{spelled['dataset']} {asked.dataset} has set that, for grey images use {spelled['dataset']} mnist"
-    )
-    if asked.scheduler == "onecycle":
-        names["--lr"] = spelled["maxlr"]
-    if asked.scheduler == "plateau":
-        names["--schedule.gamma"] = spelled["factor"]
+    names = _names(asked, spelled)
     transform = TRANSFORMS.get(asked.dataset, OF_OTHERS)
     with in_own_words(names):
         config = Train(
@@ -267,6 +259,19 @@ def read(arguments: Sequence[str] | None = None) -> Command:
         told = no_effect(given(flags, arguments), _reasons(asked, config, fg, heads, gpus)) + _differences(asked, config, heads)
     environment = {"WANDB_ENTITY": asked.entity} if asked.entity and asked.status else {}
     return Command(config, names, tuple(told), environment)
+
+
+def _names(asked: argparse.Namespace, spelled: dict[str, str]) -> dict[str, str]:
+    """What this code has in the place of `onward train`'s flags, and of phrases with one."""
+    names = {flag: spelled[name] for flag, name in FLAGS.items()} | PHRASES
+    names["give one number, or one per channel"] = (
+        f"{spelled['dataset']} {asked.dataset} has set that, for grey images use {spelled['dataset']} mnist"
+    )
+    if asked.scheduler == "onecycle":
+        names["--lr"] = spelled["maxlr"]
+    if asked.scheduler == "plateau":
+        names["--schedule.gamma"] = spelled["factor"]
+    return names
 
 
 def translate(arguments: Sequence[str] | None = None) -> Train:
@@ -337,6 +342,8 @@ def _check(asked: argparse.Namespace, spelled: dict[str, str], epochs: int, gpus
     """Refuse values that only that code has, and those that no code could use."""
     if asked.momentum is not None and asked.optimizer != "sgd":
         raise UsageError(f"{spelled['momentum']} {asked.momentum} is for --optimizer sgd: give both or neither")
+    if not 0 <= asked.eps < math.inf:
+        raise UsageError(f"{spelled['eps']} {asked.eps}: use at least 0")
     if asked.weight_init != "kaiming-uniform":
         raise UsageError(f"--weight_init {asked.weight_init}: networks and heads start kaiming-uniform here, leave it out")
     if asked.scheduler == "linear" and asked.total_iters not in (None, epochs):
