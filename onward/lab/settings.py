@@ -19,7 +19,6 @@ with lab_extra():
 AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
 LARGEST = 2**31 - 1
 """Of whole numbers: what every part of PyTorch takes."""
-Positional = tyro.conf.Positional
 
 T = TypeVar("T")
 
@@ -341,7 +340,7 @@ class Compare(Recipe):
 class Align(Recipe):
     """Measure, block by block, how estimated gradients agree with the true one: from checkpoints, or while training."""
 
-    runs: Positional[tuple[str, ...]] = ()
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders, whose checkpoints are looked at; if none are given, --algorithms are trained and looked at on the way."""
     algorithms: tuple[str, ...] = ("bp", "local", "dfa", "dkp", "fdfa", "fg", "fg:guess=local")
     """Algorithms that `onward list` names, each with settings of its own if need be: fdfa:lr=1e-3, fg:guess=local."""
@@ -364,7 +363,7 @@ class Align(Recipe):
 class Report:
     """Put runs on one HTML page that needs nothing else: tables, curves, cost, alignment, settings, commands."""
 
-    runs: Positional[tuple[str, ...]] = ()
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """Run folders, or folders with run folders somewhere below them."""
     out: str = "report.html"
     """The page."""
@@ -429,8 +428,8 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     import dacite
 
     try:
-        hooks = dict.fromkeys((int, float, tuple[str, ...], tuple[float, ...]), _taken_literally)
-        return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[], type_hooks=hooks))  # type: ignore[type-var]
+        hooks: dict[Any, Any] = dict.fromkeys((int, float, tuple[str, ...], tuple[float, ...]), _taken_literally)
+        return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[], type_hooks=hooks))
     except UsageError:
         raise
     except (dacite.DaciteError, TypeError, ValueError) as error:

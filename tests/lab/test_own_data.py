@@ -389,7 +389,7 @@ BROKEN = {
     "unpaired": ("return Unpaired(), Unpaired()", r"item 0 of its Dataset is a Tensor: return \(input, target\)"),
     "growing": (
         "return Growing(), Growing()",
-        r"item 0 has a tensor of shape \(1,\), item 1 one of \(2,\): return items that can",
+        r"item 0 has other shapes \(input \(1,\), target \(\)\) than item 1 \(input \(2,\), target \(\)\)",
     ),
     "failing": ("return Failing(), Failing()", r"bad.py, line \d+ at item 2: ValueError: damaged"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,8 @@ def _reader(split: Split, transform: Transform, device: str | torch.device, *, t
                 generators.seed(seed)
                 x, y = split.inputs[rows]
         else:
-            x = mapped(split.inputs, lambda tensor: tensor[rows.to(tensor.device)])
+            inputs: Any = split.inputs
+            x = mapped(inputs, lambda tensor: tensor[rows.to(tensor.device)])
             y = split.targets[rows.to(split.targets.device)]
         return mapped(x, lambda tensor: tensor.to(device)), y.to(device)
 

@@ -99,7 +99,8 @@ class _Empty(UsageError):
 
 def _class_folder(folder: Path, label: int, above: frozenset[tuple[int, int]], left: list[Path]) -> list[Sample]:
     """The images of one class; what else its folder holds is added to what is left out."""
-    images, others = [], []
+    images: list[os.DirEntry[str]] = []
+    others: list[os.DirEntry[str]] = []
     for entry in walk(folder, above):
         (images if is_image(entry) else others).append(entry)
     refuse_dangling(images + others)

@@ -288,14 +288,16 @@ def _size(sample: Sample) -> tuple[str, int]:
             return name, sample.image.stat().st_size
         except OSError as error:
             raise UsageError(f"{sample.place} cannot be read ({error.strerror}): put it back") from error
-    return name, sample.image.as_buffer().size if hasattr(sample.image, "as_buffer") else zlib.crc32(sample.image.tobytes())
+    image: Any = sample.image
+    return name, image.as_buffer().size if hasattr(image, "as_buffer") else zlib.crc32(image.tobytes())
 
 
 def _open(sample: Sample) -> Image.Image:
     """The image as far as its header."""
     with lab_extra():
         from PIL import Image
-    return Image.open(sample.image if isinstance(sample.image, Path) else io.BytesIO(sample.image.as_buffer()))
+    image: Any = sample.image
+    return Image.open(image if isinstance(image, Path) else io.BytesIO(image.as_buffer()))
 
 
 def _has_colour(sample: Sample) -> bool:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from onward.errors import UsageError
 from onward.lab.data import parquet
-from onward.lab.data.encoded import Encoded, Sample, decode
+from onward.lab.data.encoded import Sample, decode
 from onward.lab.data.split import Data, Split, hold_out, keep
 from onward.lab.system import memory
 
@@ -38,16 +39,17 @@ def decoded(
             raise UsageError(f"data set {name} has no test part, and no class of 5 images to hold one out of: add one")
         splits = {"train": [train[row] for row in rows], "test": [train[row] for row in held]}
         log.warning("data set %s has no test part: %d of its %d images are held out for it", name, len(held), len(train))
-    rows = {split: keep(len(samples), asked[split], split, name) for split, samples in splits.items()}
-    kept = {split: [splits[split][row] for row in rows[split]] for split in splits}
-    others = [splits[split][row] for split in splits for row in sorted(set(range(len(splits[split]))).difference(rows[split]))]
+    used = {split: keep(len(samples), asked[split], split, name) for split, samples in splits.items()}
+    kept = {split: [splits[split][row] for row in used[split]] for split in splits}
+    others = [splits[split][row] for split in splits for row in sorted(set(range(len(splits[split]))).difference(used[split]))]
     images = decode(kept["train"] + kept["test"], memory.physical() // parquet.SHARE, patience, others)
     labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
     cut = len(kept["train"])
-    if isinstance(images, Encoded):
-        parts = [replace(images, samples=samples) for samples in kept.values()]
-    else:
-        parts = [images[:cut], images[cut:]]
+    parts: list[Any] = (
+        [images[:cut], images[cut:]]
+        if isinstance(images, Tensor)
+        else [images.part(range(cut)), images.part(range(cut, len(images)))]
+    )
     return Data(
         name,
         train=Split(parts[0], labels[:cut]),

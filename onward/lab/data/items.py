@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ TWICE = 8
 class Items:
     """Some rows of a Dataset. `items[rows]` is a batch; without a task, its targets are as the Dataset has them."""
 
-    dataset: Dataset
+    dataset: Dataset[Any]
     rows: Sequence[int]
     owner: Own
     task: Task | None = None
@@ -43,9 +44,12 @@ class Items:
     def __getitem__(self, rows: Tensor) -> Batch:
         asked = [self.rows[row] for row in rows.tolist()]
         pairs = [self._pair(row) for row in asked]
-        x = self._stacked(asked, [x for x, _ in pairs])
-        y = self._stacked(asked, [y for _, y in pairs])
-        return x, self.task.read(y) if self.task else y
+        self._check_alike(asked, pairs)
+        first = pairs[0][0]
+        y = torch.stack([y for _, y in pairs])
+        columns = {name: torch.stack([leaves(x)[name] for x, _ in pairs]) for name in leaves(first)}
+        x: Inputs = columns if isinstance(first, dict) else tuple(columns.values())
+        return columns[""] if isinstance(first, Tensor) else x, self.task.read(y) if self.task else y
 
     def _pair(self, row: int) -> tuple[Inputs, Tensor]:
         with own.errors(self.owner, f" at item {row}", elsewhere=True):
@@ -55,20 +59,17 @@ class Items:
         what = f"{self.owner}: of item {row} the"
         return tensors(item[0], f"{what} input"), tensor(item[1], f"{what} target")
 
-    def _stacked(self, asked: Sequence[int], parts: Sequence[Inputs]) -> Inputs:
-        shapes = [{name: (*part.shape,) for name, part in leaves(inputs).items()} for inputs in parts]
+    def _check_alike(self, asked: Sequence[int], pairs: Sequence[Batch]) -> None:
+        """Refuse items that cannot be put together in a batch."""
+        parts = [{**{name or "input": part for name, part in leaves(x).items()}, "target": y} for x, y in pairs]
+        shapes = [{name: (*part.shape,) for name, part in named.items()} for named in parts]
         for row, shape in zip(asked, shapes, strict=True):
             if shape != shapes[0]:
-                said = ["; ".join(f"{name} {size}".strip() for name, size in one.items()) for one in (shapes[0], shape)]
+                said = [", ".join(f"{name} {size}" for name, size in one.items()) for one in (shapes[0], shape)]
                 raise UsageError(
-                    f"{self.owner}: item {asked[0]} has a tensor of shape {said[0]}, item {row} one of {said[1]}: return items "
-                    "that can be put together in a batch"
+                    f"{self.owner}: item {asked[0]} has other shapes ({said[0]}) than item {row} ({said[1]}): return items that "
+                    "can be put together in a batch"
                 )
-        if isinstance(parts[0], Tensor):
-            return torch.stack(parts)
-        if isinstance(parts[0], tuple):
-            return tuple(torch.stack(column) for column in zip(*parts, strict=True))
-        return {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
 
     def looked_through(self, check: Callable[[Inputs, Tensor, int], None]) -> tuple[Items, Tensor]:
         """The items with their sums, and all targets. `check` sees them batch by batch, with the number of the first item."""

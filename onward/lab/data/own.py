@@ -107,7 +107,7 @@ def _check(where: str, x: Inputs, y: Tensor, start: int = 0) -> None:
             )
 
 
-def _shapes(inputs: Inputs | Items) -> dict[str, tuple[Any, ...]]:
+def _shapes(inputs: Any) -> dict[str, tuple[Any, ...]]:
     """Of one sample: the type and sizes of each tensor."""
     x = inputs[torch.tensor([0])][0] if isinstance(inputs, Items) else inputs
     return {name: (str(one.dtype).removeprefix("torch."), *one.shape[1:]) for name, one in leaves(x).items()}

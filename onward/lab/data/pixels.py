@@ -26,20 +26,19 @@ def reader(
     Raises:
         UsageError: a mean or std for another number of channels; encoded images without a size.
     """
-    encoded = isinstance(images, Encoded)
-    if encoded and transform.size is None:
+    if isinstance(images, Encoded) and transform.size is None:
         raise UsageError(
             f"{images.reason}, so each is decoded when it is needed: give the size that they are to have, for example "
             "--transform.size 224"
         )
-    channels = images.channels if encoded else images.shape[1]
+    channels = images.channels if isinstance(images, Encoded) else images.shape[1]
     mean, std = (_per_channel(name, getattr(transform, name), channels, device) for name in ("mean", "std"))
-    size = (transform.size, transform.size) if transform.size else tuple(images.shape[2:])
+    size = (transform.size, transform.size) if transform.size else _size(images)
     crop, augment = _augmentation(transform.augment if train else "none", size)
 
     def read(rows: Tensor, seed: int) -> Tensor:
-        found = images[rows if encoded else rows.to(images.device)]
-        if encoded and len({image.shape for image in found}) == 1:
+        found = images[rows] if isinstance(images, Encoded) else images[rows.to(images.device)]
+        if not isinstance(found, Tensor) and len({image.shape for image in found}) == 1:
             found = torch.stack(found)
         with torch.random.fork_rng(devices=[]):  # kornia draws on the CPU, wherever the images are
             torch.default_generator.manual_seed(seed)
@@ -51,6 +50,12 @@ def reader(
         return x.sub_(mean).div_(std)
 
     return read
+
+
+def _size(images: Tensor | Encoded) -> tuple[int, int]:
+    """Of images in memory: the height and width that all of them have."""
+    assert isinstance(images, Tensor)
+    return images.shape[2], images.shape[3]
 
 
 def _per_channel(what: str, value: float | tuple[float, ...], channels: int, device: str | torch.device) -> Tensor:

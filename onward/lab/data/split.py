@@ -31,8 +31,8 @@ class Split:
         return len(self.targets)
 
     @property
-    def images(self) -> Tensor | Encoded:
-        """The inputs, of images."""
+    def images(self) -> Any:
+        """The inputs, of images: a tensor, or encoded."""
         return self.inputs
 
     @property
@@ -43,9 +43,12 @@ class Split:
     def part(self, rows: Sequence[int]) -> Split:
         """Some of the samples, in that order."""
         index = torch.tensor(rows, dtype=torch.int64)
-        lazy = isinstance(self.inputs, (Encoded, Items))
-        inputs = self.inputs.part(rows) if lazy else mapped(self.inputs, lambda tensor: tensor[index.to(tensor.device)])
-        return replace(self, inputs=inputs, targets=self.targets[index.to(self.targets.device)])
+
+        def taken(tensor: Tensor) -> Tensor:
+            return tensor[index.to(tensor.device)]
+
+        inputs = self.inputs.part(rows) if isinstance(self.inputs, Encoded | Items) else mapped(self.inputs, taken)
+        return replace(self, inputs=inputs, targets=taken(self.targets))
 
 
 @dataclass(frozen=True)
@@ -150,8 +153,10 @@ def keep(available: int, asked: int | None, split: str, name: str, noun: str = "
 
 def subset(data: Data, asked: dict[str, int | None]) -> Data:
     """A fixed random part of the training and of the test samples; all of them where None is asked for."""
-    parts = {}
-    for name, number in asked.items():
-        split: Split = getattr(data, name)
-        parts[name] = split if number is None else split.part(keep(len(split), number, name, data.name, data.noun))
-    return replace(data, **parts)
+
+    def kept(split: Split, name: str) -> Split:
+        if (number := asked[name]) is None:
+            return split
+        return split.part(keep(len(split), number, name, data.name, data.noun))
+
+    return replace(data, train=kept(data.train, "train"), test=kept(data.test, "test"))

@@ -163,7 +163,8 @@ def _cifar100(folder: Path) -> Read:
 
 def _cifar_batch(file: Path, labels: str) -> list[Sample]:
     batch = _unpickle(file)
-    pixels, numbers = batch.get("data"), batch.get(labels)
+    pixels: Any = batch.get("data")
+    numbers = batch.get(labels)
     if getattr(pixels, "shape", ())[1:] != (3 * 32 * 32,) or not isinstance(numbers, list):
         raise UsageError(f"{file} holds no rows of 32x32 colour images in 'data' with {labels!r}: download it again")
     if not all(type(number) is int and number >= 0 for number in numbers):

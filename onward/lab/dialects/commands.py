@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import os
 import re
@@ -15,8 +14,10 @@ from pathlib import Path
 
 from onward.errors import UsageError
 from onward.lab.run import processes
-from onward.lab.run.loop import Row, TrainingFailed, load_data, train
-from onward.lab.settings import Subset, Train
+from onward.lab.run.failure import TrainingFailed
+from onward.lab.run.loop import train
+from onward.lab.run.training import Row, load_data
+from onward.lab.settings import Subset, Train, flat
 from onward.lab.system import memory
 
 OF_TRAIN = {
@@ -75,18 +76,11 @@ def reworded(text: str, flags: Mapping[str, str]) -> str:
     >>> reworded("--subset.train 9: ask for less, or for another --data-dir", {"--subset.train": "--num_train_sample"})
     "--num_train_sample 9: ask for less, or for another `onward train`'s data-dir"
     """
-    without = {f"--{name}": f"`onward train`'s {name}" for name in _settings(Train)}
+    names = [name.replace("_", "-") for name in flat(Train())]
+    without = {f"--{name}": f"`onward train`'s {name}" for name in names}
     meant = {**without, **OF_TRAIN, **flags}
     longest_first = "|".join(rf"(?<![\w-]){re.escape(phrase)}" for phrase in sorted(meant, key=len, reverse=True))
     return re.sub(rf"({longest_first})(?![\w-]|\.\w)", lambda found: meant[found[0]], text)
-
-
-def _settings(kind: type) -> Iterator[str]:
-    """The flags of a configuration, without their dashes."""
-    for entry in dataclasses.fields(kind):
-        name = entry.name.replace("_", "-")
-        default = entry.default_factory() if entry.default is dataclasses.MISSING else entry.default
-        yield from (f"{name}.{inner}" for inner in _settings(type(default))) if dataclasses.is_dataclass(default) else [name]
 
 
 @contextmanager
@@ -130,8 +124,8 @@ def _as_many_as_there_are(config: Train) -> Train:
     """With all images of a part, where more are asked for than there are: these codes take the lesser number."""
     whole = load_data(replace(config, subset=Subset()))
     asked, there = vars(config.subset), {"train": len(whole.train), "test": len(whole.test)}
-    fewer = {part: None if asked[part] and asked[part] > there[part] else asked[part] for part in there}
-    return replace(config, subset=Subset(**fewer))
+    train, test = (None if asked[part] and asked[part] > there[part] else asked[part] for part in there)
+    return replace(config, subset=Subset(train, test))
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from onward.errors import UsageError
 from onward.lab.data import DATASETS
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--dataset", type=_dataset, choices=DATA, default="MNIST", help="CIFAR100 is trained on AlexNet (default: MNIST)"
     )
     # What --dataset may be shortened to there, where no other flag begins like that.
-    short: dict[str, object] = {"dest": "dataset", "type": _dataset, "choices": DATA, "default": argparse.SUPPRESS}
+    short: dict[str, Any] = {"dest": "dataset", "type": _dataset, "choices": DATA, "default": argparse.SUPPRESS}
     flags.add_argument("--data", "--dat", "--da", **short, help=argparse.SUPPRESS)
     flags.add_argument("--data-dir", metavar="DIR", help="read the images from this folder")
     flags.add_argument("--train-mode", choices=ALGORITHMS, default="FDFA", help="FwdGrad perturbs weights (default: FDFA)")
@@ -133,7 +134,7 @@ def read(arguments: Sequence[str] | None = None) -> Command:
 
 def _reasons(asked: argparse.Namespace) -> dict[str, str]:
     """Why flags have no effect beside others, by what they set."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     if asked.dataset == "CIFAR100":
         reasons |= dict.fromkeys(("conv", "n_layers"), "CIFAR100 is trained on AlexNet")
     elif asked.conv:

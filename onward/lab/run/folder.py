@@ -27,7 +27,7 @@ from onward.lab.system import disk
 try:
     import fcntl
 except ImportError:  # not on Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG, METRICS, CHECKPOINT, ALIGNMENT = "config.json", "metrics.jsonl", "checkpoint.pt", "alignment.jsonl"
 FAILURE = "failed.txt"
@@ -262,7 +262,7 @@ def write_alignment(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
 def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -> dict[str, Any]:
     """A line of alignment.jsonl: for each block the agreement of error `signal`, `parameters` and `feedback` with the truth,
     as far as it has them; of the error signals' cosines the `mean`, and how many fall into each bin (`counts`)."""
-    blocks = {}
+    blocks: dict[str, dict[str, Any]] = {}
     for name, block in measured.items():
         blocks[name] = {
             what: {key: None if value is None or not math.isfinite(value) else value for key, value in found._asdict().items()}

@@ -348,7 +348,7 @@ def _advancing(
 
 
 @contextlib.contextmanager
-def progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
+def progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
     """One progress bar; the function that it gives advances it by a step, or by as many as it is told."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch.optim import Optimizer
 import onward
 from onward.lab.settings import Train
 
-OPTIMIZERS = {"adam": partial(torch.optim.Adam, fused=True), "sgd": torch.optim.SGD}
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": partial(torch.optim.Adam, fused=True), "sgd": torch.optim.SGD}
 
 
 def make_optimizers(config: Train, estimator: onward.Estimator) -> dict[str, Optimizer]:

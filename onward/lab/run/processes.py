@@ -62,9 +62,10 @@ class Processes:
         """If the body cannot do what was asked in one process, by a UsageError or those `kinds` of error, it ends in all of
         them; the first one says why."""
         problem: tuple[type[Exception], str] | None = None
+        caught: tuple[type[Exception], ...] = (UsageError, *kinds)
         try:
             yield
-        except (UsageError, *kinds) as error:
+        except caught as error:
             if self.count == 1:
                 raise
             problem = type(error), str(error)

@@ -220,9 +220,7 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     generators.seed(config.seed)
     owns = algorithms.files(config)
     code = algorithms.digest(config)  # before they are run
-    if config.model in models.MODELS and (
-        kinds := {part.dtype for part in leaves(example).values() if not part.is_floating_point()}
-    ):
+    if owns[0] is None and (kinds := {part.dtype for part in leaves(example).values() if not part.is_floating_point()}):
         found = str(kinds.pop()).removeprefix("torch.")
         raise UsageError(
             f"{config.model} takes real numbers, and the inputs are {found}: return floats, or give a network of your own"

@@ -22,7 +22,7 @@ from onward.lab.run import record
 from onward.lab.run.training import Row, check_place
 from onward.lab.settings import Compare
 from onward.lab.studies import rates
-from onward.lab.studies.runs import data_for, failures, runs_of, task_of, train_all
+from onward.lab.studies.runs import data_for, failures, folder_of, runs_of, task_of, train_all
 from onward.lab.system import disk
 from onward.lab.tasks import Metric, Task
 
@@ -55,7 +55,7 @@ def compare(config: Compare) -> list[dict[str, Any]]:
         if trials:
             for label in {} if config.overwrite else runs:
                 for run in runs[label]:  # before the trials, but for the rate that they choose
-                    record.check(Path(run.out), run, but=["lr"] if label in trials else ())
+                    record.check(folder_of(run), run, but=["lr"] if label in trials else ())
             found = train_all(trials, "lr", config.overwrite, rates.data_for(data, folder))
             runs = rates.with_best(config, runs, found, folder, task_of(trials, data).main)
         results = train_all(runs, "seed", config.overwrite, data)
@@ -64,7 +64,7 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     table = []
     for label, rows in complete.items():
         first = next(iter(runs[label]), None)  # none if every rate failed
-        there = record.same(Path(first.out), first) if first else None
+        there = record.same(folder_of(first), first) if first else None
         engine = there.environment.get("engine") if there else None
         told = {"algorithm": label, "engine": engine, "lr": first.lr if first else None}
         table.append({**told, **summary(rows, task), "failed": len(results[label]) - len(rows)})

@@ -14,7 +14,7 @@ from onward.lab.data import Data, held_out
 from onward.lab.run import folder as run_folder
 from onward.lab.run import record
 from onward.lab.settings import Compare, Train
-from onward.lab.studies.runs import Outcome, failures
+from onward.lab.studies.runs import Outcome, failures, folder_of
 from onward.lab.system import disk
 from onward.lab.tasks import Metric
 
@@ -25,7 +25,7 @@ def trials(config: Compare, runs: Mapping[str, Sequence[Train]], folder: Path) -
     for label, (run, *_) in runs.items():
         if not config.lr_grid or _has_rate(label):
             continue
-        name = Path(run.out).name.removesuffix(f"-s{run.seed}")
+        name = folder_of(run).name.removesuffix(f"-s{run.seed}")
         found[label] = [
             replace(
                 run,
@@ -130,7 +130,7 @@ def _take_away(folder: Path, chosen: Mapping[str, Sequence[Train]]) -> list[str]
     notes, outdated = [], []
     for label, same in chosen.items():
         for run in same:
-            there = Path(run.out)
+            there = folder_of(run)
             if record.differing(there, run) == {"lr": (before.get(label), run.lr)}:
                 outdated.append(there)
                 notes.append(f"{there}: the best rate is {run.lr:g}, no longer {before[label]:g}, so it is trained again")

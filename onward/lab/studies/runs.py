@@ -50,6 +50,11 @@ def runs_of(config: Recipe, labels: Iterable[str], seeds: Iterable[int], folder:
     return found
 
 
+def folder_of(run: Train) -> Path:
+    """Where a run is, or will be."""
+    return Path(run.out or "")
+
+
 def data_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[Train], Data]:
     """A function that gives the data of a run. They are loaded when they are first asked for; then each algorithm takes a step,
     for nothing: one that cannot work, which may be seen only there, is refused before the others have trained for hours.
@@ -92,7 +97,7 @@ def task_of(runs: Mapping[str, Sequence[Train]], data: Callable[[Train], Data]) 
     every = [run for same in runs.values() for run in same]
     for run in every:
         with suppress(UsageError):
-            return record.read(Path(run.out)).task
+            return record.read(folder_of(run)).task
     return tasks.named(data(every[0]).task)
 
 
@@ -110,7 +115,7 @@ def train_all(
     missing: list[tuple[str, Train]] = []
     for label, same in runs.items():
         for run in same:
-            outcome = None if overwrite else record.finished(Path(run.out), run)
+            outcome = None if overwrite else record.finished(folder_of(run), run)
             if outcome:
                 done[label][getattr(run, differ)] = outcome
             else:
@@ -123,7 +128,7 @@ def train_all(
     for run in itertools.chain.from_iterable(runs.values()):
         found = data(run)
         if not overwrite:
-            run_folder.check_data(Path(run.out), found)
+            run_folder.check_data(folder_of(run), found)
     steps = [run.epochs * -(-len(data(run).train) // run.batch_size) for _, run in missing]
     again = f"the same command{' without --overwrite' if overwrite else ''} goes on with the runs that are missing"
     with progress(console, sum(steps)) as advance, interrupt.requests() as asked_to_stop:
@@ -135,8 +140,8 @@ def train_all(
             except KeyboardInterrupt as stopped:
                 raise KeyboardInterrupt(f"{stopped}; {again}".removeprefix("; ")) from None
             metric = tasks.named(data(run).task).main
-            failed = isinstance(outcome, str)
-            console.print(f"{name}: {outcome if failed else f'{metric.title} {metric.text(outcome[-1][metric.key])}'}")
+            said = outcome if isinstance(outcome, str) else f"{metric.title} {metric.text(outcome[-1][metric.key])}"
+            console.print(f"{name}: {said}")
             advance(name, left - steps_taken.count)
             done[label][getattr(run, differ)] = outcome
             if request := asked_to_stop():
@@ -147,8 +152,8 @@ def train_all(
 def _outcome(run: Train, data: Data, step: Callable[[str], None], overwrite: bool) -> Outcome:
     """What becomes of a run, which goes on where it has begun."""
     try:
-        begun = not overwrite and (Path(run.out) / run_folder.CONFIG).exists()
-        return resume(Path(run.out), data, step) if begun else train(run, data, step)
+        begun = not overwrite and (folder_of(run) / run_folder.CONFIG).exists()
+        return resume(folder_of(run), data, step) if begun else train(run, data, step)
     except TrainingFailed as error:
         return str(error)
 
