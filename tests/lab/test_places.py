@@ -57,7 +57,7 @@ def test_the_exit_code_tells_what_nobody_reads(tmp_path: Path) -> None:
 def test_a_file_does_not_become_the_stream_that_is_closed(tmp_path: Path) -> None:
     """The system gives its number to the next file that is opened; what is written to the stream would go there."""
     program = (
-        "import os, sys; from onward.lab import surroundings\n"
+        "import os, sys; from onward.lab.system import surroundings\n"
         "with surroundings.settled():\n"
         "    file = open('file', 'w')\n"
         "    os.write(1, b'words'); print('words'); print('words', file=sys.stderr)\n"

@@ -51,10 +51,13 @@ def upgraded(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_algorithm(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of format 1: those of the algorithm go into its entry."""
-    feedback = dict(config.get("feedback") or {})
+    owners = [config.get(owner, {}) for owner in ("feedback", "backprop", "forward_gradient")]
+    if not isinstance(config.get("algorithm"), str) or not all(isinstance(owner, Mapping) for owner in owners):
+        return config  # who reads the settings says which is wrong
+    feedback = dict(config.get("feedback", {}))
     found = {
-        "bp": dict(config.pop("backprop", None) or {}),
-        "fg": dict(config.pop("forward_gradient", None) or {}),
+        "bp": dict(config.pop("backprop", {})),
+        "fg": dict(config.pop("forward_gradient", {})),
         "fdfa": {"directions": feedback.pop("directions", 1)},
     }
     low_memory = config.pop("low_memory", False)
