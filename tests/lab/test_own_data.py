@@ -391,6 +391,7 @@ BROKEN = {
         "return Growing(), Growing()",
         r"item 0 has other shapes \(input \(1,\), target \(\)\) than item 1 \(input \(2,\), target \(\)\)",
     ),
+    "late": ("return Late(), Late()", r"item 0 has other shapes \(input \(2,\), target \(1,\)\) than item 256"),
     "failing": ("return Failing(), Failing()", r"bad.py, line \d+ at item 2: ValueError: damaged"),
 }
 
@@ -407,6 +408,10 @@ class Unpaired(Dataset):
 
 class Growing(Unpaired):
     def __getitem__(self, i): return torch.zeros(i + 1), 0
+
+class Late(Unpaired):
+    def __len__(self): return 300
+    def __getitem__(self, i): return torch.zeros(2), torch.zeros(1 + i // 256)
 
 class Failing(Unpaired):
     def __getitem__(self, i):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from onward.errors import UsageError
-from onward.lab.data.inputs import Batch, Inputs, leaves, numbers, tensor, tensors
+from onward.lab.data.inputs import Batch, Inputs, leaves, mapped, numbers, tensor, tensors
 from onward.lab.system import generators, own
 from onward.lab.system.own import Own
 from onward.lab.tasks import Task
@@ -67,15 +67,19 @@ class Items:
             if shape != shapes[0]:
                 said = [", ".join(f"{name} {size}" for name, size in one.items()) for one in (shapes[0], shape)]
                 raise UsageError(
-                    f"{self.owner}: item {asked[0]} has other shapes ({said[0]}) than item {row} ({said[1]}): return items that "
-                    "can be put together in a batch"
+                    f"{self.owner}: item {asked[0]} has other shapes ({said[0]}) than item {row} ({said[1]}): return items "
+                    "that can be put together in a batch"
                 )
 
     def looked_through(self, check: Callable[[Inputs, Tensor, int], None]) -> tuple[Items, Tensor]:
         """The items with their sums, and all targets. `check` sees them batch by batch, with the number of the first item."""
-        found, sums = [], []
+        found: list[Tensor] = []
+        firsts: list[Batch] = []
+        sums: list[str] = []
         for start in range(0, len(self), AT_ONCE):
             x, y = self[torch.arange(start, min(start + AT_ONCE, len(self)))]
+            firsts.append((mapped(x, lambda part: part[0]), y[0]))
+            self._check_alike([self.rows[0], self.rows[start]], [firsts[0], firsts[-1]])
             check(x, y, start)
             found.append(y)
             sums += _sums(x, y)
