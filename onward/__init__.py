@@ -7,23 +7,17 @@ from onward import alignment
 from onward.derivatives import directions
 from onward.derivatives import tangents as forward_mode
 from onward.errors import UsageError
-from onward.estimators import (
-    DFA,
-    DKP,
-    DRTP,
-    FDFA,
-    AtLeast,
-    Backprop,
-    DirectFeedback,
-    Estimator,
-    Feedback,
-    ForwardGradient,
-    Known,
-    LocalLoss,
-    OneOf,
-    SignalEstimator,
-    Step,
-)
+from onward.estimators.backprop import Backprop
+from onward.estimators.base import Estimator, Step
+from onward.estimators.dfa import DFA
+from onward.estimators.dkp import DKP
+from onward.estimators.drtp import DRTP
+from onward.estimators.fdfa import FDFA
+from onward.estimators.feedback import DirectFeedback, Feedback
+from onward.estimators.forward_gradient import ForwardGradient
+from onward.estimators.local import LocalLoss
+from onward.estimators.settings import AtLeast, OneOf
+from onward.estimators.signals import Known, SignalEstimator
 from onward.network.heads import make_heads
 from onward.network.suggest import default_cuts, suggest_cuts
 from onward.network.validate import Problem, validate

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onward import DirectFeedback
+from onward.estimators.base import ALGORITHMS
 from onward.network.cuts import check_names
 from onward.network.suggest import default_cuts
 
@@ -291,3 +293,7 @@ NAMES = [case.name for case in CASES]
 
 def by_name(name: str) -> Case:
     return CASES[NAMES.index(name)]
+
+
+DIRECT = {name: kind for name, kind in ALGORITHMS.items() if issubclass(kind, DirectFeedback)}
+"""Every rule of direct feedback by its name: defining its class is enough to have it tried in every form."""

@@ -163,6 +163,17 @@ def target_projection(
     return delivered(model, x, y, cuts, loss, [-product(targets, b.detach()) / len(y) for b in feedback])
 
 
+def _feedback_signal(*arguments: Any) -> Gradients:
+    return direct_feedback(*arguments)[0]
+
+
+SIGNALS: dict[str, Callable[..., Gradients]] = {
+    **dict.fromkeys(("dfa", "dkp", "fdfa"), _feedback_signal),
+    "drtp": target_projection,
+}
+"""Parameter gradients by rule, given what its matrices are: ``(model, x, y, cuts, loss, feedback)``."""
+
+
 def block_directions(hidden: Sequence[Tensor], seed: int, step: int, direction: int, noise: str = "gaussian") -> list[Tensor]:
     """The directions the library promises to use at step `step`, one per cut."""
     return [

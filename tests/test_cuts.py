@@ -9,10 +9,10 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import headed
+from cases import DIRECT, headed
 from torch import Tensor, nn
 
-from onward import DFA, DKP, DRTP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
+from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
 
 Linear, Sequential = nn.Linear, nn.Sequential
 X, Y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 1])
@@ -104,7 +104,7 @@ class Twice(nn.Module):
 
 FEEDBACK = {
     f"{kind.__name__}{'-low-memory' * low_memory}": partial(kind, low_memory=low_memory)
-    for kind in (DFA, DKP, FDFA, DRTP)
+    for kind in DIRECT.values()
     for low_memory in (False, True)
 }
 SIGNALS = {

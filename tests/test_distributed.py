@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import DIRECT
 from together import in_group, start, together
 from torch import Tensor, nn
 
@@ -54,10 +55,7 @@ def build(kind: str, **options: Any) -> onward.Estimator:
         "bp": partial(onward.Backprop),
         "bp-checkpoint": partial(onward.Backprop, checkpoint=True),
         "local": partial(onward.LocalLoss, heads=heads()),
-        "dfa": onward.DFA,
-        "dkp": onward.DKP,
-        "fdfa": onward.FDFA,
-        "drtp": onward.DRTP,
+        **DIRECT,
         "fg": onward.ForwardGradient,
     }[kind]
     if kind == "fg" and not OF_HEADS.isdisjoint({options.get("target"), options.get("guess")}):
@@ -66,9 +64,9 @@ def build(kind: str, **options: Any) -> onward.Estimator:
 
 
 def plain() -> Iterator[tuple[str, Options]]:
-    for kind in ("bp", "bp-checkpoint", "local", "dfa", "dkp", "fdfa", "drtp"):
+    for kind in ("bp", "bp-checkpoint", "local", *DIRECT):
         yield kind, {}
-    for kind in ("dfa", "dkp", "fdfa", "drtp"):
+    for kind in DIRECT:
         yield kind, {"low_memory": True}
     yield "fdfa", {"directions": 2, "noise": "rademacher"}
     yield "fg", {"directions": 3, "orthogonal": True}

@@ -15,23 +15,19 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import by_name, headed
+from cases import DIRECT, by_name, headed
 from test_feedback import close
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import onward
-from onward import DFA, DKP, DRTP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
+from onward import DFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
 
 KINDS: dict[str, Callable[..., Estimator]] = {
     "bp": Backprop,
     "bp-checkpoint": partial(Backprop, checkpoint=True),
-    "dfa": DFA,
-    "dkp": DKP,
-    "drtp": DRTP,
-    "drtp-low-memory": partial(DRTP, low_memory=True),
-    "fdfa": FDFA,
-    "fdfa-low-memory": partial(FDFA, low_memory=True),
+    **DIRECT,
+    **{f"{name}-low-memory": partial(kind, low_memory=True) for name, kind in DIRECT.items()},
     "fg-activation": ForwardGradient,
     "fg-weight": partial(ForwardGradient, space="avg-weight"),
     "fg-random-reverse": partial(ForwardGradient, space="weight", engine="reverse"),
@@ -46,12 +42,22 @@ KINDS: dict[str, Callable[..., Estimator]] = {
     "local": headed(LocalLoss),
 }
 RANDOM = ("fg-activation", "fg-weight", "fg-random-reverse", "fg-local-one", "fg-above-ntk")  # another estimate at each step
-SEEDLESS = ("bp", "bp-checkpoint", "dkp", "fg-global", "fg-feedback-reverse", "fg-local", "fg-local-reverse", "local")
-LEARNED_FEEDBACK = ("dkp", "fdfa", "fdfa-low-memory", "fg-feedback", "fg-feedback-reverse")
+SEEDLESS = (
+    "bp",
+    "bp-checkpoint",
+    "dkp",
+    "dkp-low-memory",
+    "fg-global",
+    "fg-feedback-reverse",
+    "fg-local",
+    "fg-local-reverse",
+    "local",
+)
+LEARNED_FEEDBACK = ("dkp", "dkp-low-memory", "fdfa", "fdfa-low-memory", "fg-feedback", "fg-feedback-reverse")
 HEADED = ("fg-local", "fg-local-one", "fg-local-reverse", "fg-above-ntk", "local")
 NEEDS_OUTPUTS = ("dkp", "fg-feedback-reverse")
 ALL = pytest.mark.parametrize("kind", KINDS)
-FEEDBACK = pytest.mark.parametrize("kind", ["dfa", "drtp", "dkp", "fdfa", "fdfa-low-memory", "fg-feedback", "fg-feedback-dfa"])
+FEEDBACK = pytest.mark.parametrize("kind", [*DIRECT, "fdfa-low-memory", "fg-feedback", "fg-feedback-dfa"])
 SIGNALS = pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("bp")])
 
 

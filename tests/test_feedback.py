@@ -10,18 +10,15 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import CASES, Case, by_name
+from cases import CASES, DIRECT, Case, by_name
 from torch import Tensor, nn
 
-from onward import DFA, DKP, DRTP, FDFA, Backprop, UsageError
+from onward import DFA, DRTP, FDFA, Backprop, UsageError
 from onward.derivatives import directions
 
 SEED = 11
 KINDS = {
-    "dfa": (DFA, {}),
-    "drtp": (DRTP, {}),
-    "dkp": (DKP, {}),
-    "fdfa": (FDFA, {}),
+    **{name: (kind, {}) for name, kind in DIRECT.items()},
     "fdfa-rademacher-3": (FDFA, {"noise": "rademacher", "directions": 3}),
 }
 LOW_MEMORY = pytest.mark.parametrize("low_memory", [False, True], ids=["", "low-memory"])
@@ -58,9 +55,8 @@ def test_gradients(case: Case, kind: str, train: bool, low_memory: bool) -> None
     estimator = randomised(make(model, cuts, loss=loss, low_memory=low_memory, seed=SEED, **options), x)
     twin = copy.deepcopy(model)
     feedback = [matrix.detach().clone() for matrix in estimator.feedback]
-    expected, e, hidden = reference.direct_feedback(twin, x, y, cuts, loss, feedback)
-    if kind == "drtp":
-        expected = reference.target_projection(twin, x, y, cuts, loss, feedback)
+    _, e, hidden = reference.direct_feedback(twin, x, y, cuts, loss, feedback)
+    expected = reference.SIGNALS[kind.partition("-")[0]](twin, x, y, cuts, loss, feedback)
 
     torch.manual_seed(reference.MASKS)
     logits = reference.call(twin, x).detach()  # moves the twin's statistics once
@@ -82,7 +78,7 @@ def test_gradients(case: Case, kind: str, train: bool, low_memory: bool) -> None
     for (name, buffer), other in zip(model.named_buffers(), twin.buffers(), strict=True):
         torch.testing.assert_close(buffer, other, msg=name)
 
-    if kind in ("dfa", "drtp"):
+    if not estimator.feedback.learns:
         gradients: list[Tensor | None] = [None] * len(cuts)
     elif kind == "dkp":
         gradients = [reference.outer_sum(e, h) for h in hidden]
@@ -121,7 +117,7 @@ def test_the_first_step_needs_no_initialisation(name: str, kind: str, low_memory
         close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize("kind", [DFA, DKP, FDFA, DRTP])
+@pytest.mark.parametrize("kind", DIRECT.values())
 def test_initial_feedback(kind: type) -> None:
     model = nn.Sequential(nn.Linear(5, 300), nn.ReLU(), nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 10))
     estimator = kind(model, seed=4)
@@ -199,7 +195,7 @@ def test_moving_average_converges_to_the_jacobian() -> None:
         assert abs(matrix.norm() / jacobian.mean(0).norm() - 1) < 0.2
 
 
-@pytest.mark.parametrize("kind", [DFA, DKP, FDFA, DRTP])
+@pytest.mark.parametrize("kind", DIRECT.values())
 def test_learns_beside_backprop(kind: type) -> None:
     """A small problem, solved with an optimizer made before the feedback has a size."""
 

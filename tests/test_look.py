@@ -16,8 +16,7 @@ from cases import headed
 from torch import Tensor, nn
 
 import onward
-from onward import DFA, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError, suggest_cuts
-from onward import validate
+from onward import DFA, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageError, suggest_cuts, validate
 
 X, Y = torch.randn(8, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1])
 MAKERS: dict[str, Callable[..., Estimator]] = {

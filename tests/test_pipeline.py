@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 from cases import CLASSES, any_heads, normal
+from cases import DIRECT as RULES
 from test_feedback import close
 from together import in_group, start, together
 from torch import Tensor, nn
 
 import onward
-from onward import DFA, DKP, DRTP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, ProcessLost, Stage, UsageError
+from onward import DFA, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, ProcessLost, Stage, UsageError
 
 STEPS = 4
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -66,10 +67,8 @@ LOCAL: dict[str, Callable[[nn.Module], Estimator]] = {
     "coins": forward_gradient(space="random-sign-weight"),
 }
 DIRECT: dict[str, Callable[[nn.Module], Estimator]] = {
-    "dfa": lambda model: DFA(model, CUTS, seed=2),
-    "dkp": lambda model: DKP(model, CUTS, seed=2),
-    "fdfa": lambda model: FDFA(model, CUTS, seed=2, directions=2),
-    "drtp": lambda model: DRTP(model, CUTS, seed=2),
+    **{name: partial(kind, cuts=CUTS, seed=2) for name, kind in RULES.items()},
+    "fdfa": partial(FDFA, cuts=CUTS, seed=2, directions=2),
 }
 
 

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from cases import CASES, Case, headed
 from torch import Tensor, nn
 
-from onward import DFA, DKP, FDFA, Estimator, ForwardGradient, UsageError
-from onward import validate
+from onward import DFA, DKP, FDFA, Estimator, ForwardGradient, UsageError, validate
 from onward.network.probe import disagreement, mixing, once_in_order, trained
 
 FORWARD: dict[str, Callable[..., Estimator]] = {

@@ -14,8 +14,7 @@ import torch
 from cases import headed
 from torch import Tensor, nn
 
-from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, UsageError
-from onward import validate
+from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, UsageError, validate
 from onward.network.replay import Replay
 
 _stray = torch.Generator().manual_seed(3)

@@ -34,6 +34,11 @@ class Step(NamedTuple):
     """What one call of ``estimate`` saw: the batch loss (a scalar) and all that the network returned, without a graph.
 
     ``heads``: the same two of the head at each cut, by its name, where there are heads.
+
+    >>> import onward
+    >>> step = onward.Backprop(nn.Linear(4, 2)).estimate(torch.zeros(3, 4), torch.tensor([0, 1, 1]))
+    >>> step.loss.shape, step.output.shape
+    (torch.Size([]), torch.Size([3, 2]))
     """
 
     loss: Tensor

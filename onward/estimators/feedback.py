@@ -98,10 +98,16 @@ class Feedback(nn.ParameterList):
 
 
 class DirectFeedback(SignalEstimator):
-    """delta_k = e B_k; a child class says what kind of ``matrices`` the B_k are (``feedback``, in the order of ``cuts``).
+    """Direct feedback, ``delta_k = e B_k``; a child class says what kind of ``matrices`` the B_k are.
 
-    They have no size before the first ``estimate``. What needs one earlier (counting parameters, an optimizer such as Adagrad
-    that allocates at once) comes after :meth:`initialize`.
+    They are ``feedback``, in the order of ``cuts``, and have no size before the first ``estimate``. What needs one earlier
+    (counting parameters, an optimizer such as Adagrad that allocates at once) comes after :meth:`initialize`.
+
+    >>> import onward
+    >>> estimator = onward.DFA(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    >>> estimator.initialize(torch.zeros(3, 4))
+    >>> estimator.feedback[0].shape
+    torch.Size([2, 8])
     """
 
     engine = "feedback"
@@ -117,7 +123,6 @@ class DirectFeedback(SignalEstimator):
         self.feedback = self.matrices(model, self.cuts, self.seed)
         self.directions, self.noise = self.feedback.directions, self.feedback.noise
         self.reads_outputs = self.feedback.reads_outputs
-        self.tangents_on = "outputs" if self.directions else None
 
     @classmethod
     def learns_feedback(cls, **settings: Any) -> bool:

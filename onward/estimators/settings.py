@@ -29,14 +29,24 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number"
 
 @dataclass(frozen=True, eq=False)
 class AtLeast:
-    """In ``Annotated``: the least value of a number."""
+    """In ``Annotated``: the least value of a number.
+
+    >>> settings_of(_Example)["directions"].check(0)
+    Traceback (most recent call last):
+    onward.errors.UsageError: directions=0: use at least 1
+    """
 
     value: float
 
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """In ``Annotated``: the values that a word can have."""
+    """In ``Annotated``: the values that a word can have.
+
+    >>> settings_of(_Example)["noise"].check("white")
+    Traceback (most recent call last):
+    onward.errors.UsageError: unknown noise 'white' (known: gaussian, rademacher)
+    """
 
     names: Collection[str]
 

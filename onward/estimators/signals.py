@@ -58,6 +58,10 @@ class SignalEstimator(Estimator):
         self.low_memory = low_memory
         self.allow_bypass = allow_bypass
 
+    @property
+    def tangents_on(self) -> str | None:  # type: ignore[override]
+        return "outputs" if self.directions else None
+
     def signal(self, k: int, h: Tensor, known: Known) -> Tensor:
         """delta_k, the error signal for the output h of block k; learns from the same numbers where there is something to."""
         raise NotImplementedError
@@ -241,6 +245,11 @@ class Known:
     ``directions(k, h)`` gives the directions that were added at the output h of block k. ``targets`` are what the loss
     compares the output with, and ``one_hot`` the same as rows of e's shape. ``loss`` is the batch's mean loss, as far as these
     samples add to it, and ``share`` their part of the samples that it is a mean over: 1, or less of a microbatch.
+
+    >>> known = Known(torch.zeros(2, 3), [], lambda k, h: [], y=torch.tensor([2, 0]), loss=torch.tensor(1.1))
+    >>> known.one_hot
+    tensor([[0., 0., 1.],
+            [1., 0., 0.]])
     """
 
     def __init__(

@@ -122,7 +122,7 @@ def _run(argv: Sequence[str] | None) -> None:
 
 
 def _list() -> None:
-    from onward.estimators import ALGORITHMS
+    from onward.estimators.base import ALGORITHMS
     from onward.estimators.settings import settings_of
     from onward.lab.data import DATASETS
     from onward.lab.networks.models import MODELS

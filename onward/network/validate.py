@@ -14,7 +14,11 @@ from onward.network.run import batch_statistics, call, leaves
 
 
 class Problem(NamedTuple):
-    """One module, what is the matter with it, and what to do."""
+    """One module, what is the matter with it, and what to do.
+
+    >>> print(Problem("block1.pool", "it has no forward derivative", "replace it"))
+    block1.pool: it has no forward derivative; replace it
+    """
 
     module: str
     problem: str

@@ -22,7 +22,7 @@ from onward.estimators.base import Estimator, Step
 from onward.estimators.feedback import DirectFeedback
 from onward.estimators.forward_gradient.estimator import ForwardGradient
 from onward.estimators.local import LocalLoss
-from onward.estimators.signals import Known, Passed
+from onward.estimators.signals import Known, Passed, SignalEstimator
 from onward.network.cuts import Elsewhere
 from onward.network.heads import Heads
 from onward.network.run import batch_statistics, device_of, output_error
@@ -39,12 +39,12 @@ class Stage:
     the last, and by heads) and fills ``.grad`` of this process's parameters, for an optimizer of its own.
 
     For :class:`onward.LocalLoss`, and :class:`onward.ForwardGradient` with ``target="local"`` and a guess that is known in the
-    block: every process hands on its output and learns, waiting for nothing. For :class:`onward.DFA`, :class:`onward.DKP` and
-    :class:`onward.FDFA`: activations (and tangents) go forward; the last process sends the output error (and the tangents of
-    the output) to all others; all learn at the same time. ``microbatches`` divides a batch so that its forward passes overlap:
-    with as many as there are processes nobody waits. ``staleness=s`` instead lets the processes before the last apply the
-    signal of the batch s steps ago to the graph and weights of that batch. Estimates are those of one process, but for
-    staleness, batch norm (which sees microbatches) and dropout masks.
+    block: every process hands on its output and learns, waiting for nothing. For every :class:`onward.SignalEstimator`, such
+    as :class:`onward.DFA` and rules of one's own: activations (and tangents) go forward; the last process sends the output
+    error (and the tangents of the output) to all others; all learn at the same time. ``microbatches`` divides a batch so that
+    its forward passes overlap: with as many as there are processes nobody waits. ``staleness=s`` instead lets the processes
+    before the last apply the signal of the batch s steps ago to the graph and weights of that batch. Estimates are those of
+    one process, but for staleness, batch norm (which sees microbatches) and dropout masks.
 
     ``parts`` says how many blocks each process has, in order; the default is as equal as possible, larger ones last. Messages
     go through gloo, in ``group``.
@@ -101,7 +101,7 @@ class Stage:
         head there; with direct feedback, the network's loss on the batch that was learned from, and no output (0 x C).
         """
         with self._own_randomness(), batch_statistics(self.estimator):
-            step = self._direct(x, y) if isinstance(self.estimator, DirectFeedback) else self._local(x, y)
+            step = self._direct(x, y) if isinstance(self.estimator, SignalEstimator) else self._local(x, y)
         self._messages.end_of_batch()
         return step
 
@@ -156,7 +156,7 @@ class Stage:
 
     def _direct(self, x: Any, y: Any) -> Step | None:
         estimator = self.estimator
-        assert isinstance(estimator, DirectFeedback)
+        assert isinstance(estimator, SignalEstimator)
         last = estimator.ends_here
         # The optimizer will have changed the parameters by the time that a stale signal arrives.
         stale = self.staleness > 0 and not last
@@ -202,7 +202,7 @@ class Stage:
     def _learn(self, batch: list[Passed], signals: Sequence[_Signal] | None = None) -> Step:
         """Apply the output error to each part of a batch, as it comes in unless it is known."""
         estimator = self.estimator
-        assert isinstance(estimator, DirectFeedback)
+        assert isinstance(estimator, SignalEstimator)
         samples = sum(len(passed.output) for passed in batch)
         losses, logits = [], []
         for i, passed in enumerate(batch):
@@ -286,7 +286,7 @@ def _check(estimator: Estimator, staleness: int, microbatches: int) -> None:
     if staleness < 0 or microbatches < 1:
         raise UsageError(f"staleness={staleness}, microbatches={microbatches}: use at least 0 and 1")
     match estimator:
-        case DirectFeedback():
+        case SignalEstimator():
             if estimator.low_memory:
                 raise UsageError("low_memory=True runs the network twice, which no stage can do by itself: leave it out")
         case LocalLoss() | ForwardGradient():

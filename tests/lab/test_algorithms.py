@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import onward
 from onward.errors import UsageError
-from onward.estimators import ALGORITHMS
+from onward.estimators.base import ALGORITHMS
 from onward.estimators.settings import settings_of
 from onward.lab.networks import models
 from onward.lab.run.algorithms import build, folder_name, variant

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import onward
-from onward.estimators import ALGORITHMS
+from onward.estimators.base import ALGORITHMS
 from onward.estimators.forward_gradient.estimator import ENGINES
 from onward.estimators.forward_gradient.rule import FEEDBACK, GUESSES, PASSES, SCALINGS, TARGETS
 from onward.estimators.forward_gradient.spaces import SPACES

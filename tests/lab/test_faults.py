@@ -27,14 +27,13 @@ from PIL import Image
 
 import onward
 from onward.lab import cli as command
-from onward.lab.data.batches import Transform
+from onward.lab.data import Data, load
 from onward.lab.data.encoded import Sample, decode
-from onward.lab.data.images import ImageData, load
 from onward.lab.run.loop import TrainingFailed, resume, train
-from onward.lab.settings import Network, Schedule, Train
+from onward.lab.settings import Network, Schedule, Train, Transform
 from onward.lab.system import disk
 
-Make = Callable[..., ImageData]
+Make = Callable[..., Data]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(onward.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from main import translate
 from onward.errors import UsageError
-from onward.estimators import ALGORITHMS
+from onward.estimators.base import ALGORITHMS
 from onward.lab import cli as command
 from onward.lab.data import Data, Split
 from onward.lab.dialects import fdfa, flg

@@ -22,9 +22,9 @@ from test_resume import assert_same, outcome
 
 from onward.errors import UsageError
 from onward.lab import cli as command
-from onward.lab.data.images import ImageData, load
+from onward.lab.data import Data, load
 from onward.lab.networks import models
-from onward.lab.run import checkpoint
+from onward.lab.run import checkpoint, record
 from onward.lab.run import folder as run_folder
 from onward.lab.run.loop import resume, train
 from onward.lab.run.training import TrainingFailed
@@ -198,7 +198,7 @@ def test_a_run_goes_on_elsewhere(images: Path, monkeypatch: pytest.MonkeyPatch, 
     assert capsys.readouterr().err == said
     assert command.main([*asked, "--device", "cpu", "--data-dir", "elsewhere", "--data-timeout", "9"]) == 0
     assert len(run_folder.read_config(Path("run"))["data"]["class_names"]) == 2
-    assert run_folder.settings(Path("run")).data_dir == str(images)
+    assert record.read(Path("run")).config.data_dir == str(images)
 
 
 def test_averages_of_other_parameters_are_refused(config: Train) -> None:
@@ -659,7 +659,7 @@ def test_a_digest_of_pixels_and_one_of_files_are_not_held_against_each_other(
     assert len(resume(Path("run"))) == 3
 
 
-def broken(data: ImageData, part: str, index: int) -> Path:
+def broken(data: Data, part: str, index: int) -> Path:
     """Break an image of the part, which is the `index`th that is read in the first epoch."""
     samples = getattr(data, part).images.samples
     if part == "train":

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from onward.estimators import ALGORITHMS
+from onward.estimators.base import ALGORITHMS
 from onward.lab.run import checkpoint
 from onward.lab.run.loop import Standing, evaluate, load_data, prepare, train_epoch
 from onward.lab.settings import Heads, Network, Subset, Train

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from onward import ForwardGradient
 from onward.errors import UsageError
-from onward.estimators import ForwardGradient
 from onward.lab.data import DATASETS
 from onward.lab.dialects import fdfa
 from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
