@@ -177,7 +177,7 @@ def note(folder: Path, data: dict[str, Any], code: str | None) -> None:
 def check_code(folder: Path, config: Train, state: dict[str, Any] | None = None) -> None:
     """Raise a UsageError if the run there, or its checkpoint, is of a network or an algorithm whose own file has changed.
 
-    One that does not say what it is of is taken: it is from before that was kept, or the file was to be mended.
+    A folder that does not say which file it is of is accepted: it is older than that record, or the file was to be mended.
     """
     try:
         known = read_config(folder).get("environment", {}).get("code")
@@ -201,7 +201,7 @@ def _files(config: Train) -> str:
 def check_data(folder: Path, data: Data, state: dict[str, Any] | None = None) -> None:
     """Raise a UsageError that says what is different, if the run there, or its checkpoint, is of other data.
 
-    One that does not say what it is of is taken: it is from before that was kept.
+    A folder that does not say which data it is of is accepted: it is older than that record.
     """
     try:
         known = read_config(folder).get("data")
@@ -291,20 +291,8 @@ def forget_failure(folder: Path) -> None:
         (folder / FAILURE).unlink(missing_ok=True)
 
 
-def with_defaults(found: dict[str, Any]) -> dict[str, Any]:
-    """Settings as a file has them, with the defaults of those that are newer than it, without those that are no more."""
-    defaults = json.loads(json.dumps(dataclasses.asdict(Train())))
-    return {
-        name: {inner: given.get(inner, value) for inner, value in default.items()}
-        if isinstance(default, dict) and isinstance(given, dict)
-        else given
-        for name, default in defaults.items()
-        for given in (found.get(name, default),)
-    }
-
-
 def _contents(folder: Path) -> list[Path]:
-    """The files of the run there; what `onward align` has found out is such only beside others, or else it is of other runs."""
+    """The files of the run there. Those of `onward align` count only beside others: alone they are about other runs."""
     names = NAMES - {f"{CONFIG}.partial"}  # that one is of the next run
     there = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in there if (path.name in names or OTHERS.fullmatch(path.name)) and not path.is_dir()]

@@ -11,17 +11,7 @@ from typing import Any
 
 from onward.errors import UsageError
 from onward.lab import tasks
-from onward.lab.run.folder import (
-    ALIGNED,
-    ALIGNMENT,
-    CONFIG,
-    FAILURE,
-    METRICS,
-    NOT_IN_RESULT,
-    check_code,
-    read_config,
-    with_defaults,
-)
+from onward.lab.run.folder import ALIGNED, ALIGNMENT, CONFIG, FAILURE, METRICS, NOT_IN_RESULT, check_code, read_config
 from onward.lab.settings import Train, flat, from_dict
 from onward.lab.tasks import Task
 
@@ -64,7 +54,7 @@ def read(folder: Path) -> Record:
     try:
         saved = read_config(folder)
         given = flat(dict(saved["config"]))
-        config = from_dict(Train, with_defaults(saved["config"]))
+        config = from_dict(Train, _with_defaults(saved["config"]))
         environment = dict(saved.get("environment") or {})
     except UsageError as error:
         raise UsageError(f"{folder / CONFIG}: {error}") from error
@@ -73,7 +63,8 @@ def read(folder: Path) -> Record:
         raise UsageError(f"{folder / CONFIG} cannot be read ({type(error).__name__}: {reason}): train it again") from error
     if missing := [name for name in ("algorithm", "model", "data") if name not in given]:
         raise UsageError(f"{folder / CONFIG} names no {missing[0]}: train it again")
-    unknown = {name: value for name, value in given.items() if value and name not in flat(Train())}
+    known = flat(Train())
+    unknown = {name: value for name, value in given.items() if value and name not in known}
     rows, notes = _lines(folder / METRICS)
     alignment, more = _lines(folder / ALIGNMENT)
     failure = (folder / FAILURE).read_text(encoding="utf-8", errors="replace").strip() if (folder / FAILURE).is_file() else ""
@@ -126,6 +117,17 @@ def same(folder: Path, config: Train) -> Record | None:
         return None if differing(folder, config) else read(folder)
     except UsageError:
         return None
+
+
+def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The settings in a file: those that it lacks have their defaults, those that this version does not have are left out."""
+    return {
+        name: {inner: found.get(inner, value) for inner, value in default.items()}
+        if isinstance(default, dict) and isinstance(found, dict)
+        else found
+        for name, default in dataclasses.asdict(Train()).items()
+        for found in (given.get(name, default),)
+    }
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
