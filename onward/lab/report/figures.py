@@ -299,16 +299,11 @@ def _short(name: str, most: int) -> str:
 def _layout(x_title: str, y_title: str, x: Figure, y: Figure, **others: Any) -> Figure:
     """What all figures share, with what is special to the axes of one. The page colours text and grid, so that they follow its
     theme."""
-    plain = {"zeroline": False, "ticks": ""}
-    return {
-        "xaxis": {**plain, "automargin": False, "title": {"text": x_title, "standoff": 8}, **x},
-        "yaxis": {**plain, "automargin": True, "title": {"text": y_title, "standoff": 8}, **y},
-        "margin": {"l": 44, "r": 14, "t": 8, "b": 44},
-        "height": 300,
-        "showlegend": False,
-        "font": {"family": "system-ui, sans-serif", "size": 12},
-        "paper_bgcolor": "rgba(0,0,0,0)",
-        "plot_bgcolor": "rgba(0,0,0,0)",
-        "hoverlabel": {"bgcolor": "#20262d", "bordercolor": "#20262d", "font": {"color": "#ffffff"}},
-        **others,
+    axis, clear, dark = {"zeroline": False, "ticks": ""}, "rgba(0,0,0,0)", "#20262d"
+    figure: Figure = {
+        "xaxis": {**axis, "automargin": False, "title": {"text": x_title, "standoff": 8}, **x},
+        "yaxis": {**axis, "automargin": True, "title": {"text": y_title, "standoff": 8}, **y},
     }
+    figure |= {"height": 300, "margin": {"l": 44, "r": 14, "t": 8, "b": 44}, "showlegend": False}
+    figure |= {"font": {"family": "system-ui, sans-serif", "size": 12}, "paper_bgcolor": clear, "plot_bgcolor": clear}
+    return figure | {"hoverlabel": {"bgcolor": dark, "bordercolor": dark, "font": {"color": "#ffffff"}}} | others

@@ -15,6 +15,7 @@ from rich.table import Table
 from onward.errors import UsageError
 from onward.lab.networks import models
 from onward.lab.report.alignment import COSINES, HISTOGRAM, WORDS, maps
+from onward.lab.report.figures import Panel
 from onward.lab.report.groups import short_names, shown
 from onward.lab.report.picture import draw, formats, picture
 from onward.lab.run import checkpoint, record
@@ -161,12 +162,13 @@ def picture_of(name: str, found: Sequence[Entry], path: Path) -> None:
     labels = dict.fromkeys(entry["label"] for entry in found)
     measured = maps({label: [[entry for entry in found if entry["label"] == label]] for label in labels})
     if name == HISTOGRAMS:
-        spread = next((one for one in measured if one.measure == HISTOGRAM), None)
-        figures = spread.figures if spread else []
-        picture(path, [figures[at : at + 3] for at in range(0, len(figures), 3)], spread.title if spread else "")
-        return
-    cosines = {one.measure.partition(".")[0]: dict(one.figures) for one in measured if one.measure in COSINES}
-    rows = [
-        [(f"{label}: {WORDS[kind]}", of[label]) if label in of else None for kind, of in cosines.items()] for label in labels
-    ]
-    picture(path, rows, "Cosine with the true gradient")
+        title = "Samples by the cosine of their error signal, after the last epoch"
+        figures: list[Panel | None] = [figure for one in measured if one.measure == HISTOGRAM for figure in one.figures]
+        grid = [figures[at : at + 3] for at in range(0, len(figures), 3)]
+    else:
+        title = "Cosine with the true gradient"
+        of = {one.measure.partition(".")[0]: dict(one.figures) for one in measured if one.measure in COSINES}
+        grid = [
+            [(f"{label}: {WORDS[kind]}", of[kind][label]) if label in of[kind] else None for kind in of] for label in labels
+        ]
+    picture(path, grid, title)
