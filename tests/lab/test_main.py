@@ -33,7 +33,7 @@ from onward.lab.dialects import commands, fdfa, flg
 from onward.lab.run.algorithms import spelled
 from onward.lab.run.loop import TrainingFailed, prepare
 from onward.lab.run.record import read
-from onward.lab.settings import Feedback, Heads, Network, Optimizer, Schedule, Subset, Train, Transform
+from onward.lab.settings import Feedback, Heads, Network, Optimizer, Schedule, Subset, Train, Transform, flat
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = Train(algorithm="fdfa", model="mlp", data="mnist", epochs=100, batch_size=64, lr=1e-4, schedule=Schedule(gamma=0.95))
@@ -562,7 +562,7 @@ def test_fdfas_flag_for_the_data_may_be_shortened_as_there(short: str) -> None:
 def all_settings(dialect: Any) -> list[str]:
     """A sentence on every flag of `onward train`, as a user of the dialect gets it."""
     names = dialect.read([]).flags
-    return [commands.reworded(f"--{name} 3: leave it out", names) for name in commands._settings(Train)]
+    return [commands.reworded(f"--{name.replace('_', '-')} 3: leave it out", names) for name in flat(Train())]
 
 
 @pytest.mark.parametrize("dialect", [fdfa, flg])

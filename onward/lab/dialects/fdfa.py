@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import UsageError
-from onward.lab.data import DATASETS
+from onward.lab.data.sets import ON_HUB
 from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
 from onward.lab.run import processes
 from onward.lab.settings import Feedback, Network, Optimizer, Schedule, Subset, Train, Transform
@@ -83,7 +83,7 @@ def _at_least_one(text: str) -> int:
 
 
 def _dataset(name: str) -> str:
-    if name in DATASETS and name not in DATA:
+    if name in ON_HUB and name not in DATA:
         own = next((f"use {theirs}; or, " for theirs, here in DATA.items() if here == name), "")
         raise argparse.ArgumentTypeError(
             f"{name} is ForwardLocalGradient's name for it, and no other flag is that code's: {own}for its command line, give "

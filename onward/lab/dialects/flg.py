@@ -12,7 +12,8 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 from onward import ForwardGradient
 from onward.errors import UsageError
-from onward.lab.data import DATASETS
+from onward.lab.data.sets import ON_HUB
 from onward.lab.dialects import fdfa
 from onward.lab.dialects.commands import Command, given, in_own_words, no_effect
 from onward.lab.networks.blocks import scaled
@@ -43,7 +44,13 @@ SPACES = {name: name for name in (*WEIGHT_SPACES, "activation", "activation-2", 
 }
 PROJECTIONS = ("weight", "avg-weight", "activation", "activation-2")
 """Spaces where something is divided by a squared length."""
-SCHEDULERS = {"steplr": "step", "plateau": "plateau", "onecycle": "onecycle", "linear": "linear", "constant": "constant"}
+SCHEDULERS: dict[str, Any] = {
+    "steplr": "step",
+    "plateau": "plateau",
+    "onecycle": "onecycle",
+    "linear": "linear",
+    "constant": "constant",
+}
 OF_SCHEDULER = {
     "gamma": "steplr",
     "step_size": "steplr",
@@ -122,11 +129,16 @@ def parser() -> argparse.ArgumentParser:
         description="ForwardLocalGradient's command line. `onward train` offers more.", allow_abbrev=False
     )
 
-    def nested(part: str, name: str, **options: object) -> None:
+    def nested(part: str, name: str, **options: Any) -> None:
         """A flag of a part's own, as the README spells it and as the code does."""
         flags.add_argument(f"--{part}.{name}", f"--{name}", dest=name, **options)
 
-    add = flags.add_argument
+    for add_some in (_flags_of_method, _flags_of_optimizer, _flags_of_run):
+        add_some(flags.add_argument, nested)
+    return flags
+
+
+def _flags_of_method(add: Callable[..., object], nested: Callable[..., object]) -> None:
     add("--algo", metavar="NAME", help="a name of --algorithm, or fg-tgt-TARGET-guess-GUESS-SPACE (default: as the next say)")
     add("--algorithm", choices=ALGORITHMS, default="generic")
     add("--target", choices=TARGETS, default="global", help="(default: global)")
@@ -142,6 +154,9 @@ def parser() -> argparse.ArgumentParser:
     nested("auxnet", "h_channel", type=int, metavar="N", help="(default: 32 of cnn, 1024 of mlp; half with resnet18-16b)")
     for flag in ("aux_type", "pool_size", "n_layers"):
         nested("auxnet", flag, type=str if flag == "aux_type" else int, help=argparse.SUPPRESS)
+
+
+def _flags_of_optimizer(add: Callable[..., object], nested: Callable[..., object]) -> None:
     add("--n_epoch", type=int, metavar="N", help="(default: 100; imagenet32: 70)")
     add("--optimizer", choices=["sgd", "adam"], default="sgd", help="(default: sgd)")
     nested("optimizer", "batchsize", type=int, metavar="N", help="(default: 128; adam: 512)")
@@ -158,8 +173,10 @@ def parser() -> argparse.ArgumentParser:
     nested("scheduler", "start_factor", type=float, default=1.0, metavar="F", help="of linear (default: 1)")
     nested("scheduler", "end_factor", type=float, default=0.0, metavar="F", help="of linear (default: 0)")
     nested("scheduler", "total_iters", type=float, help=argparse.SUPPRESS)
-    names = [name for name in DATASETS if name != "digits"]
-    add("--dataset", type=_dataset, choices=names, default="cifar10", help="(default: cifar10)")
+
+
+def _flags_of_run(add: Callable[..., object], nested: Callable[..., object]) -> None:
+    add("--dataset", type=_dataset, choices=list(ON_HUB), default="cifar10", help="(default: cifar10)")
     add("--path", default="", metavar="DIR", help="read the images from this folder")
     add("--num_train_sample", type=int, default=0, metavar="N", help="a random part of them (default: 0, all)")
     add("--num_test_sample", type=int, default=0, metavar="N", help="(default: 0, all)")
@@ -184,7 +201,6 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     for flag in ("--num-workers", "--prefetch-factor", "--checkpoint_time", "--dim", "--num_block"):
         add(flag, help=argparse.SUPPRESS)
-    return flags
 
 
 def _dataset(name: str) -> str:
@@ -219,7 +235,6 @@ def read(arguments: Sequence[str] | None = None) -> Command:
     method = {"local": ["local", asked.auxnet], "bp": ["std"]}.get(algorithm)
     method = method or [asked.auxnet, fg["target"], fg["guess"], fg["space"]]
     names = _names(asked, spelled)
-    transform = TRANSFORMS.get(asked.dataset, OF_OTHERS)
     with in_own_words(names):
         config = Train(
             algorithm=entry(algorithm, ForwardGradient, fg),
@@ -248,12 +263,7 @@ def read(arguments: Sequence[str] | None = None) -> Command:
             ),
             schedule=_schedule(asked),
             heads=Heads(kind=asked.auxnet, width=asked.h_channel or None),
-            transform=Transform(
-                transform.mean,
-                transform.std,
-                augment=transform.augment if asked.augmentation == "standard" else "none",
-                size=asked.image_size or transform.size,
-            ),
+            transform=_transform(asked),
             subset=Subset(train=asked.num_train_sample or None, test=asked.num_test_sample or None),
         )
         told = no_effect(given(flags, arguments), _reasons(asked, config, fg, heads, gpus)) + _differences(asked, config, heads)
@@ -297,7 +307,8 @@ def _algorithm(asked: argparse.Namespace) -> tuple[str, dict[str, Any]]:
             f"--algo {name}: use {', '.join(ALGORITHMS)}, or fg-tgt-TARGET-guess-GUESS-SPACE with a TARGET out of "
             f"{', '.join(TARGETS)}, a GUESS out of {', '.join(GUESSES)} and a SPACE out of {', '.join(SPACES)}"
         )
-    return "fg", _forward_gradient(*parts.groups(), asked)
+    target, guess, space = parts.groups()
+    return "fg", _forward_gradient(target, guess, space, asked)
 
 
 def _forward_gradient(
@@ -328,6 +339,12 @@ def _schedule(asked: argparse.Namespace) -> Schedule:
         "linear": {"start": asked.start_factor, "end": asked.end_factor},
     }
     return Schedule(SCHEDULERS[asked.scheduler], **settings.get(asked.scheduler, {}))
+
+
+def _transform(asked: argparse.Namespace) -> Transform:
+    usual = TRANSFORMS.get(asked.dataset, OF_OTHERS)
+    augment = usual.augment if asked.augmentation == "standard" else "none"
+    return replace(usual, augment=augment, size=asked.image_size or usual.size)
 
 
 def _cuts(model: str, fg: dict[str, Any]) -> tuple[str, ...] | None:
