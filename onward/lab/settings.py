@@ -324,8 +324,8 @@ class Compare(Recipe):
     seeds: int = 3
     """Runs of each algorithm: seeds 0, 1, ..."""
     lr_grid: tuple[float, ...] = ()
-    """Try these learning rates, with seed 0, for every algorithm whose entry sets none: the one with the best accuracy on a
-    held-out fifth of the training images is taken."""
+    """Try these learning rates, with seed 0, for every algorithm whose entry sets none: the one that does best on a
+    held-out fifth of the training samples is taken."""
     lr_epochs: int | None = None
     """Epochs of such a trial; those of the runs if not given."""
 

@@ -181,7 +181,7 @@ class Standing:
         row: Row = {"epoch": self.epoch, "train_loss": self.loss / self.seen, "seconds": self.seconds}
         if self.heads:
             row["heads"] = {
-                cut: {"loss": float(sums[0]) / self.seen, metric.name: metric.value(sums[1:].cpu(), self.seen)}
+                cut: {"loss": float(sums[0]) / self.seen, metric.name: metric.value(sums[1:], self.seen)}
                 for cut, sums in self.heads.items()
             }
         return row
@@ -328,8 +328,8 @@ def train_epoch(run: Run, at: Standing) -> Iterator[float]:
         if done.heads:
             measured = torch.stack([run.task.main.measure(output, y) for _, output in done.heads.values()])
             for (cut, (head_loss, _)), sums in zip(done.heads.items(), run.processes.total(measured), strict=True):
-                sums = torch.cat([head_loss.double().view(1) * samples, sums])
-                at.heads[cut] = at.heads[cut] + sums if cut in at.heads else sums
+                sums = torch.cat([head_loss.double().view(1) * samples, sums]).cpu()  # where a resumed run has them too
+                at.heads[cut] = at.heads[cut].cpu() + sums if cut in at.heads else sums
         at.seconds += time.perf_counter() - start
         yield loss
         start = time.perf_counter()  # what is done with the loss is not the step's time
