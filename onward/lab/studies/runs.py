@@ -68,8 +68,12 @@ def data_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[T
     def loaded(seed: int) -> Data:
         return load_data(config, seed)
 
+    @cache
+    def by_seed() -> bool:
+        return depend_on_seed(config.data)  # runs the user's file
+
     def data(run: Train) -> Data:
-        return loaded(run.seed if depend_on_seed(config.data) else 0)
+        return loaded(run.seed if by_seed() else 0)
 
     @cache
     def try_all() -> None:
