@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 from onward.errors import UsageError
 from onward.lab.system import surroundings
@@ -44,7 +44,7 @@ def guarded(work: Callable[[], object]) -> int:
 def _told(work: Callable[[], object]) -> int:
     try:
         with lab_extra():
-            from onward.lab.run.training import TrainingFailed
+            from onward.lab.run.failure import TrainingFailed
             from onward.lab.system import memory
         try:
             work()
@@ -89,8 +89,9 @@ def _run(argv: Sequence[str] | None) -> None:
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
         for kind in (Train, Compare, Align, Bench, Report, List)
     ]
+    kinds: Any = Union[tuple(commands)]  # noqa: UP007 (made at run time)
     asked = tyro.cli(
-        Union[tuple(commands)],  # noqa: UP007 (made at run time)
+        kinds,
         prog="onward",
         description="Train PyTorch networks without backpropagating through them.",
         args=argv,

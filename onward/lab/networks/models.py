@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from onward.errors import UsageError, unknown
-from onward.lab.networks.blocks import FACTS, MODELS, Facts, Shapes
+from onward.lab.networks.blocks import FACTS, Facts, Shapes
+from onward.lab.networks.blocks import MODELS as MODELS
 from onward.lab.settings import Network
 from onward.lab.system import own
 from onward.lab.system.own import Own

@@ -39,7 +39,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         torch.save({"format": formats.FORMAT, **state}, file)
         file.flush()
         file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         file.seek(0, os.SEEK_END)
         file.write(SEAL + digest.encode())
 

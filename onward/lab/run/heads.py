@@ -14,7 +14,7 @@ from onward.lab.networks import models
 from onward.lab.networks.blocks import scaled
 from onward.lab.settings import Train
 from onward.network.cuts import check_names
-from onward.network.heads import PredSim, default_width
+from onward.network.heads import PredSim, default_width, local_loss
 from onward.network.run import Loss
 
 
@@ -35,7 +35,7 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
     }
     if initialize := models.facts(config.model).initialize:
         for head in heads.values():
-            head.reset_parameters = partial(initialize, head)  # so heads that are drawn afresh start in the same way
+            vars(head)["reset_parameters"] = partial(initialize, head)  # so heads drawn afresh start in the same way
     return heads
 
 
@@ -52,10 +52,12 @@ def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str
 
 def end_in_head(model: nn.Module, config: Train, x: Tensor) -> None:
     """Put a head of the chosen kind in the place of the network's classifier; of predsim, its own classifier."""
-    last = models.facts(config.model).ends_in_head
-    (head,) = _drawn(model, config, x, config.heads.kind, [f"output.{last}"]).values()
+    last, kind = models.facts(config.model).ends_in_head, config.heads.kind
+    assert last is not None
+    assert kind is not None
+    (head,) = _drawn(model, config, x, kind, [f"output.{last}"]).values()
     head = head.classify if isinstance(head, PredSim) else head
-    model.output = nn.Sequential(OrderedDict({last: model.output.get_submodule(last), "head": head}))
+    model.output = nn.Sequential(OrderedDict({last: model.get_submodule(f"output.{last}"), "head": head}))
 
 
 def _behind(block: nn.Module, head: nn.Module) -> nn.Module:
@@ -66,4 +68,4 @@ def _behind(block: nn.Module, head: nn.Module) -> nn.Module:
 class _OwnLoss(nn.Sequential):
     def local_loss(self, h: Tensor, y: Any, loss: Loss) -> tuple[Tensor, Tensor]:
         block, head = self
-        return head.local_loss(block(h), y, loss)
+        return local_loss(head, block(h), y, loss)
