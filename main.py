@@ -27,9 +27,11 @@ def dialect(arguments: Sequence[str]) -> ModuleType:
 
 
 def translate(arguments: Sequence[str] | None = None) -> Train:
-    """The configuration that a command line of either code means."""
+    """The configuration that a command line of either code means; what its user has to know is printed."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    return dialect(arguments).translate(arguments)
+    command = dialect(arguments).read(arguments)
+    command.tell()
+    return command.config
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from onward.lab.run.loop import train
 from onward.lab.run.training import Row, load_data
 from onward.lab.settings import Subset, Train, flat
 from onward.lab.system import memory
+from onward.lab.system.extra import reason_of
 
 OF_TRAIN = {
     "onward train --resume": "onward train --resume",  # goes on with any run, also with these codes'
@@ -97,9 +98,8 @@ def in_own_words(flags: Mapping[str, str]) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if not memory.exhausted(error):
             raise
-        reason = str(error).partition("\n")[0]
         remedy = reworded("use a smaller --batch-size, or a smaller network", flags)
-        raise TrainingFailed(f"out of memory ({reason}): {remedy}") from error
+        raise TrainingFailed(f"out of memory ({reason_of(error)}): {remedy}") from error
 
 
 def run(command: Command) -> list[Row]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,26 +20,13 @@ from onward.lab.settings import Feedback, Network, Optimizer, Schedule, Subset, 
 
 DATA = {"MNIST": "mnist", "FashionMNIST": "fashion-mnist", "CIFAR10": "cifar10", "CIFAR100": "cifar100"}
 ALGORITHMS = {"BP": "bp", "DFA": "dfa", "DKP": "dkp", "FDFA": "fdfa", "FwdGrad": "fg:space=avg-weight"}
-FLAGS = {
-    "--batch-size": "--batch-size",
-    "--data-dir": "--data-dir",
-    "--device cpu": "--no-cuda",
-    "--epochs": "--epochs",
-    "--feedback.decay": "--feedback-decay",
-    "--feedback.lr": "--b-lr",
-    "--log-interval": "--log-interval",
-    "--lr": "--lr",
-    "--network.layers": "--n-layers",
-    "--optimizer.weight-decay": "--weight-decay",
-    "--out": "--log-dir",
-    "--schedule.gamma": "--gamma",
-    "--seed": "--seed",
-    "--subset.train": "--batch-size",
-    "--test-batch-size": "--test-batch-size",
-    # No flag of this code changes the size of images.
-    "enlarge them with --transform.size 28": "enlarge them, or leave out --conv",
-    "give the size that they are to have, for example --transform.size 224": "bring them to one size",
-}
+FLAGS = {"--batch-size": "--batch-size", "--data-dir": "--data-dir", "--device cpu": "--no-cuda", "--epochs": "--epochs"}
+FLAGS |= {"--feedback.decay": "--feedback-decay", "--feedback.lr": "--b-lr", "--log-interval": "--log-interval", "--lr": "--lr"}
+FLAGS |= {"--network.layers": "--n-layers", "--optimizer.weight-decay": "--weight-decay", "--out": "--log-dir"}
+FLAGS |= {"--schedule.gamma": "--gamma", "--seed": "--seed", "--subset.train": "--batch-size"}
+FLAGS |= {"--test-batch-size": "--test-batch-size"}
+FLAGS["enlarge them with --transform.size 28"] = "enlarge them, or leave out --conv"  # no flag here changes the size of images
+FLAGS["give the size that they are to have, for example --transform.size 224"] = "bring them to one size"
 """Of `onward train`'s flags, and of phrases with one, what this code has in that place."""
 
 
@@ -85,20 +71,17 @@ def _at_least_one(text: str) -> int:
 def _dataset(name: str) -> str:
     if name in ON_HUB and name not in DATA:
         own = next((f"use {theirs}; or, " for theirs, here in DATA.items() if here == name), "")
-        raise argparse.ArgumentTypeError(
-            f"{name} is ForwardLocalGradient's name for it, and no other flag is that code's: {own}for its command line, give "
-            "one of its flags too, such as --arch resnet18"
-        )
+        why = f"{name} is ForwardLocalGradient's name for it, and no other flag is that code's: {own}for its command line"
+        raise argparse.ArgumentTypeError(f"{why}, give one of its flags too, such as --arch resnet18")
     return name
 
 
-def read(arguments: Sequence[str] | None = None) -> Command:
+def read(arguments: Sequence[str]) -> Command:
     """What a command line of the FDFA code means.
 
     Raises:
         UsageError: a value out of its range, or no seed for several processes.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
     flags = parser()
     asked = flags.parse_args(arguments)
     forward_gradient = asked.train_mode == "FwdGrad"
@@ -144,10 +127,3 @@ def _reasons(asked: argparse.Namespace) -> dict[str, str]:
     if asked.dry_run:
         reasons["epochs"] = "--dry-run is one batch"
     return reasons
-
-
-def translate(arguments: Sequence[str] | None = None) -> Train:
-    """The configuration that a command line of the FDFA code means; what its user has to know is printed."""
-    command = read(arguments)
-    command.tell()
-    return command.config

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,40 +27,24 @@ from onward.lab.networks.blocks import scaled
 from onward.lab.run.algorithms import spelled as entry
 from onward.lab.settings import Heads, Network, Optimizer, Schedule, Subset, Train, Transform
 
-ARCHITECTURES = {"resnet18": "resnet18-8b"} | {
-    name: name for name in ("resnet18-8b", "resnet18-16b", "resnet18-2b", "small-net")
-}
 HIDDEN_BLOCKS = {"resnet18-8b": 7, "resnet18-16b": 15, "resnet18-2b": 1, "small-net": 5}
+ARCHITECTURES = {"resnet18": "resnet18-8b"} | {name: name for name in HIDDEN_BLOCKS}
 ALGORITHMS = {"std": "bp", "localonly": "local", "avg-weight-fast": "fg", "generic": "fg"}
 TARGETS = {"e2e": "global"} | {name: name for name in ("global", "local", "above", "sum")}
 GUESSES = {"localgrad": "local", **TARGETS} | {name: name for name in ("random", "ntk", "fixed-ntk", "feedback")}
 WEIGHT_SPACES = ("weight", "avg-weight", "span-weight", "sign-weight", "random-sign-weight", "f-weight")
-SPACES = {name: name for name in (*WEIGHT_SPACES, "activation", "activation-2", "span-activation", "f-activation")} | {
-    "activity": "activation",
-    "activity-2": "activation-2",
-    "span-activity": "span-activation",
-    "f-activity": "f-activation",
-}
+SPACES = {name: name for name in (*WEIGHT_SPACES, "activation", "activation-2", "span-activation", "f-activation")}
+SPACES |= {name.replace("activation", "activity"): name for name in SPACES}
 PROJECTIONS = ("weight", "avg-weight", "activation", "activation-2")
 """Spaces where something is divided by a squared length."""
-SCHEDULERS: dict[str, Any] = {
-    "steplr": "step",
-    "plateau": "plateau",
-    "onecycle": "onecycle",
-    "linear": "linear",
-    "constant": "constant",
+SCHEDULERS: dict[str, tuple[Any, dict[str, str]]] = {
+    "steplr": ("step", {"gamma": "gamma", "step_size": "step_size"}),
+    "plateau": ("plateau", {"factor": "gamma", "patience": "patience"}),
+    "onecycle": ("onecycle", {"maxlr": "", "step_per_epoch_time_bs": ""}),
+    "linear": ("linear", {"start_factor": "start", "end_factor": "end", "total_iters": ""}),
+    "constant": ("constant", {}),
 }
-OF_SCHEDULER = {
-    "gamma": "steplr",
-    "step_size": "steplr",
-    "factor": "plateau",
-    "patience": "plateau",
-    "maxlr": "onecycle",
-    "step_per_epoch_time_bs": "onecycle",
-    "start_factor": "linear",
-    "end_factor": "linear",
-    "total_iters": "linear",
-}
+"""By that code's name: the schedule here, and for each of its flags the setting of the schedule, if there is one."""
 WEIGHTS = ("xavier-uniform", "xavier-normal", "kaiming-uniform", "kaiming-normal", "normal", "uniform", "ones", "zeros")
 HEADS = ("mlp", "cnn", "linear", "predsim")
 IMAGENET = Transform(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), augment="resized-crop-flip", size=224)
@@ -75,47 +58,20 @@ TRANSFORMS = {
 }
 OF_OTHERS = Transform(mean=0.0, std=1.0)
 WITHOUT_EFFECT = {
-    "num_workers": "images are kept in memory, or decoded by threads",
-    "prefetch_factor": "images are kept in memory, or decoded by threads",
-    "checkpoint_time": "nothing reads it there either",
-    "dim": "nothing reads it there either",
-    "num_block": "nothing reads it there either",
+    **dict.fromkeys(("num_workers", "prefetch_factor"), "images are kept in memory, or decoded by threads"),
+    **dict.fromkeys(("checkpoint_time", "dim", "num_block"), "nothing reads it there either"),
     "image_size_over_32": "the stem follows the size of the images",
     "step_per_epoch_time_bs": "the schedule counts the steps of the run itself",
 }
-FLAGS = {
-    "--align-every": "histogram",
-    "--batch-size": "batchsize",
-    "--data": "dataset",
-    "--data-dir": "path",
-    "--device": "device",
-    "--epochs": "n_epoch",
-    "--heads.kind": "auxnet",
-    "--heads.width": "h_channel",
-    "--log-interval": "log_freq",
-    "--lr": "lr",
-    "--network.downsample": "downsample",
-    "--network.width": "widen_factor",
-    "--optimizer.momentum": "momentum",
-    "--optimizer.name": "optimizer",
-    "--optimizer.weight-decay": "wd",
-    "--out": "log_dir",
-    "--save-weights": "save_model",
-    "--schedule.end": "end_factor",
-    "--schedule.gamma": "gamma",
-    "--schedule.name": "scheduler",
-    "--schedule.patience": "patience",
-    "--schedule.start": "start_factor",
-    "--schedule.step-size": "step_size",
-    "--seed": "seed",
-    "--subset.test": "num_test_sample",
-    "--subset.train": "num_train_sample",
-    "--transform.augment": "augmentation",
-    "--transform.size": "image_size",
-    "--wandb": "status",
-    "--wandb-name": "run_name",
-    "--wandb-project": "project",
-}
+FLAGS = {"--align-every": "histogram", "--batch-size": "batchsize", "--data": "dataset", "--data-dir": "path"}
+FLAGS |= {"--device": "device", "--epochs": "n_epoch", "--heads.kind": "auxnet", "--heads.width": "h_channel"}
+FLAGS |= {"--log-interval": "log_freq", "--lr": "lr", "--network.downsample": "downsample", "--network.width": "widen_factor"}
+FLAGS |= {"--optimizer.momentum": "momentum", "--optimizer.name": "optimizer", "--optimizer.weight-decay": "wd"}
+FLAGS |= {"--out": "log_dir", "--save-weights": "save_model", "--schedule.end": "end_factor", "--schedule.gamma": "gamma"}
+FLAGS |= {"--schedule.name": "scheduler", "--schedule.patience": "patience", "--schedule.start": "start_factor"}
+FLAGS |= {"--schedule.step-size": "step_size", "--seed": "seed", "--subset.test": "num_test_sample"}
+FLAGS |= {"--subset.train": "num_train_sample", "--transform.augment": "augmentation", "--transform.size": "image_size"}
+FLAGS |= {"--wandb": "status", "--wandb-name": "run_name", "--wandb-project": "project"}
 """Of `onward train`'s flags, what this code's flag for the same sets."""
 PHRASES = {
     "or --device cpu": "or hide the GPUs with CUDA_VISIBLE_DEVICES=",
@@ -164,9 +120,9 @@ def _flags_of_optimizer(add: Callable[..., object], nested: Callable[..., object
     nested("optimizer", "wd", type=float, help="weight decay (default: 5e-4; adam: 1e-6)")
     nested("optimizer", "momentum", type=float, help="of sgd (default: 0.9)")
     add("--scheduler", choices=SCHEDULERS, default="steplr", help="(default: steplr)")
-    nested("scheduler", "gamma", type=float, help="of steplr (default: 0.2)")
+    nested("scheduler", "gamma", type=float, default=0.2, help="of steplr (default: 0.2)")
     nested("scheduler", "step_size", type=int, default=30, metavar="N", help="of steplr, in epochs (default: 30)")
-    nested("scheduler", "factor", type=float, help="of plateau (default: 0.2)")
+    nested("scheduler", "factor", type=float, default=0.2, help="of plateau (default: 0.2)")
     nested("scheduler", "patience", type=int, default=15, metavar="N", help="of plateau, in epochs (default: 15)")
     nested("scheduler", "maxlr", type=float, default=0.1, metavar="LR", help="of onecycle, instead of lr (default: 0.1)")
     nested("scheduler", "step_per_epoch_time_bs", help=argparse.SUPPRESS)
@@ -180,13 +136,7 @@ def _flags_of_run(add: Callable[..., object], nested: Callable[..., object]) -> 
     add("--path", default="", metavar="DIR", help="read the images from this folder")
     add("--num_train_sample", type=int, default=0, metavar="N", help="a random part of them (default: 0, all)")
     add("--num_test_sample", type=int, default=0, metavar="N", help="(default: 0, all)")
-    add(
-        "--image_size",
-        type=int,
-        default=0,
-        metavar="N",
-        help="(default: 0: 224 for imagenet and imagenette, 32 for imagenet32)",
-    )
+    add("--image_size", type=int, default=0, metavar="N", help="(default: 224 of imagenet and imagenette, 32 of imagenet32)")
     add("--image_size_over_32", action="store_true", help="without effect: the stem follows the size of the images")
     add("--augmentation", choices=["standard", "none"], default="standard", help="(default: standard)")
     add("--save_model", type=int, nargs="?", const=1, default=0, metavar="N", help="keep the weights every N epochs")
@@ -205,20 +155,17 @@ def _flags_of_run(add: Callable[..., object], nested: Callable[..., object]) -> 
 
 def _dataset(name: str) -> str:
     if name in fdfa.DATA:
-        raise argparse.ArgumentTypeError(
-            f"{name} is FDFA's name for it, and the other flags are not FDFA's: use {fdfa.DATA[name]}; or, for FDFA's command "
-            "line, --data-dir instead of --path"
-        )
+        why = f"{name} is FDFA's name for it, and the other flags are not FDFA's: use {fdfa.DATA[name]}"
+        raise argparse.ArgumentTypeError(f"{why}; or, for FDFA's command line, --data-dir instead of --path")
     return name
 
 
-def read(arguments: Sequence[str] | None = None) -> Command:
+def read(arguments: Sequence[str]) -> Command:
     """What a command line of ForwardLocalGradient means.
 
     Raises:
         UsageError: a name that has no meaning, a value out of its range, or one that only that code has.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
     flags = parser()
     asked = flags.parse_args(arguments)
     spelled = {action.dest: action.option_strings[0] for action in flags._actions} | given(flags, arguments)
@@ -273,22 +220,13 @@ def read(arguments: Sequence[str] | None = None) -> Command:
 
 def _names(asked: argparse.Namespace, spelled: dict[str, str]) -> dict[str, str]:
     """What this code has in the place of `onward train`'s flags, and of phrases with one."""
-    names = {flag: spelled[name] for flag, name in FLAGS.items()} | PHRASES
-    names["give one number, or one per channel"] = (
-        f"{spelled['dataset']} {asked.dataset} has set that, for grey images use {spelled['dataset']} mnist"
-    )
+    names, data = {flag: spelled[name] for flag, name in FLAGS.items()} | PHRASES, spelled["dataset"]
+    names["give one number, or one per channel"] = f"{data} {asked.dataset} has set that, for grey images use {data} mnist"
     if asked.scheduler == "onecycle":
         names["--lr"] = spelled["maxlr"]
     if asked.scheduler == "plateau":
         names["--schedule.gamma"] = spelled["factor"]
     return names
-
-
-def translate(arguments: Sequence[str] | None = None) -> Train:
-    """The configuration that a command line of ForwardLocalGradient means; what its user has to know is printed."""
-    command = read(arguments)
-    command.tell()
-    return command.config
 
 
 def _algorithm(asked: argparse.Namespace) -> tuple[str, dict[str, Any]]:
@@ -316,9 +254,8 @@ def _forward_gradient(
 ) -> dict[str, Any]:
     """The forward gradient as that code measures it: by a backward sweep, and projecting on random directions of weights."""
     if space == "constrained-weight":
-        raise UsageError(
-            "constrained-weight has no definition anywhere, neither in the paper nor in its code: use weight, or avg-weight"
-        )
+        why = "constrained-weight has no definition anywhere, neither in the paper nor in its code"
+        raise UsageError(f"{why}: use weight, or avg-weight")
     projected = GUESSES[guess] == "random" and space in WEIGHT_SPACES and not unbiased
     return {
         "target": TARGETS[target],
@@ -333,12 +270,8 @@ def _forward_gradient(
 
 def _schedule(asked: argparse.Namespace) -> Schedule:
     """The schedule, with the settings that it has and no others."""
-    settings = {
-        "steplr": {"gamma": 0.2 if asked.gamma is None else asked.gamma, "step_size": asked.step_size},
-        "plateau": {"gamma": 0.2 if asked.factor is None else asked.factor, "patience": asked.patience},
-        "linear": {"start": asked.start_factor, "end": asked.end_factor},
-    }
-    return Schedule(SCHEDULERS[asked.scheduler], **settings.get(asked.scheduler, {}))
+    name, flags = SCHEDULERS[asked.scheduler]
+    return Schedule(name, **{setting: getattr(asked, flag) for flag, setting in flags.items() if setting})
 
 
 def _transform(asked: argparse.Namespace) -> Transform:
@@ -364,9 +297,8 @@ def _check(asked: argparse.Namespace, spelled: dict[str, str], epochs: int, gpus
     if asked.weight_init != "kaiming-uniform":
         raise UsageError(f"--weight_init {asked.weight_init}: networks and heads start kaiming-uniform here, leave it out")
     if asked.scheduler == "linear" and asked.total_iters not in (None, epochs):
-        raise UsageError(
-            f"{spelled['total_iters']} {asked.total_iters:g}: linear takes the whole run here, {epochs} epochs: leave it out"
-        )
+        why = f"{spelled['total_iters']} {asked.total_iters:g}: linear takes the whole run here, {epochs} epochs"
+        raise UsageError(f"{why}: leave it out")
     if gpus and not 0 <= asked.device < gpus:
         raise UsageError(f"--device {asked.device}: the GPUs here have the numbers 0 to {gpus - 1}")
 
@@ -376,14 +308,11 @@ def _check_heads(asked: argparse.Namespace, spelled: dict[str, str]) -> None:
     kind = asked.auxnet
     if asked.aux_type not in (None, kind):
         known = asked.aux_type if asked.aux_type in HEADS else kind
-        raise UsageError(
-            f"{spelled['aux_type']} {asked.aux_type} beside --auxnet {kind} gives one kind of head the sizes of another there: "
-            f"use --auxnet {known} alone"
-        )
+        why = f"{spelled['aux_type']} {asked.aux_type} beside --auxnet {kind} gives one kind of head the sizes of another there"
+        raise UsageError(f"{why}: use --auxnet {known} alone")
     if asked.h_channel == 0 and kind in ("cnn", "mlp"):
-        raise UsageError(
-            f"{spelled['h_channel']} 0 makes each head as wide as its block there; here all heads are of one width: give it"
-        )
+        why = f"{spelled['h_channel']} 0 makes each head as wide as its block there; here all heads are of one width"
+        raise UsageError(f"{why}: give it")
     fixed = {"cnn": {"pool_size": 2, "n_layers": 3}, "mlp": {"pool_size": 2, "n_layers": 3}, "linear": {"pool_size": 2}}
     for name, value in fixed.get(kind, {}).items():
         if getattr(asked, name) not in (None, value):
@@ -413,7 +342,8 @@ def _reasons(asked: argparse.Namespace, config: Train, fg: dict[str, Any], heads
         reasons |= dict.fromkeys(("h_channel", "n_layers"), f"a {kind} head has no hidden layers")
     if heads and kind == "predsim":
         reasons["pool_size"] = "a predsim head pools to 2,048 features"
-    reasons |= {flag: f"it is for --scheduler {own}" for flag, own in OF_SCHEDULER.items() if own != asked.scheduler}
+    others = [(own, flags) for own, (_, flags) in SCHEDULERS.items() if own != asked.scheduler]
+    reasons |= {flag: f"it is for --scheduler {own}" for own, flags in others for flag in flags}
     if asked.scheduler == "onecycle":
         reasons["lr"] = "the rates of onecycle are given by --maxlr"
     if config.model == "resnet18-16b":
