@@ -19,6 +19,12 @@ with lab_extra():
 AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
 LARGEST = 2**31 - 1
 """Of whole numbers: what every part of PyTorch takes."""
+FROM_1 = {"batch_size", "network.layers", "heads.width", "epochs", "test_batch_size", "log_interval", "align_estimates"}
+FROM_1 |= {"schedule.step_size", "subset.train", "subset.test", "lr_epochs", "turns", "steps", "classes"}
+FROM_0 = {"lr", "optimizer.momentum", "optimizer.weight_decay", "feedback.lr", "feedback.decay", "save_weights", "align_every"}
+FROM_0 |= {"schedule.patience", "schedule.start", "schedule.end", "seed"}
+POSITIVE = {"network.width", "data_timeout", "schedule.gamma", "lr_grid"}
+"""The settings with a least value, by it; they may be None."""
 
 T = TypeVar("T")
 
@@ -105,7 +111,7 @@ class Transform:
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
             raise unknown("augmentation", self.augment, AUGMENTATIONS)
-        at_least(1, "transform.", size=self.size)
+        check_number("transform.size", self.size, 1)
         if not all(0 < value < float("inf") for value in (self.std if isinstance(self.std, tuple) else (self.std,))):
             raise UsageError(f"--transform.std {self.std}: use positive numbers")
 
@@ -163,23 +169,19 @@ class Setup:
     heads: Heads = field(default_factory=Heads)
 
     def __post_init__(self) -> None:
-        at_home(self, "model")
+        at_home(self)
         if self.cuts == ():
             raise UsageError("--cuts: name at least one module, or leave it out")
-        at_least(1, batch_size=self.batch_size)
-        at_least(0, lr=self.lr)
-        positive("network.", width=self.network.width)
-        at_least(1, "network.", layers=self.network.layers)
-        at_least(0, "optimizer.", momentum=self.optimizer.momentum, weight_decay=self.optimizer.weight_decay)
-        at_least(0, "feedback.", lr=self.feedback.lr, decay=self.feedback.decay)
-        at_least(1, "heads.", width=self.heads.width)
+        for name, value in flat(self).items():
+            if name in FROM_1 | FROM_0 | POSITIVE:
+                for number in value if isinstance(value, tuple) else (value,):
+                    check_number(name, number, int(name in FROM_1), above=name in POSITIVE)
         if self.optimizer.momentum and self.optimizer.name != "sgd":
-            raise UsageError(
-                f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd: give both or neither"
-            )
+            why = f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd"
+            raise UsageError(f"{why}: give both or neither")
 
 
-def at_home(config: object, *paths: str) -> None:
+def at_home(config: object) -> None:
     """Put the home folder in the place of a ~ at the beginning of paths: no shell does that in --out=~/runs.
 
     >>> Train(out="~/runs").out == os.path.expanduser("~/runs")
@@ -199,39 +201,28 @@ def at_home(config: object, *paths: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {path}: there is no such home folder, write the whole path")
         return found
 
-    for name in paths:
-        object.__setattr__(config, name, whole(name, getattr(config, name)))
+    for name in ("model", "out", "data", "data_dir", "resume", "runs", "plot", "json"):
+        if hasattr(config, name):
+            object.__setattr__(config, name, whole(name, getattr(config, name)))
 
 
-def at_least(least: int, owner: str = "", **options: float | None) -> None:
-    """Raise a UsageError for an option that is smaller, or no number that can be computed with. None is not looked at.
+def check_number(name: str, value: float | None, least: int = 0, *, above: bool = False) -> None:
+    """Raise a UsageError for an option that is smaller (`above`: or equal), or no number that can be computed with.
 
-    >>> at_least(1, batch_size=0)
+    >>> check_number("batch_size", 0, least=1)
     Traceback (most recent call last):
     onward.errors.UsageError: --batch-size 0: use at least 1
     """
-    for name, value in options.items():
-        if value is None:
-            continue
-        whole = isinstance(value, int)
-        if not least <= value <= (LARGEST if whole else torch.finfo(torch.float32).max):
-            remedy = "use a finite number, of 32 bits"
-            if value < least or whole:
-                remedy = f"use at least {least}" if value < least else f"use at most {LARGEST}"
-            raise UsageError(f"--{owner}{name.replace('_', '-')} {value}: {remedy}")
-
-
-def positive(owner: str = "", **options: float | None) -> None:
-    """Raise a UsageError for an option that is 0 or less, or no number that can be computed with. None is not looked at.
-
-    >>> positive("network.", width=0.0)
-    Traceback (most recent call last):
-    onward.errors.UsageError: --network.width 0.0: use a positive number
-    """
-    for name, value in options.items():
-        if value is not None and value <= 0:
-            raise UsageError(f"--{owner}{name.replace('_', '-')} {value}: use a positive number")
-    at_least(0, owner, **options)
+    if value is None:
+        return
+    whole, remedy = isinstance(value, int), ""
+    if above and value <= least:
+        remedy = "use a positive number"
+    elif not least <= value <= (LARGEST if whole else torch.finfo(torch.float32).max):
+        too_large = f"use at most {LARGEST}" if whole else "use a finite number, of 32 bits"
+        remedy = f"use at least {least}" if value < least else too_large
+    if remedy:
+        raise UsageError(f"--{name.replace('_', '-')} {value}: {remedy}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,19 +269,9 @@ class Recipe(Setup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_home(self, "out", "data", "data_dir")
-        at_least(1, epochs=self.epochs, test_batch_size=self.test_batch_size, log_interval=self.log_interval)
-        at_least(0, save_weights=self.save_weights, align_every=self.align_every)
-        at_least(1, align_estimates=self.align_estimates)
         if not re.fullmatch(r"[1-9]\d*|(\d+\.)?\d+m", self.checkpoint_every):
-            raise UsageError(
-                f"--checkpoint-every {self.checkpoint_every}: give a number of steps, such as 500, or of minutes, such as 10m"
-            )
-        positive(data_timeout=self.data_timeout)
-        positive("schedule.", gamma=self.schedule.gamma)
-        at_least(1, "schedule.", step_size=self.schedule.step_size)
-        at_least(0, "schedule.", patience=self.schedule.patience, start=self.schedule.start, end=self.schedule.end)
-        at_least(1, "subset.", train=self.subset.train, test=self.subset.test)
+            why = f"--checkpoint-every {self.checkpoint_every}"
+            raise UsageError(f"{why}: give a number of steps, such as 500, or of minutes, such as 10m")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,11 +289,6 @@ class Train(Recipe):
     """Go on with the run in this folder, whose settings are kept; --device, --data-dir and others that no result depends on may
     be given anew."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_home(self, "resume")
-        at_least(0, seed=self.seed)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(Recipe):
@@ -328,12 +304,6 @@ class Compare(Recipe):
     held-out fifth of the training samples is taken."""
     lr_epochs: int | None = None
     """Epochs of such a trial; those of the runs if not given."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(1, lr_epochs=self.lr_epochs)
-        for rate in self.lr_grid:
-            positive(lr_grid=rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,9 +324,7 @@ class Align(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_home(self, "runs")
-        at_least(1, align_every=self.align_every)
-        at_least(0, seed=self.seed)
+        check_number("align_every", self.align_every, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +337,7 @@ class Report:
     """The page."""
 
     def __post_init__(self) -> None:
-        at_home(self, "runs", "out")
+        at_home(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,13 +361,8 @@ class Bench(Setup):
     json: str | None = None
     """Write all figures to this file too."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_home(self, "plot", "json")
-        at_least(1, turns=self.turns, steps=self.steps, classes=self.classes)
 
-
-def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+def flat(config: Any, between: str = ".") -> dict[str, Any]:
     """Every setting of a configuration, or of the dict that one became, by its name on the command line with underscores.
 
     >>> flat(Train())["network.layers"]
@@ -408,7 +371,8 @@ def flat(config: Any, prefix: str = "") -> dict[str, Any]:
     values = config if isinstance(config, dict) else dataclasses.asdict(config)
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        inner = flat(value, between) if isinstance(value, dict) else {}
+        found |= {f"{name}{between}{key}": part for key, part in inner.items()} if isinstance(value, dict) else {name: value}
     return found
 
 

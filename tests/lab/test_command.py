@@ -23,7 +23,7 @@ from onward.estimators.settings import settings_of
 from onward.lab import cli as command
 from onward.lab.data import DATASETS
 from onward.lab.networks.models import MODELS
-from onward.lab.run.schedules import SCHEDULERS
+from onward.lab.run.optimizers import SCHEDULERS
 from onward.lab.settings import Heads, Schedule
 from onward.lab.tasks import TASKS
 from onward.network.heads import HEADS

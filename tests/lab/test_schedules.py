@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onward.errors import UsageError
-from onward.lab.run.schedules import SCHEDULERS, Rate
+from onward.lab.run.optimizers import SCHEDULERS, Rate
 from onward.lab.settings import Recipe, Schedule
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,6 +89,4 @@ def _reader(split: Split, transform: Transform, device: str | torch.device, *, t
 
 def _key(*numbers: int) -> int:
     """One generator seed from several numbers, distinct for distinct ones and without a pattern."""
-    import numpy as np
-
     return int(np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(1, np.uint64)[0])

@@ -8,24 +8,13 @@ from itertools import combinations, product
 from pathlib import Path
 
 from onward.errors import UsageError
+from onward.lab.data import walk
 from onward.lab.data.encoded import Sample, Unlabelled
 from onward.lab.data.parts import PARTS, WORDS, Labelled, choose_splits, first_labelled, part_of
-from onward.lab.data.walk import (
-    files_in,
-    holds_images,
-    identity,
-    is_image,
-    refuse_dangling,
-    some,
-    subfolders,
-    summary,
-    tell_left_out,
-    walk,
-)
 
 
 def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
-    inside = subfolders(folder)
+    inside = walk.subfolders(folder)
     if not inside:
         raise UsageError(f"data folder {folder} holds no parquet files and no class folders of images: give one that does")
     left: list[Path] = []
@@ -33,21 +22,21 @@ def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
     chosen = {"train": ["."]}  # the folder itself
     if parts := _parts(inside):
         chosen = choose_splits([path.name for path in parts], f"data folder {folder}")
-        left = files_in(folder) + [path for path in inside if path not in parts]
+        left = walk.files_in(folder) + [path for path in inside if path not in parts]
     train = folder / chosen["train"][0]
-    classes = tuple(path.name for path in subfolders(train))
+    classes = tuple(path.name for path in walk.subfolders(train))
     if not classes:
         raise UsageError(f"{train} has no class folders: put the images of each class in a folder of its own")
 
     def read(part: str) -> Labelled:
-        folders = {path: classes.index(path.name) for path in subfolders(folder / part) if path.name in classes}
+        folders = {path: classes.index(path.name) for path in walk.subfolders(folder / part) if path.name in classes}
         if not folders:
             return [], ()
-        for path in subfolders(folder / part):
+        for path in walk.subfolders(folder / part):
             if path not in folders:
                 raise UsageError(f"class folder {path} has no counterpart in the training part: add one or remove it")
-        left.extend(files_in(folder / part))
-        above = frozenset({identity(folder), identity(folder / part)})
+        left.extend(walk.files_in(folder / part))
+        above = frozenset({walk.identity(folder), walk.identity(folder / part)})
         samples: list[Sample] = []
         empty: list[_Empty] = []
         for path, label in folders.items():
@@ -67,7 +56,7 @@ def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
             f"{' and '.join(str(folder / part) for part in chosen['test'])} has none of the class folders of {train}: sort its "
             "images into such, or move it away, and a part of the training images is held out instead"
         )
-    tell_left_out(folder, "only images in class folders are read, by their endings", left, notes)
+    walk.tell_left_out(folder, "only images in class folders are read, by their endings", left, notes)
     return splits, classes
 
 
@@ -81,16 +70,16 @@ def _parts(inside: list[Path]) -> list[Path]:
     parts = [path for path in inside if part_of(path.name)]
     others = [path for path in inside if path not in parts]
     numbered = {part_of(path.name) in PARTS["train"] for path in parts if path.name[-1].isdigit()}
-    if not others or len(numbered) == 2 or (len(parts) > 1 and not any(holds_images(path) for path in others)):
+    if not others or len(numbered) == 2 or (len(parts) > 1 and not any(walk.holds_images(path) for path in others)):
         return parts
     trains = [path for path in parts if part_of(path.name) in PARTS["train"]]
     classes = {name for path in trains for name in _classes(path)}
-    rivals = [path for path in others if holds_images(path) and not classes & _classes(path)]
+    rivals = [path for path in others if walk.holds_images(path) and not classes & _classes(path)]
     return parts if classes and (len(parts) > len(trains) or not rivals) else []
 
 
 def _classes(part: Path) -> set[str]:
-    return {path.name for path in subfolders(part) if holds_images(path)}
+    return {path.name for path in walk.subfolders(part) if walk.holds_images(path)}
 
 
 class _Empty(UsageError):
@@ -101,12 +90,12 @@ def _class_folder(folder: Path, label: int, above: frozenset[tuple[int, int]], l
     """The images of one class; what else its folder holds is added to what is left out."""
     images: list[os.DirEntry[str]] = []
     others: list[os.DirEntry[str]] = []
-    for entry in walk(folder, above):
-        (images if is_image(entry) else others).append(entry)
-    refuse_dangling(images + others)
+    for entry in walk.walk(folder, above):
+        (images if walk.is_image(entry) else others).append(entry)
+    walk.refuse_dangling(images + others)
     left.extend(Path(entry.path) for entry in others)
     if not images:
-        unread = summary(folder, [Path(entry.path) for entry in others])
+        unread = walk.summary(folder, [Path(entry.path) for entry in others])
         held = f" (what it holds is not read: {unread})" if others else ""
         raise _Empty(f"class folder {folder} has no images: add some or remove it{held}")
     return [Sample(Path(entry.path), label, entry.path) for entry in images]
@@ -123,20 +112,18 @@ def _refuse_parts_as_classes(root: Path, samples: list[Sample]) -> None:
     nested = [name for name in sorted(below) if len(below[name]) > 1]
     for one, other in combinations(nested, 2):
         if below[one] <= below[other] or below[other] <= below[one]:
-            same = some(below[one] & below[other])
+            same = walk.some(below[one] & below[other])
             raise UsageError(
                 f"{root / one} and {root / other} hold folders of the same names ({same}): name them train and test if they "
                 "are parts of a data set, or put the images right into them if they are classes"
             )
     for name in nested:
         if len(beside := below[name] & (below.keys() - {name})) > 1:
-            raise UsageError(
-                f"{root / name} holds folders of the same names as those beside it ({some(beside)}): if it is a part of the "
-                "data set, put those beside it into a folder called train, or test"
-            )
+            why = f"{root / name} holds folders of the same names as those beside it ({walk.some(beside)})"
+            raise UsageError(f"{why}: if it is a part of the data set, put those beside it into a folder called train, or test")
         parts = {part for part in first[name] if part_of(part)}
         if len({part_of(part) in PARTS["train"] for part in parts}) == 2:
-            held = f"{root / name} holds parts of a data set ({some(parts)})"
+            held = f"{root / name} holds parts of a data set ({walk.some(parts)})"
             raise UsageError(f"{held}, not the images of a class: give it as the data folder")
 
 
@@ -153,8 +140,8 @@ def _refuse_masks(root: Path, samples: list[Sample]) -> None:
     for one, other in product(images, masks):
         if same := stems[one] & stems[other]:
             raise UsageError(
-                f"{root / one} and {root / other} hold files of the same names ({some(same)}), as images and their masks do: "
-                "segmentation is not learnt here, give images in a folder for each class"
+                f"{root / one} and {root / other} hold files of the same names ({walk.some(same)}), as images and their masks "
+                "do: segmentation is not learnt here, give images in a folder for each class"
             )
 
 

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from onward.errors import UsageError
-from onward.lab.system.extra import lab_extra
+from onward.lab.system.extra import lab_extra, reason_of
+
+with lab_extra():
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
-    import numpy as np
     import pyarrow
-    from PIL import Image
 
 PATIENCE = 300.0
 """Seconds without an image, after which a network file system or a disk is taken to have stalled."""
@@ -125,10 +127,8 @@ def refuse_other_columns(used: dict[str, str]) -> None:
     first, label_of_first = next(iter(used.items()), ("", ""))
     for file, label in used.items():
         if label != label_of_first:
-            raise UsageError(
-                f"{first} has its labels in column {label_of_first!r}, but {file} in {label!r}: name the one with the classes "
-                "'label' in both"
-            )
+            why = f"{first} has its labels in column {label_of_first!r}, but {file} in {label!r}"
+            raise UsageError(f"{why}: name the one with the classes 'label' in both")
 
 
 def _features(schema: pyarrow.Schema, file: str) -> Any:
@@ -146,10 +146,8 @@ def _pick(candidates: list[str], usual: Sequence[str], content: str, file: str) 
     if named := next((name for name in usual if name in candidates), None):
         return named
     if len(candidates) > 1:
-        raise UsageError(
-            f"{file} has {len(candidates)} columns of {content} ({', '.join(candidates)}), and none has a usual name "
-            f"({', '.join(usual)}): name the one that is meant {usual[0]!r}"
-        )
+        why = f"{file} has {len(candidates)} columns of {content} ({', '.join(candidates)})"
+        raise UsageError(f"{why}, and none has a usual name ({', '.join(usual)}): name the one that is meant {usual[0]!r}")
     return candidates[0] if candidates else None
 
 
@@ -220,7 +218,6 @@ def decode(samples: Sequence[Sample], most: int, patience: float = PATIENCE, oth
         UsageError: bytes that are no image, or pixels without a fixed range, naming the row.
         TimeoutError: no image has come for `patience` seconds.
     """
-    import numpy as np
 
     def encoded(reason: str, *, colour: bool) -> Encoded:
         colour = colour or _any_colour(samples, patience) or _any_colour(others, patience)
@@ -274,10 +271,8 @@ def _each(function: Callable[[Sample], Found], samples: Sequence[Sample], patien
                 try:
                     yield results.next(min(patience, threading.TIMEOUT_MAX))
                 except multiprocessing.TimeoutError:
-                    raise TimeoutError(
-                        f"{sample.place} could not be read within {patience:g} s: check the disk or the network that it is on, "
-                        "or wait longer with --data-timeout"
-                    ) from None
+                    why = f"{sample.place} could not be read within {patience:g} s: check the disk or the network that it is on"
+                    raise TimeoutError(f"{why}, or wait longer with --data-timeout") from None
 
 
 def _size(sample: Sample) -> tuple[str, int]:
@@ -294,16 +289,12 @@ def _size(sample: Sample) -> tuple[str, int]:
 
 def _open(sample: Sample) -> Image.Image:
     """The image as far as its header."""
-    with lab_extra():
-        from PIL import Image
     image: Any = sample.image
     return Image.open(image if isinstance(image, Path) else io.BytesIO(image.as_buffer()))
 
 
 def _has_colour(sample: Sample) -> bool:
     """What the header says; of a header that says nothing, decoding will tell."""
-    with lab_extra():
-        import numpy as np
     if isinstance(sample.image, np.ndarray):
         return sample.image.shape[2] == 3
     try:
@@ -315,16 +306,11 @@ def _has_colour(sample: Sample) -> bool:
 
 def _mode(image: Image.Image) -> str:
     """ "L" of a grey image, "RGB" of one that has colour or a palette."""
-    from PIL import Image
-
     return "L" if Image.getmodebase(image.mode) == "L" else "RGB"
 
 
 def _pixels(sample: Sample, mode: str | None = None) -> np.ndarray:
     """One image, uint8 (H, W, C), in the mode that was asked for, or "L" or "RGB" as it has it."""
-    with lab_extra():
-        import numpy as np
-        from PIL import ImageOps, UnidentifiedImageError
     if isinstance(sample.image, np.ndarray):
         return sample.image if mode is None else sample.image.repeat(len(mode) // sample.image.shape[2], axis=2)
     try:
@@ -335,15 +321,11 @@ def _pixels(sample: Sample, mode: str | None = None) -> np.ndarray:
             mode = mode or _mode(image)
             return np.array(_convert(image, mode)).reshape(image.height, image.width, len(mode))
     except Exception as error:  # Pillow's decoders raise half a dozen types, SyntaxError among them
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "unknown format" if unknown else str(error).partition("\n")[0]
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else reason_of(error)
         raise UsageError(f"{sample.place} does not decode as an image ({reason}): replace or remove it") from error
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    import numpy as np
-    from PIL import Image
-
     if image.mode == mode:
         return image
     if image.mode == "F":
@@ -357,8 +339,6 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 def _upper_bits(values: np.ndarray, image: Image.Image) -> np.ndarray:
     """The upper 8 of 16 bits, or of the fewer that a TIFF file says it has; convert() would clip at 255, not scale."""
-    import numpy as np
-
     if image.mode == "I" and image.format not in SIXTEEN_BITS:
         raise ValueError("32-bit pixels have no fixed range")
     tags = getattr(image, "tag_v2", {})

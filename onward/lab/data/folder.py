@@ -41,10 +41,8 @@ def _compare_with_own(folder: Path, downloaded: list[torchvision_files.Downloade
         return
     if name not in [one.name for one in downloaded]:
         held = ", ".join(f"{one.name or 'idx files'} in {one.folder}" for one in downloaded)
-        raise UsageError(
-            f"data folder {folder} holds what torchvision has downloaded ({held}) and other images ({own[0]}): give the folder "
-            "of the one that is meant, or move the other away"
-        )
+        why = f"data folder {folder} holds what torchvision has downloaded ({held}) and other images ({own[0]})"
+        raise UsageError(f"{why}: give the folder of the one that is meant, or move the other away")
     tell_left_out(folder, f"only {name} is read", own)
 
 

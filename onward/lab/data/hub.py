@@ -13,7 +13,7 @@ from typing import Any
 from onward.errors import UsageError
 from onward.lab.data.encoded import Sample, columns, from_table, refuse_other_columns
 from onward.lab.data.parts import Labelled, choose_splits, first_labelled
-from onward.lab.system.extra import lab_extra
+from onward.lab.system.extra import lab_extra, reason_of
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +37,13 @@ def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
             if datasets.config.HF_HUB_OFFLINE:
                 raise UsageError(f"{cache} and HF_HUB_OFFLINE forbids to look on the Hugging Face hub: unset it, {remedy}")
             if silence := _silence(datasets.config.HF_ENDPOINT):
-                raise UsageError(
-                    f"{cache} and the Hugging Face hub at {datasets.config.HF_ENDPOINT} does not answer ({silence}): "
-                    f"connect to the network once, {remedy}"
-                )
+                why = f"{cache} and the Hugging Face hub at {datasets.config.HF_ENDPOINT} does not answer ({silence})"
+                raise UsageError(f"{why}: connect to the network once, {remedy}")
             try:
                 found = datasets.load_dataset(path, subset or None)
             except Exception as error:  # whatever the client raises: the user needs the sentence, not the stack
-                reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-                raise UsageError(
-                    f"data set {name} cannot be had from the Hugging Face hub ({reason}): check it, {remedy}"
-                ) from error
+                why = f"data set {name} cannot be had from the Hugging Face hub ({reason_of(error)})"
+                raise UsageError(f"{why}: check it, {remedy}") from error
     used: dict[str, str] = {}
     notes: list[str] = []
 

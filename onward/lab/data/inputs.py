@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from onward.errors import UsageError
+from onward.lab.system.extra import reason_of
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """One tensor, positional inputs, or keyword inputs."""
@@ -26,6 +27,17 @@ def leaves(inputs: Inputs) -> dict[str, Tensor]:
     if isinstance(inputs, Tensor):
         return {"": inputs}
     return dict(inputs) if isinstance(inputs, Mapping) else {str(place): tensor for place, tensor in enumerate(inputs)}
+
+
+def shape_of(inputs: Any, start: int = 0) -> Any:
+    """The shape of a tensor, or those of the parts of a tuple or a dict; without its first `start` sizes.
+
+    >>> shape_of({"a": torch.zeros(2, 3)}), shape_of((torch.zeros(2, 3), torch.zeros(2)), start=1)
+    ({'a': (2, 3)}, ((3,), ()))
+    """
+    if isinstance(inputs, Mapping):
+        return {name: shape_of(part, start) for name, part in inputs.items()}
+    return tuple(inputs.shape[start:]) if isinstance(inputs, Tensor) else tuple(shape_of(part, start) for part in inputs)
 
 
 def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
@@ -62,8 +74,8 @@ def tensor(value: Any, what: str) -> Tensor:
     try:
         found = torch.as_tensor(value).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UsageError(f"{what} is a {type(value).__name__}, not a tensor ({reason}): return a tensor of numbers") from None
+        given = f"a {type(value).__name__}, not a tensor ({reason_of(error)})"
+        raise UsageError(f"{what} is {given}: return a tensor of numbers") from None
     if found.layout != torch.strided:
         raise UsageError(f"{what} is a sparse tensor: return an ordinary one (tensor.to_dense())")
     return found.float() if found.is_floating_point() else found

@@ -66,10 +66,8 @@ class Items:
         for row, shape in zip(asked, shapes, strict=True):
             if shape != shapes[0]:
                 said = [", ".join(f"{name} {size}" for name, size in one.items()) for one in (shapes[0], shape)]
-                raise UsageError(
-                    f"{self.owner}: item {asked[0]} has other shapes ({said[0]}) than item {row} ({said[1]}): return items "
-                    "that can be put together in a batch"
-                )
+                why = f"{self.owner}: item {asked[0]} has other shapes ({said[0]}) than item {row} ({said[1]})"
+                raise UsageError(f"{why}: return items that can be put together in a batch")
 
     def looked_through(self, check: Callable[[Inputs, Tensor, int], None]) -> tuple[Items, Tensor]:
         """The items with their sums, and all targets. `check` sees them batch by batch, with the number of the first item."""

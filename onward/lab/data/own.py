@@ -102,9 +102,8 @@ def _check(where: str, x: Inputs, y: Tensor, start: int = 0) -> None:
     for name, one in (*((f"input {name}".rstrip(), one) for name, one in leaves(x).items()), ("target", y)):
         if not (fine := one.isfinite().flatten(1).all(1) if one.dim() > 1 else one.isfinite()).all():
             row = start + int((~fine).nonzero()[0])
-            raise UsageError(
-                f"{where}: the {name} of sample {row} is not finite (NaN or infinite): drop the sample, or fill it in"
-            )
+            why = f"{where}: the {name} of sample {row} is not finite (NaN or infinite)"
+            raise UsageError(f"{why}: drop the sample, or fill it in")
 
 
 def _shapes(inputs: Any) -> dict[str, tuple[Any, ...]]:
@@ -136,7 +135,6 @@ def _outputs(train: Split, test: Split, task: Task) -> int:
     if outputs > len(train):
         raise UsageError(f"a training label is {outputs - 1}, among {len(train)} samples: number the classes from 0")
     if of_test > outputs:
-        raise UsageError(
-            f"a test label is {of_test - 1}, and training labels go up to {outputs - 1}: drop it, or add such samples"
-        )
+        why = f"a test label is {of_test - 1}, and training labels go up to {outputs - 1}"
+        raise UsageError(f"{why}: drop it, or add such samples")
     return outputs

@@ -12,7 +12,7 @@ from onward.lab.data.encoded import Sample, columns, from_table, refuse_other_co
 from onward.lab.data.parts import PARTS, Labelled, choose_splits, first_labelled, goes_on, part_of, part_of_file
 from onward.lab.data.walk import is_image, refuse_dangling, some, tell_left_out, walk
 from onward.lab.system import memory
-from onward.lab.system.extra import lab_extra
+from onward.lab.system.extra import lab_extra, reason_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -92,8 +92,7 @@ def _read_parquet(file: Path, *, mapped: bool) -> pyarrow.Table:
         table = pyarrow.parquet.read_table(file, page_checksum_verification=True, partitioning=None)
         table.validate(full=True)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UsageError(f"{file} is not a readable parquet file ({reason}): download or write it again") from error
+        raise UsageError(f"{file} is not a readable parquet file ({reason_of(error)}): download or write it again") from error
     return table
 
 

@@ -27,14 +27,12 @@ def reader(
         UsageError: a mean or std for another number of channels; encoded images without a size.
     """
     if isinstance(images, Encoded) and transform.size is None:
-        raise UsageError(
-            f"{images.reason}, so each is decoded when it is needed: give the size that they are to have, for example "
-            "--transform.size 224"
-        )
-    channels = images.channels if isinstance(images, Encoded) else images.shape[1]
+        why = f"{images.reason}, so each is decoded when it is needed"
+        raise UsageError(f"{why}: give the size that they are to have, for example --transform.size 224")
+    channels, *size = [images.channels] if isinstance(images, Encoded) else images.shape[1:]
     mean, std = (_per_channel(name, getattr(transform, name), channels, device) for name in ("mean", "std"))
-    size = (transform.size, transform.size) if transform.size else _size(images)
-    crop, augment = _augmentation(transform.augment if train else "none", size)
+    height, width = [transform.size] * 2 if transform.size else size
+    crop, augment = _augmentation(transform.augment if train else "none", (height, width))
 
     def read(rows: Tensor, seed: int) -> Tensor:
         found = images[rows] if isinstance(images, Encoded) else images[rows.to(images.device)]
@@ -50,12 +48,6 @@ def reader(
         return x.sub_(mean).div_(std)
 
     return read
-
-
-def _size(images: Tensor | Encoded) -> tuple[int, int]:
-    """Of images in memory: the height and width that all of them have."""
-    assert isinstance(images, Tensor)
-    return images.shape[2], images.shape[3]
 
 
 def _per_channel(what: str, value: float | tuple[float, ...], channels: int, device: str | torch.device) -> Tensor:

@@ -101,9 +101,8 @@ def own_function(name: str, data_dir: str | PathLike[str] | None = None) -> Own 
     """
     owner = named("--data", name)
     if owner and data_dir is not None:
-        raise UsageError(
-            f"--data-dir {data_dir} beside {owner}: the one is a folder of images, the other returns data, leave one out"
-        )
+        why = f"--data-dir {data_dir} beside {owner}"
+        raise UsageError(f"{why}: the one is a folder of images, the other returns data, leave one out")
     return owner
 
 

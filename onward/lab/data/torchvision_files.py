@@ -9,14 +9,13 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from onward.errors import UsageError
 from onward.lab.data.encoded import Sample
-from onward.lab.system.extra import lab_extra
-
-if TYPE_CHECKING:
-    import numpy as np
+from onward.lab.system.extra import lab_extra, reason_of
 
 Read = tuple[dict[str, list[Sample]], tuple[str, ...]]
 DIGITS = tuple("0123456789")
@@ -36,7 +35,7 @@ class Downloaded(NamedTuple):
 
 def find(folder: Path) -> list[Downloaded]:
     """The data sets in the folder, in its folders, and in a folder called raw in any of these."""
-    near = [folder, *_subfolders(folder)]
+    near = [folder, *sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))]
     found = []
     for holder in dict.fromkeys(place for path in near for place in (path, path / "raw")):
         name = _idx_name(holder)
@@ -73,10 +72,6 @@ def beside(folder: Path, found: Sequence[Downloaded]) -> list[Path]:
     """What else the folder holds: the files in it, and those of its folders that none of the data sets is in."""
     holders = {folder, *(one.folder for one in found)}
     return [path for path in folder.iterdir() if path.is_file() or not any(path in (one, *one.parents) for one in holders)]
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _samples(pixels: np.ndarray, labels: Sequence[int], file: Path) -> list[Sample]:
@@ -128,8 +123,6 @@ def _idx_file(folder: Path, prefix: str, kind: str) -> Path:
 
 def _idx_array(file: Path, dimensions: int) -> np.ndarray:
     """An array of bytes: two zeros, type 8, the number of dimensions, each as four bytes, the content."""
-    with lab_extra():
-        import numpy as np
     try:
         with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
             magic, *shape = struct.unpack(f">{1 + dimensions}I", stream.read(4 + 4 * dimensions))
@@ -193,8 +186,7 @@ def _unpickle(file: Path) -> dict[str, Any]:
     except UsageError:
         raise
     except Exception as error:  # a damaged pickle raises whatever its broken steps do
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{file} cannot be read ({reason}): download it again") from error
+        raise UsageError(f"{file} cannot be read ({reason_of(error)}): download it again") from error
 
 
 class _Foreign(Exception):
@@ -211,8 +203,6 @@ class _Array:
         _, self.shape, self.kind, self.columns_first, self.content = state
 
     def pixels(self) -> np.ndarray:
-        import numpy as np
-
         content = self.content.encode("latin1") if isinstance(self.content, str) else self.content
         if not isinstance(self.kind, _Type) or self.kind.code not in ("u1", "|u1", "B", "uint8"):
             raise _Foreign("an array of something else than bytes")
@@ -261,8 +251,8 @@ def _svhn_part(file: Path) -> list[Sample]:
         found = scipy.io.loadmat(file, variable_names=["X", "y"])
         pixels, labels = found["X"], found["y"].ravel()
     except Exception as error:  # a damaged file raises whatever its broken parts do
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UsageError(f"{file} is not a readable Matlab file of 'X' and 'y' ({reason}): download it again") from error
+        why = reason_of(error)
+        raise UsageError(f"{file} is not a readable Matlab file of 'X' and 'y' ({why}): download it again") from error
     if pixels.ndim != 4 or pixels.shape[2] != 3 or pixels.dtype != "uint8" or labels.dtype.kind not in "iuf":
         raise UsageError(f"{file} holds no colour images in 'X' with numbers in 'y': download it again")
     return _samples(pixels.transpose(3, 0, 1, 2), [int(label) % 10 for label in labels], file)  # 10 stands for the digit 0

@@ -11,6 +11,9 @@ from pathlib import Path
 from onward.errors import UsageError
 from onward.lab.system.extra import lab_extra
 
+with lab_extra():
+    from PIL import Image
+
 LEFTOVERS = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 """What file managers leave in folders of images, in small letters: copies of images among it."""
 
@@ -64,8 +67,6 @@ def is_image(entry: os.DirEntry[str]) -> bool:
 @cache
 def _endings() -> set[str]:
     """The endings of the formats that Pillow reads."""
-    with lab_extra():
-        from PIL import Image
     return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 

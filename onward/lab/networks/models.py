@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from onward.errors import UsageError, unknown
+from onward.lab.data.inputs import shape_of
 from onward.lab.networks.blocks import FACTS, Facts, Shapes
 from onward.lab.networks.blocks import MODELS as MODELS
 from onward.lab.settings import Network
@@ -112,7 +113,7 @@ def _tried(theirs: Own, make: Callable[[], nn.Module], x: Any, outputs: int) -> 
         model = make()
     if not isinstance(model, nn.Module):
         raise UsageError(f"{theirs} returned a {type(model).__name__}: return a torch.nn.Module")
-    when = f" on a batch of shape {_shape(x)}"
+    when = f" on a batch of shape {shape_of(x)}"
     with own.errors(theirs, when, elsewhere=True), torch.no_grad(), torch.random.fork_rng([]), frozen_statistics(model):
         z = call(model, x)
     count = samples_of(x)
@@ -122,10 +123,3 @@ def _tried(theirs: Own, make: Callable[[], nn.Module], x: Any, outputs: int) -> 
         wanted = f"return one of shape {(count, outputs)}, a row for each"
         raise UsageError(f"{theirs} returned {found} for {count} inputs: {wanted}")
     return model
-
-
-def _shape(x: Any) -> Any:
-    """The shapes of what is in a batch, as a message shows them."""
-    if isinstance(x, Mapping):
-        return {part: _shape(value) for part, value in x.items()}
-    return tuple(x.shape) if isinstance(x, Tensor) else tuple(map(_shape, x))

@@ -17,15 +17,9 @@ COSINES = {
 }
 """Measures of alignment.jsonl; any other number found there is shown too, folded up."""
 HISTOGRAM = "counts"
-WORDS = {
-    "signal": "error signal",
-    "parameters": "parameter gradient",
-    "feedback": "feedback matrix",
-    "norm_ratio": "length over the true one's",
-    "bias": "bias over the true length",
-    "variance": "variance over the true length squared",
-    "snr": "signal to noise",
-}
+WORDS = {"signal": "error signal", "parameters": "parameter gradient", "feedback": "feedback matrix"}
+WORDS |= {"norm_ratio": "length over the true one's", "bias": "bias over the true length", "snr": "signal to noise"}
+WORDS["variance"] = "variance over the true length squared"
 
 Lines = Sequence[Mapping[str, Any]]
 """Of alignment.jsonl, or like them."""
@@ -113,8 +107,8 @@ def _map(measure: str, read: Mapping[str, Sequence[Cells]]) -> Map:
         blocks, epochs = [*dict.fromkeys(block for block, _ in cells)], sorted({epoch for _, epoch in cells})
         values = [[cells.get((block, epoch)) for epoch in epochs] for block in blocks]
         form = (".2f" if is_cosine else ".2g") if len(epochs) <= 7 else None
-        hover = "epoch %{x}: %{z:.3f}"
-        figures.append((name, heat_map(values, epochs, blocks, title="epoch", hover=hover, limits=limits, form=form)))
+        said = {"title": "epoch", "hover": "epoch %{x}: %{z:.3f}"}
+        figures.append((name, heat_map(values, epochs, blocks, limits=limits, form=form, **said)))
     return Map(measure, title, figures, not is_cosine)
 
 

@@ -128,13 +128,8 @@ def _curve(name: str, look: Mapping[str, str], points: Sequence[tuple[float, flo
     stds = [statistics.stdev(found) if len(found) > 1 else 0.0 for *_, found in points]
     high, low = ([mean + sign * std for mean, std in zip(means, stds, strict=True)] for sign in (1, -1))
     faint = f"rgba({','.join(str(int(color[at : at + 2], 16)) for at in (1, 3, 5))},0.18)"
-    band: Figure = {
-        "type": "scatter",
-        "x": [*x, *reversed(x)],
-        "y": [*high, *reversed(low)],
-        "fill": "toself",
-        "fillcolor": faint,
-    }
+    band: Figure = {"type": "scatter", "x": [*x, *reversed(x)], "y": [*high, *reversed(low)]}
+    band |= {"fill": "toself", "fillcolor": faint}
     band |= {"line": {"width": 0, "color": color}, "mode": "lines", "hoverinfo": "skip"}
     line: Figure = {"type": "scatter", "name": html.escape(name), "x": x, "y": means, "mode": "lines+markers"}
     line |= {"line": {"color": color, "dash": look["dash"], "width": 2}}

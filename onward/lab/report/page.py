@@ -12,8 +12,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 import onward
 from onward.errors import UsageError
 from onward.lab.report import figures
@@ -57,9 +55,7 @@ def report(config: Report) -> Path:
     except OSError as error:
         raise UsageError(f"--out {error}") from error
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    Console(soft_wrap=True, highlight=False, markup=False).print(
-        f"{count} on one page of {out.stat().st_size / 1e6:.1f} MB: {out}"
-    )
+    print(f"{count} on one page of {out.stat().st_size / 1e6:.1f} MB: {out}")
     return out
 
 

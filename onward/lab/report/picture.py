@@ -12,11 +12,9 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from onward.lab.report.figures import BASELINE, SYMBOLS, Figure, Panel
 from onward.lab.system import disk
-from onward.lab.system.extra import lab_extra
+from onward.lab.system.extra import lab_extra, reason_of
 
 INCH = 75
 """Pixels of the page that are one inch of a picture."""
@@ -38,11 +36,9 @@ def draw(pictures: Mapping[Path, Callable[[Path], None]]) -> None:
         except OSError:
             raise
         except Exception as error:  # of fonts, of numbers, of a matplotlib that is not whole
-            reason = str(error).partition("\n")[0]
-            print(f"warning: {path} could not be drawn ({type(error).__name__}: {reason})", file=sys.stderr)
+            print(f"warning: {path} could not be drawn ({type(error).__name__}: {reason_of(error)})", file=sys.stderr)
     if drawn:
-        console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-        console.print(f"picture{'s' if len(pictures) > 1 else ''}: {', '.join(drawn)}")
+        print(f"picture{'s' if len(pictures) > 1 else ''}: {', '.join(drawn)}")
 
 
 def picture(path: Path, grid: Sequence[Sequence[Panel | None]], title: str = "") -> None:

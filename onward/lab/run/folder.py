@@ -41,18 +41,8 @@ NAMES = {*WRITTEN, *(f"{name}.partial" for name in WRITTEN)}
 OTHERS = re.compile(r"weights-\d+\.pt(\.partial)?|events\.out\.tfevents\..*")
 BINS = 40
 """Of a histogram of cosines, all equal, from -1 to 1."""
-NOT_IN_RESULT = {
-    "data_timeout",
-    "out",
-    "overwrite",
-    "wandb",
-    "wandb_project",
-    "wandb_name",
-    "log_interval",
-    "align_estimates",
-    "checkpoint_every",
-    "resume",
-}
+NOT_IN_RESULT = {"data_timeout", "out", "overwrite", "resume", "wandb", "wandb_project", "wandb_name"}
+NOT_IN_RESULT |= {"log_interval", "align_estimates", "checkpoint_every"}
 """Settings that a result does not depend on."""
 MAY_CHANGE = {"device", "data_dir", *NOT_IN_RESULT} - {"out", "overwrite", "resume", "align_estimates"}
 """Settings that a run may be given anew when it is resumed: where it runs, and where the same data are."""
@@ -84,14 +74,11 @@ def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
         raise UsageError(f"{folder} cannot be written to ({error.strerror}): choose another folder with --out") from error
     for name in NAMES:
         if (folder / name).is_dir():
-            raise UsageError(
-                f"{folder / name} is a folder, and a run has a file of that name: choose another folder with --out"
-            )
+            why = f"{folder / name} is a folder, and a run has a file of that name"
+            raise UsageError(f"{why}: choose another folder with --out")
     if any(path.suffix != ".partial" for path in _contents(folder)) and not overwrite:
-        raise UsageError(
-            f"{folder} already holds a run: go on with it by onward train --resume {folder}, choose another folder with --out, "
-            "or replace it with --overwrite"
-        )
+        why = f"{folder} already holds a run: go on with it by onward train --resume {folder}, choose another folder with --out"
+        raise UsageError(f"{why}, or replace it with --overwrite")
     try:
         yield
     except BaseException:
@@ -116,9 +103,8 @@ def held(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UsageError(
-                f"another process is training into {folder}: wait for it, stop it, or choose another folder with --out"
-            ) from None
+            why = f"another process is training into {folder}"
+            raise UsageError(f"{why}: wait for it, stop it, or choose another folder with --out") from None
         except OSError:  # a file system without locks
             pass
         yield
@@ -130,10 +116,8 @@ def check_space(folder: Path, checkpoint_size: int, *, overwrite: bool) -> None:
     """Raise a UsageError if the disk has no space for a checkpoint; the run there, if it is overwritten, makes its own free."""
     room = disk.space(folder) + sum(path.stat().st_size for path in _contents(folder) if overwrite)
     if room < checkpoint_size:
-        raise UsageError(
-            f"{folder / CHECKPOINT} of {checkpoint_size / 1e6:.3g} MB cannot be written (No space left on device): make space "
-            "on its disk, or choose another folder with --out"
-        )
+        why = f"{folder / CHECKPOINT} of {checkpoint_size / 1e6:.3g} MB cannot be written (No space left on device)"
+        raise UsageError(f"{why}: make space on its disk, or choose another folder with --out")
 
 
 def begin(folder: Path, config: Train, data: Data, **environment: Any) -> None:
@@ -185,10 +169,8 @@ def check_code(folder: Path, config: Train, state: dict[str, Any] | None = None)
         known = None
     now = algorithms.digest(config)
     if now and any(then not in (None, now) for then in (known, (state or {}).get("code"))):
-        raise UsageError(
-            f"{folder} is a run of another {_files(config)} has changed since; bring that back, choose another folder with "
-            "--out, or replace the run with --overwrite"
-        )
+        why = f"{folder} is a run of another {_files(config)} has changed since"
+        raise UsageError(f"{why}; bring that back, choose another folder with --out, or replace the run with --overwrite")
 
 
 def _files(config: Train) -> str:
@@ -210,10 +192,8 @@ def check_data(folder: Path, data: Data, state: dict[str, Any] | None = None) ->
     now = described(data)
     for then in (known, (state or {}).get("data")):
         if isinstance(then, dict) and (differences := _differences(then, now)):
-            raise UsageError(
-                f"{folder} is a run on other data ({'; '.join(differences)}): bring those back, choose another folder with "
-                "--out, or replace the run with --overwrite"
-            )
+            why = f"{folder} is a run on other data ({'; '.join(differences)})"
+            raise UsageError(f"{why}: bring those back, choose another folder with --out, or replace the run with --overwrite")
 
 
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -248,15 +228,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return formats.upgraded(json.loads(disk.read_text(folder / CONFIG)))
 
 
-def write_metrics(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """metrics.jsonl, one line for each epoch."""
-    _write_lines(folder / METRICS, rows)
-
-
-def write_alignment(folder: Path, entries: Sequence[dict[str, Any]]) -> None:
-    """alignment.jsonl, if there is anything to write."""
-    if entries:
-        _write_lines(folder / ALIGNMENT, entries)
+def write_lines(folder: Path, rows: Sequence[dict[str, Any]], aligned: Sequence[dict[str, Any]]) -> None:
+    """metrics.jsonl, one line for each epoch; and alignment.jsonl, if there is anything to write."""
+    for name, entries in {METRICS: rows, **({ALIGNMENT: aligned} if aligned else {})}.items():
+        disk.write_text(folder / name, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -> dict[str, Any]:
@@ -297,7 +272,3 @@ def _contents(folder: Path) -> list[Path]:
     there = folder.iterdir() if folder.is_dir() else ()
     found = [path for path in there if (path.name in names or OTHERS.fullmatch(path.name)) and not path.is_dir()]
     return found if any(path.name not in ALIGNED for path in found) else []
-
-
-def _write_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    disk.write_text(path, "".join(json.dumps(entry) + "\n" for entry in entries))

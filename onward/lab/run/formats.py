@@ -29,9 +29,8 @@ def check(number: Any) -> int:
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise UsageError(f"its format is {number!r}, which is no format of onward's: train it again")
     if number > FORMAT:
-        raise UsageError(
-            f"it has format {number}, and this version of onward reads formats up to {FORMAT}: install a newer one"
-        )
+        why = f"it has format {number}, and this version of onward reads formats up to {FORMAT}"
+        raise UsageError(f"{why}: install a newer one")
     return number
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from onward.errors import UsageError
-from onward.lab.settings import Train
+from onward.lab.settings import Train, flat
 from onward.lab.system import disk
-from onward.lab.system.extra import lab_extra
+from onward.lab.system.extra import lab_extra, reason_of
 
 EVENTS = "events.out.tfevents.*"
-Sink = Callable[[Mapping[str, Any], int], None]
-"""Takes values by name, numbers or tensors of many numbers to be shown as a histogram, and a step."""
-Log = Callable[[Mapping[str, Any], int], None]
-"""The same, and mappings of these."""
+Log = Callable[[dict[str, Any], int], None]
+"""Takes values by name, and a step. A value is a number, a tensor of many, shown as a histogram, or a dict of values."""
 
 
 def check(config: Train) -> None:
@@ -45,11 +43,11 @@ def _importing(what: str) -> Iterator[None]:
     except ModuleNotFoundError:
         raise
     except Exception as error:  # packages that do not fit one another raise anything
-        raise UsageError(f"{what} cannot be imported ({_said(error)}): install it again") from error
+        raise UsageError(f"{what} cannot be imported ({reason_of(error)}): install it again") from error
 
 
 @contextmanager
-def begin(folder: Path, config: Train) -> Iterator[Sink | None]:
+def begin(folder: Path, config: Train) -> Iterator[Log | None]:
     """Find out if TensorBoard can write there, and begin with Weights & Biases if it is asked for: before there is a run.
 
     Once the latter has begun, what it does not take is told, and no longer offered; the run goes on.
@@ -65,59 +63,46 @@ def begin(folder: Path, config: Train) -> Iterator[Sink | None]:
     import wandb
 
     own = folder / "wandb"
-    there = own.exists()
-    name = config.wandb_name or folder.name
+    there, name = own.exists(), config.wandb_name or folder.name
     try:
-        session = _something(
-            wandb.init(project=config.wandb_project, name=name, dir=str(folder), config=dataclasses.asdict(config))
-        )
+        session = wandb.init(project=config.wandb_project, name=name, dir=str(folder), config=dataclasses.asdict(config))
+        if session is None:
+            raise TypeError("wandb.init returned nothing")  # noqa: TRY301 (told below)
     except (Exception, SystemExit) as error:  # it has many kinds, and so have the libraries that it uses
         if not there:
             shutil.rmtree(own, ignore_errors=True)
-        raise UsageError(
-            f"--wandb: Weights & Biases refuses ({_said(error)}): mend that, set WANDB_MODE=offline, or leave it out"
-        ) from error
+        why = f"--wandb: Weights & Biases refuses ({reason_of(error)})"
+        raise UsageError(f"{why}: mend that, set WANDB_MODE=offline, or leave it out") from error
     refused = False
 
-    @contextmanager
-    def offering() -> Iterator[None]:
+    def offer(work: Callable[..., object], *given: object) -> None:
         nonlocal refused
         try:
-            yield
+            work(*given)
         except (Exception, SystemExit) as error:
             if not refused:
-                print(f"warning: Weights & Biases takes no more ({_said(error)}); the run goes on without it", file=sys.stderr)
+                said = f"Weights & Biases takes no more ({reason_of(error)}); the run goes on without it"
+                print(f"warning: {said}", file=sys.stderr)
             refused = True
 
-    def tell(values: Mapping[str, Any], step: int) -> None:
+    def histogram_or(value: Any) -> Any:
+        return wandb.Histogram(value.tolist()) if isinstance(value, Tensor) else value
+
+    def tell(values: dict[str, Any], step: int) -> None:
         if not refused:
-            with offering():
-                shown = {
-                    name: wandb.Histogram(value.tolist()) if isinstance(value, Tensor) else value
-                    for name, value in values.items()
-                }
-                run.log(shown, step=step)
+            offer(lambda: run.log({name: histogram_or(value) for name, value in values.items()}, step=step))
 
     run = session.__enter__()
     try:
         yield tell
     except BaseException:
-        with offering():
-            session.__exit__(*sys.exc_info())
+        offer(session.__exit__, *sys.exc_info())
         raise
-    with offering():
-        session.__exit__(None, None, None)
-
-
-def _something(session: Any) -> Any:
-    """What wandb.init has returned, if that is anything."""
-    if session is None:
-        raise TypeError("wandb.init returned nothing")
-    return session
+    offer(session.__exit__, None, None, None)
 
 
 @contextmanager
-def open_log(folder: Path, tell: Sink | None, done: int = 0) -> Iterator[Log]:
+def open_log(folder: Path, tell: Log | None, done: int = 0) -> Iterator[Log]:
     """A function that logs named values at a step, to TensorBoard and to what was begun before; what is nested has names such
     as heads/block1/loss.
 
@@ -125,16 +110,16 @@ def open_log(folder: Path, tell: Sink | None, done: int = 0) -> Iterator[Log]:
     """
     with _tensorboard(folder, done) as write:
 
-        def log(values: Mapping[str, Any], step: int) -> None:
+        def log(values: dict[str, Any], step: int) -> None:
             for sink in (write, tell):
                 if sink is not None:
-                    sink(dict(_flat(values)), step)
+                    sink(flat(values, between="/"), step)
 
         yield log
 
 
 @contextmanager
-def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
+def _tensorboard(folder: Path, done: int) -> Iterator[Log]:
     from torch.utils.tensorboard import SummaryWriter
 
     file = folder / EVENTS
@@ -143,7 +128,7 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Sink]:
             # It opens its file later, in a thread of its own; by then the network may have changed the working folder.
             writer = SummaryWriter(str(folder.absolute()), purge_step=done + 1 if done else None)
 
-        def log(values: Mapping[str, Any], step: int) -> None:
+        def log(values: dict[str, Any], step: int) -> None:
             with disk.writing(file):
                 for name, value in values.items():
                     (writer.add_histogram if isinstance(value, Tensor) else writer.add_scalar)(name, value, step)
@@ -170,7 +155,8 @@ def _try_tensorboard(folder: Path) -> None:
     except OSError:
         raise
     except Exception as error:  # of a path that is no UTF-8, of packages that do not fit one another
-        raise UsageError(f"TensorBoard cannot write to {folder} ({_said(error)}): choose another folder with --out") from error
+        why = f"TensorBoard cannot write to {folder} ({reason_of(error)})"
+        raise UsageError(f"{why}: choose another folder with --out") from error
 
 
 @contextmanager
@@ -182,25 +168,3 @@ def _silent_threads() -> Iterator[None]:
         yield
     finally:
         threading.excepthook = before
-
-
-def _said(error: BaseException) -> str:
-    """The first line of an error, without the stop at its end; or its kind if it says nothing.
-
-    >>> _said(ValueError("It is late. Go home.\\nNow."))
-    'It is late. Go home'
-    """
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings, by the path to them.
-
-    >>> dict(_flat({"epoch": 1, "heads": {"block1": {"loss": 0.5}}}))
-    {'epoch': 1, 'heads/block1/loss': 0.5}
-    """
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,9 +22,8 @@ from onward.lab.data import Data
 from onward.lab.networks import models
 from onward.lab.run import algorithms, checkpoint, log, processes, record
 from onward.lab.run import folder as run_folder
-from onward.lab.run.devices import describe
 from onward.lab.run.failure import TrainingFailed
-from onward.lab.run.processes import Processes
+from onward.lab.run.processes import Processes, describe
 from onward.lab.run.training import (
     Row,
     Run,
@@ -119,8 +118,7 @@ def resume(
             if not complete:
                 _distribute(run)
         if group.writes and state is not None:
-            run_folder.write_metrics(folder, at.rows)
-            run_folder.write_alignment(folder, at.aligned)
+            run_folder.write_lines(folder, at.rows, at.aligned)
             run_folder.forget_failure(folder)
         if complete:
             _console(group, advance).print(f"{folder} is complete")
@@ -173,7 +171,7 @@ def _go_on(
     folder: Path,
     at: Standing,
     advance: Callable[[str], None] | None,
-    tell: log.Sink | None,
+    tell: log.Log | None,
     aligned: dict[str, Block] | None,
 ) -> list[Row]:
     """Train from where the run stands to its end."""
@@ -184,8 +182,8 @@ def _go_on(
     done = (at.epoch - 1) * run.steps + at.step
     with (
         _failures_told(run, folder, at),
-        log.open_log(folder, tell, done) if group.writes else contextlib.nullcontext(_nothing) as write,
-        _advancing(advance, console, config.epochs * run.steps, done) as step_done,
+        log.open_log(folder, tell, done) if group.writes else contextlib.nullcontext(lambda *_: None) as write,
+        contextlib.nullcontext(advance) if advance else progress(console, config.epochs * run.steps, done) as step_done,
         interrupt.requests() as asked_to_stop,
     ):
         if aligned:
@@ -202,7 +200,8 @@ def _go_on(
                     _save(run, folder, at)
                 if stop:
                     group.leave(130)
-                    _stop(folder, at, request or "a request to another process")
+                    where = f"{request or 'a request to another process'} after step {at.step} of epoch {at.epoch}"
+                    raise KeyboardInterrupt(f"{where}, which {folder} keeps: onward train --resume {folder} goes on")
             row = _end_epoch(run, folder, at, write)
             metrics = "  ".join(f"{metric.title} {metric.text(row[metric.key])}" for metric in run.task.metrics)
             console.print(
@@ -255,8 +254,7 @@ def _end_epoch(run: Run, folder: Path, at: Standing, write: log.Log) -> Row:
     at.complete(row, peak)
     _save(run, folder, at)
     if writes:
-        run_folder.write_metrics(folder, at.rows)
-        run_folder.write_alignment(folder, at.aligned)
+        run_folder.write_lines(folder, at.rows, at.aligned)
     write(row, epoch * run.steps)
     return row
 
@@ -298,10 +296,6 @@ def _save_to_mend(run: Run, folder: Path, at: Standing, error: Exception) -> Non
     run_folder.note(folder, state["data"], state["code"])
 
 
-def _nothing(*_: object) -> None:
-    """Where the log would be, in a process that does not write."""
-
-
 def _console(group: Processes, advance: Callable[[str], None] | None) -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None or not group.writes)
 
@@ -319,12 +313,6 @@ def _kept(folder: Path) -> str:
     return f"{folder / run_folder.CHECKPOINT} keeps the state after {where}"
 
 
-def _stop(folder: Path, at: Standing, request: str) -> NoReturn:
-    raise KeyboardInterrupt(
-        f"{request} after step {at.step} of epoch {at.epoch}, which {folder} keeps: onward train --resume {folder} goes on"
-    )
-
-
 def _due(every: str) -> Callable[[], bool]:
     """A function to be called after every step: is it time for a checkpoint, by steps ("500") or minutes ("10m")?"""
     taken, last = 0, time.monotonic()
@@ -339,12 +327,6 @@ def _due(every: str) -> Callable[[], bool]:
         return reached
 
     return due
-
-
-def _advancing(
-    advance: Callable[[str], None] | None, console: Console, total: int, done: int
-) -> contextlib.AbstractContextManager[Callable[[str], None]]:
-    return contextlib.nullcontext(advance) if advance else progress(console, total, done)
 
 
 @contextlib.contextmanager

@@ -1,18 +1,68 @@
-"""The optimizers of a run."""
+"""The optimizers of a run, and their learning rate over time."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 import onward
-from onward.lab.settings import Train
+from onward.lab.settings import Schedule, Train
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": partial(torch.optim.Adam, fused=True), "sgd": torch.optim.SGD}
+SCHEDULERS: dict[str, Callable[[Schedule, Optimizer, int], LRScheduler]] = {  # of a schedule, an optimizer, and all steps
+    "exponential": lambda schedule, optimizer, _: lr_scheduler.ExponentialLR(optimizer, schedule.gamma or 0.95),
+    "step": lambda schedule, optimizer, _: lr_scheduler.StepLR(optimizer, schedule.step_size, schedule.gamma or 0.2),
+    "plateau": lambda schedule, optimizer, _: ReduceLROnPlateau(
+        optimizer, factor=schedule.gamma or 0.2, patience=schedule.patience
+    ),
+    "onecycle": lambda _, optimizer, steps: lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
+    ),
+    "linear": lambda schedule, optimizer, steps: lr_scheduler.LambdaLR(
+        optimizer, lambda step: schedule.start + (schedule.end - schedule.start) * step / steps
+    ),
+    "cosine": lambda _, optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
+    "constant": lambda _, optimizer, __: lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),
+}
+EACH_STEP = ("onecycle", "linear", "cosine")
+
+
+class Rate:
+    """The learning rate of every group of an optimizer, over `epochs` of `steps` steps each.
+
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    >>> rate = Rate(Schedule("linear"), optimizer, epochs=1, steps=4)
+    >>> for _ in range(3):
+    ...     optimizer.step()
+    ...     rate.after_step()
+    >>> optimizer.param_groups[0]["lr"]
+    0.25
+    """
+
+    def __init__(self, schedule: Schedule, optimizer: Optimizer, *, epochs: int, steps: int) -> None:
+        self.scheduler = SCHEDULERS[schedule.name](schedule, optimizer, epochs * steps)
+        self.each_step = schedule.name in EACH_STEP
+
+    def after_step(self) -> None:
+        """A step of the optimizer is done."""
+        if self.each_step:
+            self.scheduler.step()
+
+    def after_epoch(self, train_loss: float) -> None:
+        """An epoch is done."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(train_loss)
+        elif not self.each_step:
+            with warnings.catch_warnings():
+                # A run that goes on behind the last step of an epoch ends the epoch before it makes a step.
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+                self.scheduler.step()
 
 
 def make_optimizers(config: Train, estimator: onward.Estimator) -> dict[str, Optimizer]:

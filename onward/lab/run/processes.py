@@ -1,8 +1,9 @@
-"""The processes that train together, as `torchrun` has started them: who writes, and what they tell one another."""
+"""Where a run computes, and the processes that train together, as `torchrun` has started them: who writes, what they tell."""
 
 from __future__ import annotations
 
 import os
+import platform
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from onward.errors import UsageError
+from onward.lab.system.extra import reason_of
 from onward.parallel.shards import answering
 
 PATIENCE = timedelta(seconds=40)
@@ -128,15 +130,38 @@ def joined(device: str) -> Iterator[Processes]:
     if on_gpu:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if local >= torch.cuda.device_count():
-            raise UsageError(
-                f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}: give torchrun "
-                f"--nproc-per-node {torch.cuda.device_count()}, or --device cpu"
-            )
+            why = f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}"
+            raise UsageError(f"{why}: give torchrun --nproc-per-node {torch.cuda.device_count()}, or --device cpu")
         torch.cuda.set_device(local)
     try:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"the {asked_for()} processes do not meet ({reason}): start them all by one torchrun") from error
+        why = f"the {asked_for()} processes do not meet ({reason_of(error)})"
+        raise UsageError(f"{why}: start them all by one torchrun") from error
     yield Processes(dist.get_rank(), dist.get_world_size())
     dist.destroy_process_group()  # not after an error: it could wait for those that are gone
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the GPU if there is one.
+
+    Raises:
+        UsageError: no such device here.
+    """
+    if name in ("auto", "cuda") and asked_for() > 1 and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())  # each process has its own
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used ({reason_of(error)}): use cpu, or auto") from error
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"

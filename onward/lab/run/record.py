@@ -13,6 +13,7 @@ from onward.errors import UsageError
 from onward.lab import tasks
 from onward.lab.run.folder import ALIGNED, ALIGNMENT, CONFIG, FAILURE, METRICS, NOT_IN_RESULT, check_code, read_config
 from onward.lab.settings import Train, flat, from_dict
+from onward.lab.system.extra import reason_of
 from onward.lab.tasks import Task
 
 
@@ -59,8 +60,8 @@ def read(folder: Path) -> Record:
     except UsageError as error:
         raise UsageError(f"{folder / CONFIG}: {error}") from error
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"{folder / CONFIG} cannot be read ({type(error).__name__}: {reason}): train it again") from error
+        why = f"{type(error).__name__}: {reason_of(error)}"
+        raise UsageError(f"{folder / CONFIG} cannot be read ({why}): train it again") from error
     if missing := [name for name in ("algorithm", "model", "data") if name not in given]:
         raise UsageError(f"{folder / CONFIG} names no {missing[0]}: train it again")
     known = flat(Train())
@@ -95,10 +96,8 @@ def check(folder: Path, config: Train, but: Container[str] = ()) -> None:
     """Raise a UsageError if the run there has other settings than `config`, `but` for some."""
     for name, (there, asked) in differing(folder, config).items():
         if name not in but:
-            raise UsageError(
-                f"{folder} holds a run with {name} {there}, not {asked}: choose another folder with --out, "
-                "or replace it with --overwrite"
-            )
+            why = f"{folder} holds a run with {name} {there}, not {asked}"
+            raise UsageError(f"{why}: choose another folder with --out, or replace it with --overwrite")
 
 
 def differing(folder: Path, config: Train) -> dict[str, tuple[Any, Any]]:

@@ -21,17 +21,15 @@ from onward.alignment import Block, measure
 from onward.derivatives.directions import seed_of
 from onward.errors import UsageError, unknown
 from onward.lab import tasks
-from onward.lab.data import Data, held_out, load
+from onward.lab.data import Data, Split, held_out, load
 from onward.lab.data.batches import batches
-from onward.lab.data.inputs import Batch, Inputs, leaves, mapped
+from onward.lab.data.inputs import Batch, Inputs, leaves, mapped, shape_of
 from onward.lab.networks import models
 from onward.lab.run import algorithms, checkpoint
 from onward.lab.run import folder as run_folder
-from onward.lab.run.devices import choose_device
 from onward.lab.run.failure import TrainingFailed, check_finite, culprit
-from onward.lab.run.optimizers import check_shapes, make_optimizers
-from onward.lab.run.processes import ALONE, Processes
-from onward.lab.run.schedules import Rate
+from onward.lab.run.optimizers import Rate, check_shapes, make_optimizers
+from onward.lab.run.processes import ALONE, Processes, choose_device
 from onward.lab.settings import Recipe, Train, Transform
 from onward.lab.system import generators, own
 from onward.lab.tasks import Metric, Task
@@ -65,31 +63,16 @@ class Run:
 
     def training_batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's samples of one epoch, in its own order, without its first `skip` batches."""
-        return batches(
-            self.data.train,
-            self.config.batch_size,
-            transform=self.transform,
-            train=True,
-            seed=self.config.seed,
-            epoch=epoch,
-            skip=skip,
-            device=self.device,
-            drop_last=self.drop_last,
-            rank=self.processes.rank,
-            processes=self.processes.count,
-        )
+        order: dict[str, Any] = {"seed": self.config.seed, "epoch": epoch, "skip": skip, "drop_last": self.drop_last}
+        return self._batches(self.data.train, self.config.batch_size, train=True, **order)
 
     def test_batches(self) -> Iterator[Batch]:
         """This process's part of the test samples."""
-        return batches(
-            self.data.test,
-            self.config.test_batch_size,
-            transform=self.transform,
-            train=False,
-            device=self.device,
-            rank=self.processes.rank,
-            processes=self.processes.count,
-        )
+        return self._batches(self.data.test, self.config.test_batch_size, train=False)
+
+    def _batches(self, split: Split, size: int, **order: Any) -> Iterator[Batch]:
+        order |= {"rank": self.processes.rank, "processes": self.processes.count}
+        return batches(split, size, transform=self.transform, device=self.device, **order)
 
     def step(self, x: Inputs, y: Tensor, where: str) -> onward.Step:
         """One step of training; `where` it is goes into the message if it fails.
@@ -148,9 +131,8 @@ class Run:
                 generators.restore(state["generators"][self.processes.rank], self.device)
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"the checkpoint does not fit the run's configuration ({type(error).__name__}: {reason})"
-            ) from error
+            why = f"the checkpoint does not fit the run's configuration ({type(error).__name__}"
+            raise UsageError(f"{why}: {reason})") from error
 
 
 @dataclass
@@ -222,10 +204,9 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     code = algorithms.digest(config)  # before they are run
     if owns[0] is None and (kinds := {part.dtype for part in leaves(example).values() if not part.is_floating_point()}):
         found = str(kinds.pop()).removeprefix("torch.")
-        raise UsageError(
-            f"{config.model} takes real numbers, and the inputs are {found}: return floats, or give a network of your own"
-        )
-    model = models.build(config.model, _shape(example), data.outputs, config.network, example).to(device)
+        why = f"{config.model} takes real numbers, and the inputs are {found}"
+        raise UsageError(f"{why}: return floats, or give a network of your own")
+    model = models.build(config.model, shape_of(example, start=1), data.outputs, config.network, example).to(device)
     estimator = algorithms.build(model, config, mapped(example, lambda tensor: tensor.to(device)), task.loss)
     too_few = _leaves_too_few(data, config.batch_size, model, group.count)
     drop_last = too_few or (config.drop_last and len(data.train) >= config.batch_size)
@@ -245,10 +226,8 @@ def _transform(config: Train, data: Data) -> Transform:
         return replace(asked, size=asked.size or models.facts(config.model).image_size)
     for entry in fields(Transform):
         if getattr(asked, entry.name) != entry.default:
-            raise UsageError(
-                f"--transform.{entry.name} {getattr(asked, entry.name)}: {data.name} holds no images, its inputs are taken as "
-                "they are: leave it out, or do it where the data are made"
-            )
+            why = f"--transform.{entry.name} {getattr(asked, entry.name)}: {data.name} holds no images"
+            raise UsageError(f"{why}, its inputs are taken as they are: leave it out, or do it where the data are made")
     return asked
 
 
@@ -258,13 +237,6 @@ def _example(data: Data, transform: Transform) -> Inputs:
         return next(batches(data.train, 2, transform=transform, train=False))[0]
     channels, *size = data.shape
     return torch.zeros(2, channels, *([transform.size] * 2 if transform.size else size))
-
-
-def _shape(x: Inputs) -> Any:
-    """The shape of one input, or those of its parts."""
-    if isinstance(x, tuple):
-        return tuple(tuple(part.shape[1:]) for part in x)
-    return {name: tuple(part.shape[1:]) for name, part in x.items()} if isinstance(x, dict) else tuple(x.shape[1:])
 
 
 def try_out(
@@ -347,9 +319,8 @@ def evaluate(run: Run) -> Row:
         sums = [a + b for a, b in zip(sums, measured, strict=True)] if sums else measured
     n = len(run.data.test)
     sizes = next(found for found in run.processes.everyones([len(part) for part in sums]) if found)
-    mine = (
-        torch.cat(sums) if sums else torch.zeros(sum(sizes), dtype=torch.float64, device=run.device)
-    )  # few samples, many of us
+    # Where there are fewer samples than processes, some have none.
+    mine = torch.cat(sums) if sums else torch.zeros(sum(sizes), dtype=torch.float64, device=run.device)
     loss, *parts = run.processes.total(mine).cpu().split(sizes)
     if not loss.isfinite():
         raise TrainingFailed(f"the test loss is {loss.item()} after an epoch ({culprit(run.estimator, x)})")
@@ -382,23 +353,15 @@ def check_place(folder: Path, config: Recipe) -> None:
     names = load_data(config).class_names
     above = [path for path in (place, *place.parents) if path.is_relative_to(root)]
     if any((path / name).is_dir() for path in above for name in names):
-        raise UsageError(
-            f"{folder} is among the class folders of --data-dir {config.data_dir}, where it would be a class: choose a folder "
-            "elsewhere with --out"
-        )
+        why = f"{folder} is among the class folders of --data-dir {config.data_dir}, where it would be a class"
+        raise UsageError(f"{why}: choose a folder elsewhere with --out")
 
 
 def load_data(config: Recipe, seed: int | None = None) -> Data:
     """The data that `config` names; those of one's own with its seed, or with another."""
-    data = load(
-        config.data,
-        config.data_dir,
-        train_samples=config.subset.train,
-        test_samples=config.subset.test,
-        patience=config.data_timeout,
-        task=config.task.name,
-        seed=getattr(config, "seed", 0) if seed is None else seed,
-    )
+    asked = {"train_samples": config.subset.train, "test_samples": config.subset.test}
+    seed = getattr(config, "seed", 0) if seed is None else seed
+    data = load(config.data, config.data_dir, **asked, patience=config.data_timeout, task=config.task.name, seed=seed)
     return held_out(data) if config.subset.held_out else data
 
 

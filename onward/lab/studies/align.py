@@ -26,6 +26,7 @@ from onward.lab.run.training import check_place, load_data, prepare, standing
 from onward.lab.settings import Align, flat
 from onward.lab.studies.runs import data_for, failures, runs_of, train_all
 from onward.lab.system import disk
+from onward.lab.system.extra import reason_of
 
 JSON, MAP, HISTOGRAMS = run_folder.ALIGNED
 COLUMNS = {"cosine": "cosine", "norm_ratio": "length", "bias": "bias", "variance": "variance", "snr": "SNR"}
@@ -62,8 +63,7 @@ def align(config: Align) -> list[Entry]:
     latest = {entry["label"]: entry for entry in found}
     for entry in latest.values():
         show(entry)
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    console.print(*failed, f"table: {folder / JSON}", sep="\n")
+    print(*failed, f"table: {folder / JSON}", sep="\n")
     draw({folder / name: partial(picture_of, name, found) for name in (MAP, HISTOGRAMS)})
     return found
 
@@ -74,9 +74,8 @@ def _refuse_without_effect(config: Align) -> None:
     given, defaults = flat(config), flat(Align())
     if others := [name for name in given if name not in heeded and given[name] != defaults[name]]:
         flags = " ".join(f"--{name.replace('_', '-')} {shown(given[name])}" for name in others)
-        raise UsageError(
-            f"{flags}: a run that is looked at keeps its own settings, leave that out, or leave out the run folders to train"
-        )
+        why = f"{flags}: a run that is looked at keeps its own settings, leave that out"
+        raise UsageError(f"{why}, or leave out the run folders to train")
 
 
 def _default_folder(runs: Sequence[Path]) -> Path:
@@ -102,8 +101,8 @@ def _of_checkpoint(folder: Path, config: Align) -> list[dict[str, Any]]:
         epoch = len(standing(saved, settings).rows)
         run.estimator.load_state_dict(saved["estimator"])
     except (UsageError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"the checkpoint of {folder} does not fit its settings ({reason}): train it again") from error
+        why = reason_of(error)
+        raise UsageError(f"the checkpoint of {folder} does not fit its settings ({why}): train it again") from error
     entry = run_folder.alignment_entry(epoch, config.align_estimates, align_run(run))
     earlier = [line for line in kept.alignment if line["epoch"] != epoch]
     return [*earlier, entry]

@@ -32,7 +32,7 @@ from onward.lab.report.figures import sweep
 from onward.lab.report.picture import draw, formats
 from onward.lab.report.picture import picture as draw_panels
 from onward.lab.run import algorithms
-from onward.lab.run.devices import choose_device, describe
+from onward.lab.run.processes import choose_device, describe
 from onward.lab.settings import Bench, Setup, Train
 from onward.lab.studies.step import PHASES, Learner, Turn, memory_of, take_turn
 from onward.lab.system import disk, memory, own
@@ -220,8 +220,7 @@ def _at(config: Bench, what: str, value: str) -> Bench:
         raise UsageError(f"--sweep {what} {value}: this is no {'number' if what == 'width' else 'whole number'}") from None
     if what == "batch":
         return dataclasses.replace(config, batch_size=number)
-    changes = {OPTIONS[what]: number}
-    return dataclasses.replace(config, network=dataclasses.replace(config.network, **changes))
+    return dataclasses.replace(config, network=dataclasses.replace(config.network, **{OPTIONS[what]: number}))
 
 
 def swept(config: Bench, what: str) -> float:
@@ -276,14 +275,8 @@ def show(rows: Sequence[Row], title: str, console: Console) -> None:
     """Print what a step costs, and its parts."""
     console.print(title, style="bold")
     good = [row for row in rows if not row["error"]]
-    time_of, memory_of, parts_of = (
-        _table("algorithm", *columns)
-        for columns in (
-            ("ms/step", "/ bp", "/ ckpt"),
-            ("peak MB", "/ bp", "/ ckpt", "engine"),
-            ("GFLOP", *PHASES),
-        )
-    )
+    heads = ("ms/step", "/ bp", "/ ckpt"), ("peak MB", "/ bp", "/ ckpt", "engine"), ("GFLOP", *PHASES)
+    time_of, memory_of, parts_of = (_table("algorithm", *columns) for columns in heads)
     for row in good:
         name = row["algorithm"]
         times = [_spread(row.get(f"time / {base}"), row.get(f"time / {base} range")) for base in BASELINES]

@@ -41,9 +41,8 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     if not config.algorithms or config.seeds < 1:
         raise UsageError(f"{len(config.algorithms)} algorithms with {config.seeds} seeds: compare at least one of each")
     if config.lr_grid and config.subset.held_out:
-        raise UsageError(
-            "--lr-grid with --subset.held-out: the same images would choose the rates and judge them, leave one out"
-        )
+        why = "--lr-grid with --subset.held-out"
+        raise UsageError(f"{why}: the same images would choose the rates and judge them, leave one out")
     models.check(config.model)
     formats()  # says so now if pictures cannot be drawn
     folder = Path(config.out or run_folder.default_path(config, "compare"))
@@ -72,8 +71,7 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     seeds = "1 seed" if config.seeds == 1 else f"{config.seeds} seeds"
     title = f"{config.model}, {config.data_dir or config.data}, {config.epochs} epochs, {seeds}"
     show(table, title, task.main)
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    console.print(*failures(results, "seed"), f"table: {folder / JSON}, {folder / CSV}", sep="\n")
+    print(*failures(results, "seed"), f"table: {folder / JSON}, {folder / CSV}", sep="\n")
     if drawn := {label: rows for label, rows in complete.items() if rows}:
         draw({folder / CURVES: lambda path: picture(path, [learning_curves(drawn, task)], title)})
     return table
@@ -121,13 +119,10 @@ def show(table: Sequence[dict[str, Any]], title: str, metric: Metric) -> None:
         return "" if value is None else format(value * scale, form)
 
     printed = Table(title=title, caption=f"{metric.measured} after the last and the best epoch, mean ± standard deviation")
-    columns = ["algorithm", "lr", "last", "best", "s/epoch", "MB"]
+    printed.add_column("algorithm", overflow="fold", min_width=len("algorithm"))
     failed = any(row["failed"] or not row["runs"] for row in table)
-    for column in [*columns, *(["failed"] * failed)]:
-        if column == "algorithm":
-            printed.add_column(column, overflow="fold", min_width=len(column))
-        else:
-            printed.add_column(column, justify="right", no_wrap=True)
+    for column in ("lr", "last", "best", "s/epoch", "MB", *(["failed"] * failed)):
+        printed.add_column(column, justify="right", no_wrap=True)
     for row in table:
         cells = [
             row["algorithm"],

@@ -23,23 +23,12 @@ def trials(config: Compare, runs: Mapping[str, Sequence[Train]], folder: Path) -
     """For each algorithm whose entry sets no rate, a shorter training with every rate of the grid."""
     found = {}
     for label, (run, *_) in runs.items():
-        if not config.lr_grid or _has_rate(label):
-            continue
-        name = folder_of(run).name.removesuffix(f"-s{run.seed}")
-        found[label] = [
-            replace(
-                run,
-                lr=rate,
-                epochs=config.lr_epochs or config.epochs,
-                subset=replace(run.subset, held_out=True),
-                align_every=0,
-                save_weights=0,
-                wandb=False,
-                out=str(folder / run_folder.TRIALS / f"{name}-lr{rate:g}"),
-            )
-            for rate in dict.fromkeys(config.lr_grid)
-        ]
-    return found
+        if not _has_rate(label):
+            place = folder / run_folder.TRIALS / folder_of(run).name.removesuffix(f"-s{run.seed}")
+            short = replace(run, epochs=config.lr_epochs or config.epochs, subset=replace(run.subset, held_out=True))
+            short = replace(short, align_every=0, save_weights=0, wandb=False)
+            found[label] = [replace(short, lr=rate, out=f"{place}-lr{rate:g}") for rate in dict.fromkeys(config.lr_grid)]
+    return found if config.lr_grid else {}
 
 
 def data_for(data: Callable[[Train], Data], folder: Path) -> Callable[[Train], Data]:
@@ -85,7 +74,6 @@ def with_best(
     Raises:
         UsageError: a run with a rate that no trials have chosen is in the way.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False)
     caption = f"{metric.measured.removeprefix('test ')} on held-out training samples; * the best, which is taken"
     printed = Table(title="learning rates", caption=caption)
     rates = sorted(dict.fromkeys(config.lr_grid))
@@ -108,7 +96,7 @@ def with_best(
     disk.write_text(folder / run_folder.RATES, json.dumps(kept, indent=2) + "\n")
     Console(markup=False, emoji=False).print(printed)  # paths are no markup
     for note in [*failures(found, "lr"), *notes]:
-        console.print(note)
+        print(note)
     return chosen
 
 

@@ -1,4 +1,4 @@
-"""Packages that the lab needs and the library does not: a sentence where one is missing."""
+"""Packages that the lab needs and the library does not: a sentence where one is missing, and a line of what they raise."""
 
 from __future__ import annotations
 
@@ -21,3 +21,12 @@ def lab_extra() -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         raise UsageError(f"{error.name} is not installed: pip install onward[lab]") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of an error, without the stop at its end; or its kind if it says nothing.
+
+    >>> reason_of(ValueError("It is late. Go home.\\nNow."))
+    'It is late. Go home'
+    """
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
