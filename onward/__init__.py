@@ -4,6 +4,7 @@ What is listed here is public. Everything else may change from one version to th
 """
 
 from onward import alignment
+from onward.capture import capture
 from onward.derivatives import directions
 from onward.derivatives import tangents as forward_mode
 from onward.errors import UsageError
@@ -46,6 +47,7 @@ __all__ = [
     "Step",
     "UsageError",
     "alignment",
+    "capture",
     "default_cuts",
     "directions",
     "distribute",

@@ -19,7 +19,7 @@ LEVELS = [
     ["onward.derivatives"],
     ["onward.network"],
     ["onward.estimators"],
-    ["onward.parallel", "onward.alignment"],
+    ["onward.parallel", "onward.alignment", "onward.capture"],
     ["onward"],
     ["onward.lab.system"],
     ["onward.lab.settings"],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from onward.phases import phase
 
@@ -22,6 +23,11 @@ def grad(*args: Any, **kwargs: Any) -> Any:
     """:func:`torch.autograd.grad`, as the phase ``backward``."""
     with phase("backward"):
         return torch.autograd.grad(*args, **kwargs)
+
+
+def is_traced() -> bool:
+    """Whether what runs is being traced (:func:`onward.capture`), so that no number in a tensor can be looked at."""
+    return get_proxy_mode() is not None
 
 
 def nodes_behind(starts: Iterable[Any]) -> Iterator[Any]:

@@ -248,12 +248,9 @@ def _rows_are_samples(h: Tensor, uses: Sequence[Use], signal: Tensor, arrived: S
     for use in uses:
         if not use.samples == len(h) == len(use.x):
             _seen.setdefault(use.layer, {})[use.count] = False
-    asked = [
-        (use, b)
-        for use, b in zip(uses, arrived, strict=True)
-        if b is not None and use.count not in _seen.get(use.layer, {}) and b.abs().max() > 0
-    ]
-    if asked and len(h) > 1 and not any(map(_of_batch, nodes_behind([h.grad_fn]))):
+    undecided = [(u, b) for u, b in zip(uses, arrived, strict=True) if b is not None and u.count not in _seen.get(u.layer, {})]
+    asks = undecided and len(h) > 1 and not any(map(_of_batch, nodes_behind([h.grad_fn])))
+    if asks and (asked := [(use, b) for use, b in undecided if b.abs().max() > 0]):
         scales = torch.linspace(1, 2, len(h), dtype=h.dtype, device=h.device)
         scaled = weighted_sum([signal], [scales])
         found = grad(h, [use.output for use, _ in asked], scaled, retain_graph=True)

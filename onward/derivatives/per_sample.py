@@ -24,7 +24,7 @@ from torch import Tensor
 Pair = tuple[int, int]
 _CHUNK = 1 << 21  # numbers formed at a time
 _HELD = 1 << 26  # numbers held at a time, where several parameters share the work
-_COPY = 16  # products that one number costs to move
+_COPY = 16  # moving one number takes as long as so many products
 
 
 class PerSample:

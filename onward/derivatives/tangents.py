@@ -9,7 +9,7 @@ what a block needs to differentiate itself and the directional derivatives that 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from onward.derivatives.fallback import by_forward_ad
+from onward.derivatives.graph import is_traced
 from onward.derivatives.rules import RULES, Rule, constant
 from onward.errors import UsageError
 from onward.phases import during
@@ -66,6 +67,7 @@ class Tangents(TorchDispatchMode):
         self._uses: dict[torch.nn.Parameter, set[int | None]] = {}
         self._following = False
         self._unpacking = False
+        self._aside = False
 
     def set(self, tensor: Tensor, *tangents: Tensor) -> None:
         """Give ``tensor`` its tangents, one for each direction; they become ours (in-place operations may write to them)."""
@@ -101,13 +103,25 @@ class Tangents(TorchDispatchMode):
         finally:
             self._following = True
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within the block gradients may be taken of what has no tangents, such as a head's loss, also while it is traced."""
+        before, self._aside = self._aside, True
+        try:
+            yield
+        finally:
+            self._aside = before
+
     def __enter__(self) -> Tangents:
         # A rule may need autograd's forward mode for one operation: remember how dispatch looks outside of this mode.
         self._outside = (torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set())
         self._settings = (torch.backends.mha.get_fastpath_enabled(), torch.is_autocast_cache_enabled())
         torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation for a whole encoder layer
         torch.set_autocast_cache_enabled(False)  # a cached cast of a weight has no tangent
-        self._saving = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        # A tracer does not see what goes through these hooks; what they free, a trace has no need of.
+        self._is_traced = is_traced()
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._saving = nullcontext() if self._is_traced else hooks
         self._saving.__enter__()
         self._stops = torch.is_grad_enabled()
         self._following = True
@@ -137,6 +151,8 @@ class Tangents(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._is_traced and not self._aside and torch._C._current_graph_task_id() != -1:
+            raise RuntimeError("a gradient is taken inside the network's forward, which a trace cannot follow")
         self._latest = {}
         unpacking, self._unpacking = self._unpacking, False
         if unpacking and func.overloadpacket is torch.ops.aten.detach:  # by autograd, of what it has just unpacked

@@ -74,6 +74,9 @@ class Estimator(nn.Module):
     """What carries tangents in a step: the cuts' ``"outputs"``, ``"parameters"``, those alone that have ``"gradients"``, or
     nothing (None)."""
 
+    captured: Callable[[Any, Any], Step] | None = None
+    """Runs a step in the place of ``_estimate`` (:func:`onward.capture`)."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -162,7 +165,8 @@ class Estimator(nn.Module):
             if self.check and not self._looked:
                 self.look(x, y)
                 self._looked = True
-            step = self._estimate(x, y)
+            self._prepare()
+            step = (self._estimate if self.captured is None else self.captured)(x, y)
         self.step += 1
         loss, *of_heads = self.shard.mean([step.loss, *(value for value, _ in step.heads.values())])
         heads = {cut: (value, z) for (cut, (_, z)), value in zip(step.heads.items(), of_heads, strict=True)}
@@ -202,6 +206,9 @@ class Estimator(nn.Module):
 
     def tell_mixing(self, seen: Mixing) -> None:
         """Say what it means for the estimate that samples influence one another, if anything."""
+
+    def _prepare(self) -> None:
+        """Before a step: draw afresh what the step only reads."""
 
     def _estimate(self, x: Any, y: Any) -> Step:
         raise NotImplementedError

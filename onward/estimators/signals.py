@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from onward.derivatives.graph import backward
+from onward.derivatives.graph import backward, is_traced
 from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step, check_last_block
@@ -286,8 +285,10 @@ class Known:
         A class number below 0, which losses ignore, makes a row of zeros. Raises :class:`onward.UsageError` for other targets.
         """
         y, (samples, classes) = self.targets, self.e.shape
-        if isinstance(y, Tensor) and not y.is_floating_point() and y.shape == (samples,) and int(y.max()) < classes:
-            return F.one_hot(y.long().clamp(min=0), classes).to(self.e.dtype) * (y >= 0).unsqueeze(1)
+        numbers = isinstance(y, Tensor) and not y.is_floating_point() and y.shape == (samples,)
+        if numbers and (is_traced() or int(y.max()) < classes):
+            numbered = torch.arange(classes, device=y.device)
+            return (y.unsqueeze(1) == numbered).to(self.e.dtype)
         if isinstance(y, Tensor) and y.numel() == self.e.numel():
             return y.reshape(self.e.shape).to(self.e.dtype)
         shape = f" of shape {tuple(y.shape)}" if isinstance(y, Tensor) else ""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
@@ -163,6 +162,8 @@ class Setup:
     """Learning rate of the network and its heads."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    compile: Literal["off", "auto", "replay", "inductor"] = "off"
+    """Trace a step once and replay it, as it is (the same numbers) or compiled by inductor; auto takes what is fastest here."""
     network: Network = field(default_factory=Network)
     optimizer: Optimizer = field(default_factory=Optimizer)
     feedback: Feedback = field(default_factory=Feedback)
@@ -368,7 +369,7 @@ def flat(config: Any, between: str = ".") -> dict[str, Any]:
     >>> flat(Train())["network.layers"]
     2
     """
-    values = config if isinstance(config, dict) else dataclasses.asdict(config)
+    values = config if isinstance(config, dict) else asdict(config)
     found: dict[str, Any] = {}
     for name, value in values.items():
         inner = flat(value, between) if isinstance(value, dict) else {}
@@ -382,8 +383,8 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     Raises:
         UsageError: a setting that does not exist, or a value of another type than its own; the message names it.
 
-    >>> import dataclasses, json
-    >>> from_dict(Train, json.loads(json.dumps(dataclasses.asdict(Train(lr=0.1))))) == Train(lr=0.1)
+    >>> import json
+    >>> from_dict(Train, json.loads(json.dumps(asdict(Train(lr=0.1))))) == Train(lr=0.1)
     True
     >>> from_dict(Train, {"network": {"width": "wide\\n"}})  # doctest: +ELLIPSIS
     Traceback (most recent call last):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from onward.derivatives.graph import is_traced
 from onward.errors import UsageError
 
 
@@ -60,6 +61,8 @@ def allocate_gradients(module: nn.Module) -> list[nn.Parameter]:
     What outlives a pass comes first, so that it does not lie scattered among what the blocks allocate and free. Gradients that
     will be sparse are left to autograd.
     """
+    if is_traced():
+        return []  # what is traced allocates when it is replayed
     sparse = with_sparse_gradients(module)
     fresh = [p for p in module.parameters() if p.requires_grad and not is_lazy(p) and p.grad is None and p not in sparse]
     for p in fresh:

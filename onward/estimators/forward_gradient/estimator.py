@@ -199,11 +199,13 @@ class ForwardGradient(Rule, name="fg"):
     def learns_feedback(cls, **settings: Any) -> bool:
         return settings.get("guess") == "feedback" and FEEDBACK[settings.get("feedback", "fdfa")].learns
 
-    def _estimate(self, x: Any, y: Any) -> Step:
+    def _prepare(self) -> None:
         if self.guess == "ntk":
             assert self.frozen_heads is not None
             for k in range(len(self.cuts)):
                 self.frozen_heads.redraw(k, self.seed, self.step)
+
+    def _estimate(self, x: Any, y: Any) -> Step:
         step = self._estimate_by(self, x, y)
         for p in with_sparse_gradients(self.model):
             if p.grad is not None and not p.grad.is_sparse:  # made of directions, or sample by sample

@@ -120,7 +120,9 @@ class _Pass:
             self.at_head(k, h, moved)
         if self.at_output is not None:
             wanted = {j: site for j, slot in enumerate(self.slots) for site in slot if site.block == k}
-            for j, u in zip(wanted, self.at_output(h, list(wanted.values())) if wanted else (), strict=True):
+            with self.tangents.aside():
+                entering = self.at_output(h, list(wanted.values())) if wanted else []
+            for j, u in zip(wanted, entering, strict=True):
                 arrived = moved[j]
                 moved[j] = u if arrived is None else arrived + u
         if self.fg.target in ("local", "sum"):
@@ -147,7 +149,8 @@ class _Pass:
     def read(self, point: int, criterion: Loss, output: Any) -> Tensor:
         """The loss of an output; its derivative along each slot's tangent counts for the sites whose target it is part of."""
         fg = self.fg
-        found = output_error(criterion, output, self.y, lambda value: self.tangents.get(value) is not None)
+        with self.tangents.aside():
+            found = output_error(criterion, output, self.y, lambda value: self.tangents.get(value) is not None)
         for j, slot in enumerate(self.slots):
             pairs = zip(found.at, found.e, strict=True)
             moved = [(e, t) for z, e in pairs if (t := self.tangents.get(z, j)) is not None]

@@ -1,7 +1,7 @@
 """Algorithms as commands name them: `fdfa`, `fdfa:directions=4`, `path/to/file.py:MyRule:rate=0.1`.
 
 Such an entry holds settings of the algorithm, which are the arguments of its constructor, and settings of the run that may
-differ from one algorithm to another: `lr`, and those of its optimizers and heads, `feedback.lr` or `heads.kind`.
+differ from one algorithm to another: `lr`, `compile`, and those of its optimizers and heads, `feedback.lr` or `heads.kind`.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def variant(text: str, config: Train) -> Train:
     """
     name, given = read(text)
     algorithm = find(name)
-    mine = {key: value for key, value in given.items() if key != "lr" and "." not in key}
+    mine = {key: value for key, value in given.items() if key not in ("lr", "compile") and "." not in key}
     try:
         settings = parsed(algorithm, mine)
         changes = _of_run(algorithm, settings, {key: value for key, value in given.items() if key not in mine})
@@ -113,16 +113,10 @@ def spelled(name: str, algorithm: type[onward.Estimator], settings: Mapping[str,
 
 def _of_run(algorithm: type[onward.Estimator], settings: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, Any]:
     """The settings of the run in an entry, by their owner."""
-    owners = [
-        owner
-        for owner in OF_RUNS
-        if owner == "optimizer"
-        or (owner == "heads" and algorithm.needs_heads(**settings))
-        or (owner == "feedback" and algorithm.learns_feedback(**settings))
-    ]
+    has_feedback, has_heads = algorithm.learns_feedback(**settings), algorithm.needs_heads(**settings)
     hints = get_type_hints(Train)
-    known = {"lr": setting_of("lr", float, 0.0)}
-    for owner in owners:
+    known = {name: setting_of(name, hints[name], None) for name in ("lr", "compile")}
+    for owner in ("optimizer", *["feedback"] * has_feedback, *["heads"] * has_heads):
         for field in dataclasses.fields(hints[owner]):
             key = f"{owner}.{field.name}"
             known[key] = setting_of(key, get_type_hints(hints[owner])[field.name], field.default)
@@ -156,7 +150,8 @@ def build(model: nn.Module, config: Train, x: Any, loss: Any = nn.functional.cro
     if algorithm.needs_heads(**settings):
         settings["heads"] = make_heads(model, config, x)
     with own.errors(own.named("--algorithm", name), " as the algorithm is made"):
-        return algorithm(model, config.cuts, loss=loss, seed=config.seed, **settings)
+        estimator = algorithm(model, config.cuts, loss=loss, seed=config.seed, **settings)
+    return estimator if config.compile == "off" else onward.capture(estimator, config.compile)
 
 
 def files(config: Train) -> tuple[own.Own | None, ...]:

@@ -102,12 +102,12 @@ class Turn(NamedTuple):
 
 
 def take_turn(learner: Learner, device: torch.device, steps: int | None, *, count: bool) -> Turn:
-    """Time `steps` steps after two that are not timed: the first allocates, the second fills the caches.
+    """Time `steps` steps after some that are not timed: the first allocates, the second fills the caches.
 
     If `steps` is None, as many are timed as half a second holds, at most 20. FLOPs are counted if `count` is true.
     """
-    learner.step()
-    learner.step()
+    for _ in range(2 if learner.estimator.captured is None else 6):  # capturing takes some steps
+        learner.step()
     if steps is None:
         steps = min(20, max(1, round(SECONDS / seconds_of(learner.step, device))))
     seconds = seconds_of(lambda: [learner.step() for _ in range(steps)], device) / steps
@@ -190,11 +190,7 @@ def memory_of(config: Train, shape: Sequence[int], classes: int, device: torch.d
     on_gpu = device.type == "cuda"
     found = [peak(*arguments)] if on_gpu else [in_a_fresh_process(peak, *arguments) for _ in range(PROCESSES)]
     peaks = [measured for measured, _ in found]
-    return {
-        "peak_bytes": statistics.median(peaks),
-        "peak_bytes_range": [min(peaks), max(peaks)],
-        "state_bytes": found[0][1],
-    }
+    return {"peak_bytes": statistics.median(peaks), "peak_bytes_range": [min(peaks), max(peaks)], "state_bytes": found[0][1]}
 
 
 def peak(config: Train, shape: Sequence[int], classes: int, device: torch.device, threads: int) -> tuple[int, int]:
