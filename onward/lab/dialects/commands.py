@@ -103,11 +103,8 @@ def in_own_words(flags: Mapping[str, str]) -> Iterator[None]:
 
 
 def run(command: Command) -> list[Row]:
-    """Train as the command line means, into a folder that no other run has.
-
-    Raises:
-        UsageError, TrainingFailed: as `onward.lab.run.loop.train`, in the command line's own words.
-    """
+    """Train as the command line means, into a folder that no other run has. Errors of `onward train` are told with the command
+    line's own flags."""
     command.tell()
     os.environ.update(command.environment)
     with in_own_words(command.flags), _own_folder(Path(command.config.out or ".")) as folder:
@@ -121,7 +118,7 @@ def run(command: Command) -> list[Row]:
 
 
 def _as_many_as_there_are(config: Train) -> Train:
-    """With all images of a part, where more are asked for than there are: these codes take the lesser number."""
+    """The configuration with a whole part where more of it is asked for than there is, as these codes do."""
     whole = load_data(replace(config, subset=Subset()))
     asked, there = vars(config.subset), {"train": len(whole.train), "test": len(whole.test)}
     train, test = (None if asked[part] and asked[part] > there[part] else asked[part] for part in there)

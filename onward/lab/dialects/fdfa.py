@@ -77,11 +77,8 @@ def _dataset(name: str) -> str:
 
 
 def read(arguments: Sequence[str]) -> Command:
-    """What a command line of the FDFA code means.
-
-    Raises:
-        UsageError: a value out of its range, or no seed for several processes.
-    """
+    """What a command line of the FDFA code means. Raises a UsageError for a value out of its range, or no seed for several
+    processes."""
     flags = parser()
     asked = flags.parse_args(arguments)
     forward_gradient = asked.train_mode == "FwdGrad"

@@ -49,13 +49,8 @@ WEIGHTS = ("xavier-uniform", "xavier-normal", "kaiming-uniform", "kaiming-normal
 HEADS = ("mlp", "cnn", "linear", "predsim")
 IMAGENET = Transform(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), augment="resized-crop-flip", size=224)
 CIFAR = Transform(mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010), augment="crop-flip")
-TRANSFORMS = {
-    "cifar10": CIFAR,
-    "cifar100": CIFAR,
-    "imagenette": IMAGENET,
-    "imagenet": IMAGENET,
-    "imagenet32": Transform(IMAGENET.mean, IMAGENET.std, IMAGENET.augment, size=32),
-}
+TRANSFORMS = {"cifar10": CIFAR, "cifar100": CIFAR, "imagenette": IMAGENET, "imagenet": IMAGENET}
+TRANSFORMS["imagenet32"] = replace(IMAGENET, size=32)
 OF_OTHERS = Transform(mean=0.0, std=1.0)
 WITHOUT_EFFECT = {
     **dict.fromkeys(("num_workers", "prefetch_factor"), "images are kept in memory, or decoded by threads"),
@@ -161,11 +156,8 @@ def _dataset(name: str) -> str:
 
 
 def read(arguments: Sequence[str]) -> Command:
-    """What a command line of ForwardLocalGradient means.
-
-    Raises:
-        UsageError: a name that has no meaning, a value out of its range, or one that only that code has.
-    """
+    """What a command line of ForwardLocalGradient means. Raises a UsageError for a name that has no meaning, a value out of its
+    range, or one that only that code has."""
     flags = parser()
     asked = flags.parse_args(arguments)
     spelled = {action.dest: action.option_strings[0] for action in flags._actions} | given(flags, arguments)
@@ -257,15 +249,9 @@ def _forward_gradient(
         why = "constrained-weight has no definition anywhere, neither in the paper nor in its code"
         raise UsageError(f"{why}: use weight, or avg-weight")
     projected = GUESSES[guess] == "random" and space in WEIGHT_SPACES and not unbiased
-    return {
-        "target": TARGETS[target],
-        "guess": GUESSES[guess],
-        "space": SPACES[space],
-        "engine": "reverse",
-        "noise": asked.noise_type,
-        "scaling": "projection" if projected else "unbiased",
-        "eps": asked.eps,
-    }
+    scaling = "projection" if projected else "unbiased"
+    names = {"target": TARGETS[target], "guess": GUESSES[guess], "space": SPACES[space]}
+    return {**names, "engine": "reverse", "noise": asked.noise_type, "scaling": scaling, "eps": asked.eps}
 
 
 def _schedule(asked: argparse.Namespace) -> Schedule:

@@ -28,15 +28,13 @@ def alexnet(shape: Shape, classes: int, *, width: float = 1.0) -> nn.Sequential:
     def convolution(before: int, after: int, kernel: int, stride: int = 1, padding: int = 1) -> list[nn.Module]:
         return [nn.Conv2d(before, after, kernel, stride, padding), nn.BatchNorm2d(after), nn.ReLU()]
 
-    return chain(
-        [
-            nn.Sequential(*convolution(channels, a, 11, 4, 2), nn.MaxPool2d(3, 2)),
-            nn.Sequential(*convolution(a, b, 5, padding=2), nn.MaxPool2d(3, 2)),
-            nn.Sequential(*convolution(b, c, 3)),
-            nn.Sequential(*convolution(c, d, 3)),
-            nn.Sequential(*convolution(d, e, 3), nn.MaxPool2d(3, 2), nn.AdaptiveAvgPool2d(6), nn.Flatten()),
-            nn.Sequential(nn.Linear(e * 36, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
-            nn.Sequential(nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
-        ],
-        nn.Linear(hidden, classes),
-    )
+    blocks = [
+        nn.Sequential(*convolution(channels, a, 11, 4, 2), nn.MaxPool2d(3, 2)),
+        nn.Sequential(*convolution(a, b, 5, padding=2), nn.MaxPool2d(3, 2)),
+        nn.Sequential(*convolution(b, c, 3)),
+        nn.Sequential(*convolution(c, d, 3)),
+        nn.Sequential(*convolution(d, e, 3), nn.MaxPool2d(3, 2), nn.AdaptiveAvgPool2d(6), nn.Flatten()),
+        nn.Sequential(nn.Linear(e * 36, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
+        nn.Sequential(nn.Linear(hidden, hidden), nn.BatchNorm1d(hidden), nn.ReLU()),
+    ]
+    return chain(blocks, nn.Linear(hidden, classes))

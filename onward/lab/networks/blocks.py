@@ -43,7 +43,7 @@ FACTS: dict[str, Facts] = {}
 
 
 def network(name: str, **facts: Any) -> Callable[[Make], Make]:
-    """Give the network that the decorated function makes a name, and state the :class:`Facts` in which it is not like others.
+    """Name the network that the decorated function makes, and state those :class:`Facts` that are not the default.
 
     >>> @network("tiny", images=False)
     ... def tiny(shape: Shape, classes: int) -> nn.Sequential:

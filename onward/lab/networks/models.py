@@ -1,7 +1,7 @@
 """Networks by name: those in the files beside this one, and the user's own.
 
 Every network here is an `nn.Sequential` of named blocks, `block1` ... and `output`, so that the library's default cuts (every
-child but the last) are the block boundaries that the papers use. Initial weights are PyTorch's own, but those of `resnets`.
+child but the last) are the block boundaries that the papers use. Initial weights are PyTorch's own, except in `resnets`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from onward.lab.networks.blocks import FACTS, Facts, Shapes
 from onward.lab.networks.blocks import MODELS as MODELS
 from onward.lab.settings import Network
 from onward.lab.system import own
-from onward.lab.system.own import Own
 from onward.network.replay import frozen_statistics
 from onward.network.run import call, samples_of
 
@@ -107,7 +106,7 @@ def _maker(name: str) -> Callable[..., nn.Module]:
     return own.load(theirs) if theirs else MODELS[name]
 
 
-def _tried(theirs: Own, make: Callable[[], nn.Module], x: Any, outputs: int) -> nn.Module:
+def _tried(theirs: own.Own, make: Callable[[], nn.Module], x: Any, outputs: int) -> nn.Module:
     """The user's own network, once it has taken the batch `x`."""
     with own.errors(theirs, elsewhere=True):
         model = make()

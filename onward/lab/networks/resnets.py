@@ -124,18 +124,9 @@ def _convolution(before: int, after: int, stride: int = 1) -> list[nn.Module]:
 
 def _with_classifier(blocks: list[nn.Sequential], channels: int, classes: int) -> nn.Sequential:
     """The network: the last block and the classifier are its output block."""
-    output = nn.Sequential(
-        OrderedDict(
-            {
-                f"block{len(blocks)}": blocks[-1],
-                "norm": nn.BatchNorm2d(channels),
-                "pool": nn.AdaptiveAvgPool2d(1),
-                "flatten": nn.Flatten(),
-                "linear": nn.Linear(channels, classes),
-            }
-        )
-    )
-    model = chain(blocks[:-1], output)
+    last = OrderedDict({f"block{len(blocks)}": blocks[-1], "norm": nn.BatchNorm2d(channels), "pool": nn.AdaptiveAvgPool2d(1)})
+    last |= {"flatten": nn.Flatten(), "linear": nn.Linear(channels, classes)}
+    model = chain(blocks[:-1], nn.Sequential(last))
     initialize(model)
     return model
 
