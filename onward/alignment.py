@@ -100,7 +100,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
             feedback = [_compare(b.detach().view(1, -1), j.view(1, -1)) for b, j in zip(matrices, jacobians, strict=True)]
     finally:
         with again:
-            pass  # nothing has been drawn
+            pass  # the generators are as before the measurement
     last = "output" if "output" not in cuts else "last block"
     return {
         name: Block(

@@ -169,8 +169,8 @@ class ProcessShard(Shard):
 def answering(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Around an exchange: if it fails, a :class:`ProcessLost` names the process that has failed, or that has stopped.
 
-    Every process has a heart, a thread that counts seconds where all have met, whatever its other threads wait for; the first
-    to find out whose has stopped puts it down there for all.
+    Every process has a heart: a thread that counts seconds in the store that all share, whatever its other threads wait for.
+    The first process that finds a heart which has stopped writes whose it is into the store, for all.
     """
     try:
         yield

@@ -40,7 +40,7 @@ class Stage:
 
     For :class:`onward.LocalLoss`, and :class:`onward.ForwardGradient` with ``target="local"`` and a guess that is known in the
     block: every process hands on its output and learns, waiting for nothing. For every :class:`onward.SignalEstimator`, such
-    as :class:`onward.DFA` and rules of one's own: activations (and tangents) go forward; the last process sends the output
+    as :class:`onward.DFA` and rules of the user's own: activations (and tangents) go forward; the last process sends the output
     error (and the tangents of the output) to all others; all learn at the same time. ``microbatches`` divides a batch so that
     its forward passes overlap: with as many as there are processes nobody waits. ``staleness=s`` instead lets the processes
     before the last apply the signal of the batch s steps ago to the graph and weights of that batch. Estimates are those of
