@@ -29,9 +29,9 @@ class Metric:
     """
 
     name: str
-    """In a word: of the test data, rows of metrics.jsonl call it `test_<name>`."""
+    """One word; metrics.jsonl calls the value on test data `test_<name>`."""
     title: str
-    """As the axis of a picture has it, without the unit."""
+    """What the axis of a picture says, without the unit."""
     unit: str
     """"%", or empty."""
     better: Literal["higher", "lower"]
@@ -74,7 +74,7 @@ class Task:
     line: str
     """What it is, for `onward list`."""
     outputs: str
-    """What the network has an output for each of."""
+    """What its outputs stand for, such as "classes"."""
     loss: Loss
     """`loss(output, y)`, the mean over samples."""
     metrics: tuple[Metric, ...]
@@ -106,19 +106,12 @@ def _paired(output: Any, y: Tensor) -> Tensor:
     raise UsageError(f"the network returned {found} for {_shown(y)}: return one number for each target")
 
 
-def _are_whole(y: Tensor) -> bool:
-    return not y.is_floating_point() or bool((y == y.round()).all())
-
-
-# ---- classification
-
-
 def _hits(output: Tensor, y: Tensor) -> Tensor:
     return (output.argmax(1) == y).sum().double().view(1)
 
 
 def _classes(y: Tensor) -> Tensor:
-    if y.dim() != 1 or not _are_whole(y) or (len(y) and y.min() < 0):
+    if y.dim() != 1 or (y.is_floating_point() and (y != y.round()).any()) or (len(y) and y.min() < 0):
         raise UsageError(f"{_shown(y)} name no classes: give the number of each sample's class, from 0, in shape (N,)")
     return y.long()
 
@@ -136,21 +129,14 @@ CLASSIFICATION = Task(
 )
 
 
-# ---- several labels
-
-
 def _labels(y: Tensor) -> Tensor:
     if y.dim() != 2 or not ((y == 0) | (y == 1)).all():
         raise UsageError(f"{_shown(y)} are no labels: give 1 for each label that a sample has and 0 for others, (N, labels)")
     return y.float()
 
 
-def _label_errors(output: Tensor, y: Tensor) -> Tensor:
-    return F.binary_cross_entropy_with_logits(_paired(output, y), y)
-
-
 def _found(output: Tensor, y: Tensor) -> Tensor:
-    """Of each label, how often it was found, and twice that plus how often it was missed or found where it was not."""
+    """For each label the true positives, and twice these plus the false positives and false negatives."""
     found, there = _paired(output, y) > 0, y > 0
     return torch.cat([(found & there).sum(0), found.sum(0) + there.sum(0)]).double()
 
@@ -171,7 +157,7 @@ MULTI_LABEL = Task(
     "multi-label",
     "any number of labels for each sample; targets are whole numbers 0 or 1 (N, labels)",
     "labels",
-    _label_errors,
+    lambda output, y: F.binary_cross_entropy_with_logits(_paired(output, y), y),
     (F1, EXACT),
     looks=lambda y: y.dim() == 2 and not y.is_floating_point() and bool(((y == 0) | (y == 1)).all()),
     read=_labels,
@@ -179,17 +165,10 @@ MULTI_LABEL = Task(
 )
 
 
-# ---- regression
-
-
 def _numbers(y: Tensor) -> Tensor:
     if y.dim() not in (1, 2):
         raise UsageError(f"{_shown(y)}: give one number for each sample, (N,), or a row of them, (N, numbers)")
     return y.float().view(len(y), -1)
-
-
-def _squared_error(output: Tensor, y: Tensor) -> Tensor:
-    return F.mse_loss(_paired(output, y), y)
 
 
 def _squares(output: Tensor, y: Tensor) -> Tensor:
@@ -199,7 +178,7 @@ def _squares(output: Tensor, y: Tensor) -> Tensor:
 
 
 def _r2(sums: Tensor, n: int) -> float:
-    """1 - (squared error) / (that of the mean), the mean over targets; of a target that never changes, 1 or 0."""
+    """1 - (squared error) / (squared error of the mean), averaged over targets; a constant target counts 1 if met, else 0."""
     errors, total, squares = sums.chunk(3)
     spread = squares - total.square() / n
     moves = spread > 1e-12 * squares
@@ -217,7 +196,7 @@ REGRESSION = Task(
     "regression",
     "numbers for each sample; targets are real, (N,) or (N, numbers)",
     "targets",
-    _squared_error,
+    lambda output, y: F.mse_loss(_paired(output, y), y),
     (R2, RMSE),
     looks=lambda y: y.dim() in (1, 2) and y.is_floating_point(),
     read=_numbers,
@@ -229,11 +208,7 @@ TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTI_LAB
 
 
 def named(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        UsageError: there is none.
-    """
+    """The task of that name. Raises a UsageError if there is none."""
     if name not in TASKS:
         raise unknown("task", name, ["auto", *TASKS])
     return TASKS[name]
@@ -260,8 +235,7 @@ def of_targets(y: Tensor, name: str = "auto") -> Task:
 def configured(task: Task, options: TaskSettings, outputs: int) -> Task:
     """The task with the loss that its settings ask for, of a network with so many outputs.
 
-    Class weights and label smoothing keep the loss a mean over samples: a sample counts as its class's weight says, whatever
-    else is in its batch.
+    Class weights keep the loss a mean over samples: each counts as its class's weight says, whatever else is in its batch.
 
     Raises:
         UsageError: a setting that the task does not have, or weights for other classes than there are.

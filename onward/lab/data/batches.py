@@ -35,9 +35,9 @@ def batches(
     """Batches (x, y) of one epoch: of images, x is float32 (N, C, H, W) and y int64 (N,); other data are as the split has them.
 
     With `train`, samples come in an order that depends on (seed, epoch) only, augmented by draws that depend on
-    (seed, epoch, number of the batch) only; the global generators are neither read nor moved. Without, in file order. The
-    first `skip` batches are left out, and the others as they would be. One of several processes gets its part of each batch,
-    augmented by draws of its own.
+    (seed, epoch, number of the batch) only; the global generators are neither read nor moved. Without it
+    they come in file order. The first `skip` batches are left out, which changes no other. Each of several processes gets its
+    part of every batch, augmented by draws of its own.
 
     Raises:
         UsageError: a batch size below 1, `drop_last` with no full batch, a mean or std for another number of channels.

@@ -52,10 +52,9 @@ def read(folder: Path) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
     _refuse_parts_as_classes(train, splits["train"])
     _refuse_masks(train, splits["train"])
     if not splits.get("test", True):
-        raise UsageError(
-            f"{' and '.join(str(folder / part) for part in chosen['test'])} has none of the class folders of {train}: sort its "
-            "images into such, or move it away, and a part of the training images is held out instead"
-        )
+        tests = " and ".join(str(folder / part) for part in chosen["test"])
+        remedy = "sort its images into such, or move it away, and a part of the training images is held out instead"
+        raise UsageError(f"{tests} has none of the class folders of {train}: {remedy}")
     walk.tell_left_out(folder, "only images in class folders are read, by their endings", left, notes)
     return splits, classes
 
@@ -87,7 +86,7 @@ class _Empty(UsageError):
 
 
 def _class_folder(folder: Path, label: int, above: frozenset[tuple[int, int]], left: list[Path]) -> list[Sample]:
-    """The images of one class; what else its folder holds is added to what is left out."""
+    """The images of one class; other files in its folder are added to `left`."""
     images: list[os.DirEntry[str]] = []
     others: list[os.DirEntry[str]] = []
     for entry in walk.walk(folder, above):
@@ -102,7 +101,7 @@ def _class_folder(folder: Path, label: int, above: frozenset[tuple[int, int]], l
 
 
 def _refuse_parts_as_classes(root: Path, samples: list[Sample]) -> None:
-    """Parts, folds and whole data sets are no classes, whatever their names; what their folders are called tells."""
+    """Refuse parts, folds and whole data sets as classes: the names of the folders in them tell."""
     first: dict[str, set[str]] = {}  # of each class: the folders in it, and the folders at the bottom, which hold its images
     below: dict[str, set[str]] = {}
     for holder in {os.path.dirname(sample.file) for sample in samples}:  # noqa: PTH120
@@ -112,11 +111,9 @@ def _refuse_parts_as_classes(root: Path, samples: list[Sample]) -> None:
     nested = [name for name in sorted(below) if len(below[name]) > 1]
     for one, other in combinations(nested, 2):
         if below[one] <= below[other] or below[other] <= below[one]:
-            same = walk.some(below[one] & below[other])
-            raise UsageError(
-                f"{root / one} and {root / other} hold folders of the same names ({same}): name them train and test if they "
-                "are parts of a data set, or put the images right into them if they are classes"
-            )
+            why = f"{root / one} and {root / other} hold folders of the same names ({walk.some(below[one] & below[other])})"
+            remedy = "name them train and test if they are parts of a data set"
+            raise UsageError(f"{why}: {remedy}, or put the images right into them if they are classes")
     for name in nested:
         if len(beside := below[name] & (below.keys() - {name})) > 1:
             why = f"{root / name} holds folders of the same names as those beside it ({walk.some(beside)})"
@@ -128,21 +125,19 @@ def _refuse_parts_as_classes(root: Path, samples: list[Sample]) -> None:
 
 
 def _refuse_masks(root: Path, samples: list[Sample]) -> None:
-    """A folder of images and one of their masks are no two classes; the same file names in both tell."""
+    """Refuse a folder of images and one of their masks as two classes: both hold files of the same names."""
     stems: dict[str, set[str]] = {}
     for sample in samples:
         path = Path(sample.file).relative_to(root)
         stems.setdefault(path.parts[0], set()).add(re.sub(r"[ _-]*(mask|label|gt|seg\w*)$", "", path.stem.lower()))
     images = [name for name in stems if _named(name, "images?|imgs?|inputs?|jpegimages")]
-    masks = [
-        name for name in stems if _named(name, "masks?|labels?|annotations?|annots?|seg(mentation)?s?|gt|targets?|trimaps?")
-    ]
+    of_masks = "masks?|labels?|annotations?|annots?|seg(mentation)?s?|gt|targets?|trimaps?"
+    masks = [name for name in stems if _named(name, of_masks)]
     for one, other in product(images, masks):
         if same := stems[one] & stems[other]:
-            raise UsageError(
-                f"{root / one} and {root / other} hold files of the same names ({walk.some(same)}), as images and their masks "
-                "do: segmentation is not learnt here, give images in a folder for each class"
-            )
+            pair = f"{root / one} and {root / other}"
+            why = f"{pair} hold files of the same names ({walk.some(same)}), as images and their masks do"
+            raise UsageError(f"{why}: segmentation is not learnt here, give images in a folder for each class")
 
 
 def _named(name: str, words: str) -> bool:

@@ -59,13 +59,11 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
 
     The image column is the one of feature type `Image` (or of bytes), the label column the one of type `ClassLabel`
     (or called label, labels, fine_label, class, target); where several fit, the usual names win. A table without labels (all of
-    them missing, or -1 as in ImageNet's test part) has no samples. Images stay where the table has them, be that a file in the
-    cache.
+    them missing, or -1 as in ImageNet's test part) has no samples. Images stay where the table has them.
 
     Raises:
         Unlabelled: no column of labels.
-        UsageError: no column of images, or several that are as likely, an image or a label missing, labels that are no integers
-            from 0.
+        UsageError: no column of images, or several; an image or a label is missing; labels are no integers from 0.
     """
     with lab_extra():
         import datasets
@@ -100,9 +98,9 @@ def from_table(table: pyarrow.Table, file: str) -> tuple[list[Sample], tuple[str
 
 def columns(schema: pyarrow.Schema, file: str) -> tuple[str, str, Any]:
     """The column of images, that of labels, and what the hub's library knows of the labels."""
-    with lab_extra():
-        import datasets
     features, held = _features(schema, file), ", ".join(schema.names) or "none"
+    import datasets
+
     image = image_column(schema, file)
     if image is None:
         raise UsageError(f"{file} has no column of encoded images (columns: {held}): store PNG or JPEG bytes in 'image'")
@@ -115,9 +113,9 @@ def columns(schema: pyarrow.Schema, file: str) -> tuple[str, str, Any]:
 
 def image_column(schema: pyarrow.Schema, file: str) -> str | None:
     """The column of images, if there is one."""
-    with lab_extra():
-        import datasets
     features = _features(schema, file)
+    import datasets
+
     typed = [name for name in schema.names if isinstance(features[name], datasets.Image)]
     return _pick(typed or [field.name for field in schema if _holds_bytes(field.type)], IMAGE_NAMES, "images", file)
 
@@ -132,8 +130,8 @@ def refuse_other_columns(used: dict[str, str]) -> None:
 
 
 def _features(schema: pyarrow.Schema, file: str) -> Any:
-    import datasets
-
+    with lab_extra():
+        import datasets
     try:
         features = datasets.Features.from_arrow_schema(schema)
         return {name: features[name] for name in schema.names}
@@ -142,7 +140,7 @@ def _features(schema: pyarrow.Schema, file: str) -> Any:
 
 
 def _pick(candidates: list[str], usual: Sequence[str], content: str, file: str) -> str | None:
-    """The candidate with the likeliest of the usual names, or the only one; its place among others would tell nothing."""
+    """The candidate with the likeliest of the usual names, or the only one; the order of columns tells nothing."""
     if named := next((name for name in usual if name in candidates), None):
         return named
     if len(candidates) > 1:
@@ -210,8 +208,8 @@ class Encoded:
 def decode(samples: Sequence[Sample], most: int, patience: float = PATIENCE, others: Sequence[Sample] = ()) -> Tensor | Encoded:
     """The images as one uint8 tensor (N, C, H, W), or still encoded if they differ in size or take more than `most` bytes.
 
-    C is 3 if any image has colour, and grey is repeated; else it is 1. The `others`, which nobody asked for, count as well, and
-    a subset so has the shape of the whole. Palettes are looked up, an alpha channel is dropped, 16-bit greys keep their upper 8
+    C is 3 if any image has colour, and grey is repeated; else it is 1. The `others` count as well, so that a subset has the
+    shape of the whole. Palettes are looked up, an alpha channel is dropped, 16-bit greys keep their upper 8
     bits, and pictures that a camera has marked as turned (by EXIF) are turned upright.
 
     Raises:
@@ -260,8 +258,7 @@ Found = TypeVar("Found")
 def _each(function: Callable[[Sample], Found], samples: Sequence[Sample], patience: float) -> Iterator[Found]:
     """What the function makes of each sample, in their order.
 
-    Daemon threads call it, and this one waits: so a read that never returns keeps neither the error that tells of it from being
-    raised nor the process from ending.
+    Daemon threads call it, and this one waits, so that after a read that never returns the process can still end.
     """
     with ThreadPool() as pool:
         for start in range(0, len(samples), AHEAD):
@@ -276,7 +273,7 @@ def _each(function: Callable[[Sample], Found], samples: Sequence[Sample], patien
 
 
 def _size(sample: Sample) -> tuple[str, int]:
-    """Of pixels that are in memory anyway, a checksum instead of their number, which is the same for all."""
+    """The name and bytes of an image; of pixels in memory a checksum, because each has as many bytes."""
     name = Path(sample.file).name
     if isinstance(sample.image, Path):
         try:
@@ -288,13 +285,13 @@ def _size(sample: Sample) -> tuple[str, int]:
 
 
 def _open(sample: Sample) -> Image.Image:
-    """The image as far as its header."""
+    """Open an image, and read no more than its header."""
     image: Any = sample.image
     return Image.open(image if isinstance(image, Path) else io.BytesIO(image.as_buffer()))
 
 
 def _has_colour(sample: Sample) -> bool:
-    """What the header says; of a header that says nothing, decoding will tell."""
+    """Whether the header says that there is colour; if the header says nothing, decoding will tell."""
     if isinstance(sample.image, np.ndarray):
         return sample.image.shape[2] == 3
     try:

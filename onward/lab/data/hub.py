@@ -21,11 +21,8 @@ PATIENCE = 4.0  # seconds for the hub to give any answer; its own client would r
 
 
 def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
-    """The samples of each split (train, and test unless there is none) of `owner/name` or `owner/name:subset`.
-
-    Raises:
-        UsageError: not in the cache and the hub not to be reached, no such data set, no training part.
-    """
+    """The samples of each split (train, and test unless there is none) of `owner/name` or `owner/name:subset`. Raises a
+    UsageError if the hub is needed and cannot be reached, there is no such data set, or it has no training part."""
     with lab_extra():
         import datasets
     path, _, subset = name.partition(":")

@@ -1,36 +1,51 @@
-"""Labelled images, from the hub or a folder: uint8 tensors in memory, or files that are decoded batch by batch."""
+"""Labelled images from a folder, and those of a folder or the hub as data: in memory, or decoded batch by batch."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from onward.errors import UsageError
-from onward.lab.data import parquet
-from onward.lab.data.encoded import Sample, decode
+from onward.lab.data import class_folders, parquet, torchvision_files
+from onward.lab.data.encoded import Sample, decode, image_column
 from onward.lab.data.split import Data, Split, hold_out, keep
+from onward.lab.data.walk import LEFTOVERS, holds_images, is_image, subfolders, tell_left_out, walk
 from onward.lab.system import memory
+from onward.lab.system.extra import lab_extra
 
 log = logging.getLogger(__name__)
 
 
-def decoded(
-    name: str,
-    splits: dict[str, list[Sample]],
-    class_names: tuple[str, ...],
-    asked: dict[str, int | None],
-    patience: float,
-) -> Data:
-    """Check the labels of every sample, then decode those that are asked for.
+def from_folder(folder: Path, name: str = "") -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
+    """The samples of each split found (train, and test unless there is none), and the class names (none if not stored).
 
-    Raises:
-        UsageError: labels or images that cannot be used.
-        TimeoutError: an image does not come.
+    The `name` of a data set chooses among several that torchvision has downloaded into the folder. Raises a UsageError if
+    there is no such folder, nothing in it, no training part, or a file that cannot be read.
     """
+    if not folder.exists():
+        raise UsageError(f"data folder {folder} does not exist: give a folder of parquet files or class folders of images")
+    if not folder.is_dir():
+        raise UsageError(f"data folder {folder} is a file: give the folder that holds it")
+    try:
+        if downloaded := torchvision_files.find(folder):
+            _compare_with_own(folder, downloaded, name)
+            return torchvision_files.read(folder, downloaded, name)
+        files = [entry for entry in walk(folder) if entry.name.lower().endswith(".parquet")]
+        return parquet.read(folder, files) if files and not _beside_the_images(folder, files) else class_folders.read(folder)
+    except OSError as error:
+        raise UsageError(f"data folder {folder} cannot be read ({error.strerror}): check {error.filename}") from error
+
+
+def decoded(
+    name: str, splits: dict[str, list[Sample]], class_names: tuple[str, ...], asked: dict[str, int | None], patience: float
+) -> Data:
+    """Check the labels of every sample, then decode those that are asked for. Raises a UsageError for labels or images that
+    cannot be used, and a TimeoutError if an image does not come."""
     classes = _checked_classes(name, splits, class_names)
     train = splits["train"]
     if "test" not in splits:
@@ -42,21 +57,14 @@ def decoded(
     used = {split: keep(len(samples), asked[split], split, name) for split, samples in splits.items()}
     kept = {split: [splits[split][row] for row in used[split]] for split in splits}
     others = [splits[split][row] for split in splits for row in sorted(set(range(len(splits[split]))).difference(used[split]))]
-    images = decode(kept["train"] + kept["test"], memory.physical() // parquet.SHARE, patience, others)
-    labels = torch.tensor([sample.label for sample in kept["train"] + kept["test"]])
-    cut = len(kept["train"])
-    parts: list[Any] = (
-        [images[:cut], images[cut:]]
-        if isinstance(images, Tensor)
-        else [images.part(range(cut)), images.part(range(cut, len(images)))]
-    )
-    return Data(
-        name,
-        train=Split(parts[0], labels[:cut]),
-        test=Split(parts[1], labels[cut:]),
-        outputs=classes,
-        class_names=class_names or tuple(map(str, range(classes))),
-    )
+    both = kept["train"] + kept["test"]
+    images = decode(both, memory.physical() // parquet.SHARE, patience, others)
+    labels, cut = torch.tensor([sample.label for sample in both]), len(kept["train"])
+    if isinstance(images, Tensor):
+        train_part, test_part = Split(images[:cut], labels[:cut]), Split(images[cut:], labels[cut:])
+    else:
+        train_part, test_part = (Split(images, labels).part(rows) for rows in (range(cut), range(cut, len(both))))
+    return Data(name, train_part, test_part, classes, class_names or tuple(map(str, range(classes))))
 
 
 def _checked_classes(name: str, splits: dict[str, list[Sample]], class_names: tuple[str, ...]) -> int:
@@ -79,13 +87,8 @@ def _checked_classes(name: str, splits: dict[str, list[Sample]], class_names: tu
             raise UsageError(f"{sample.place} has label {sample.label}, which no training image has: drop it or add some")
 
     if unused := [label for label in range(classes) if not class_names and label not in known]:
-        log.warning(
-            "data set %s: no image has %s, though labels go up to %d: they count as classes, unless the classes are numbered "
-            "from 0 without gaps",
-            name,
-            _numbers(unused),
-            last.label,
-        )
+        gaps = f"no image has {_numbers(unused)}, though labels go up to {last.label}"
+        log.warning("data set %s: %s: they count as classes, unless the classes are numbered from 0 without gaps", name, gaps)
     return classes
 
 
@@ -97,3 +100,35 @@ def _numbers(unused: Sequence[int]) -> str:
     """
     others = f" and {len(unused) - 5} more" * (len(unused) > 5)
     return f"label{'s' * (len(unused) > 1)} {', '.join(map(str, unused[:5]))}{others}"
+
+
+def _compare_with_own(folder: Path, downloaded: list[torchvision_files.Downloaded], name: str) -> None:
+    """Refuse other images beside what torchvision has downloaded; only warn of them if `name` says which is meant."""
+    own = [path for path in sorted(torchvision_files.beside(folder, downloaded)) if _holds_data(path)]
+    if not own:
+        return
+    if name not in [one.name for one in downloaded]:
+        held = ", ".join(f"{one.name or 'idx files'} in {one.folder}" for one in downloaded)
+        why = f"data folder {folder} holds what torchvision has downloaded ({held}) and other images ({own[0]})"
+        raise UsageError(f"{why}: give the folder of the one that is meant, or move the other away")
+    tell_left_out(folder, f"only {name} is read", own)
+
+
+def _holds_data(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.lower() in LEFTOVERS:
+        return False
+    if path.is_dir():
+        return any(is_image(entry) or entry.name.lower().endswith(".parquet") for entry in walk(path))
+    return path.suffix.lower() == ".parquet"
+
+
+def _beside_the_images(folder: Path, entries: list[os.DirEntry[str]]) -> bool:
+    """Whether the parquet files hold no images, but folders do: they may be a table of what the class folders hold."""
+    with lab_extra():
+        import pyarrow.parquet
+    try:
+        if any(image_column(pyarrow.parquet.read_schema(entry.path), entry.path) for entry in entries):
+            return False
+    except (pyarrow.ArrowException, OSError, ValueError, UsageError):
+        return False  # the sentence comes when it is read
+    return any(holds_images(path) for path in subfolders(folder))

@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from onward.errors import UsageError
 from onward.lab.data.inputs import Batch, Inputs, leaves, mapped, numbers, tensor, tensors
 from onward.lab.system import generators, own
-from onward.lab.system.own import Own
 from onward.lab.tasks import Task
 
 AT_ONCE = 256
@@ -29,7 +28,7 @@ class Items:
 
     dataset: Dataset[Any]
     rows: Sequence[int]
-    owner: Own
+    owner: own.Own
     task: Task | None = None
     sums: Sequence[str] = ()
     """Of each item a number that tells it from others; none where items are drawn at random."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,26 +16,23 @@ from onward.lab.data.inputs import Inputs, leaves, tensor, tensors
 from onward.lab.data.items import Items
 from onward.lab.data.split import Data, Split
 from onward.lab.system import generators, own
-from onward.lab.system.own import Own
-from onward.lab.tasks import Task
 
 PARTS = ("train", "test")
 WANTED = "(train, test), each a pair of tensors (inputs, targets) or a torch.utils.data.Dataset of such pairs"
 
 
-def takes_seed(owner: Own) -> bool:
-    """Whether the data may be others with another seed."""
-    return _takes_seed(own.load(owner))
+def depend_on_seed(name: str) -> bool:
+    """Whether data of that name are others with another seed: a function of the user's own takes it."""
+    owner = own.named("--data", name)
+    return owner is not None and _takes_seed(own.load(owner))
 
 
-def read(owner: Own, task: str = "auto", seed: int = 0) -> Data:
+def read(owner: own.Own, task: str = "auto", seed: int = 0) -> Data:
     """The data that the function returns, for the task of that name, or with `auto` the one that their targets look like.
 
     The function is called with `seed=` if it takes it. The generators of PyTorch, Python and NumPy start from that seed, or
-    from 0, so that data which it draws are the same each time.
-
-    Raises:
-        UsageError: the function fails, told with its line, or returns something else than data.
+    from 0, so that data which it draws are the same each time. Raises a UsageError if the function fails, which is told
+    with its line, or returns something else than data.
     """
     make = own.load(owner)
     seeded = {"seed": seed} if _takes_seed(make) else {}
@@ -70,7 +68,7 @@ def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
 
 
-def _split(owner: Own, value: Any, part: str) -> Split:
+def _split(owner: own.Own, value: Any, part: str) -> Split:
     """One of the two parts, with targets as they were given."""
     where = f"{owner}: {part}"
     if isinstance(value, TensorDataset) and len(value.tensors) == 2:
@@ -116,14 +114,12 @@ def _said(shapes: dict[str, tuple[Any, ...]]) -> str:
     return ", ".join(f"{name} {kind} {tuple(size)}".strip() for name, (kind, *size) in shapes.items())
 
 
-def _for_task(split: Split, task: Task) -> Split:
-    inputs = split.inputs
-    if isinstance(inputs, Items):
-        inputs = Items(inputs.dataset, inputs.rows, inputs.owner, task, inputs.sums)
-    return Split(inputs, task.read(split.targets), pixels=False)
+def _for_task(split: Split, task: tasks.Task) -> Split:
+    inputs = replace(split.inputs, task=task) if isinstance(split.inputs, Items) else split.inputs
+    return replace(split, inputs=inputs, targets=task.read(split.targets))
 
 
-def _outputs(train: Split, test: Split, task: Task) -> int:
+def _outputs(train: Split, test: Split, task: tasks.Task) -> int:
     """How many outputs the network needs."""
     outputs, of_test = (task.count(split.targets) for split in (train, test))
     if task.name != tasks.CLASSIFICATION.name:

@@ -68,7 +68,7 @@ def read(folder: Path, entries: list[os.DirEntry[str]]) -> tuple[dict[str, list[
 
 
 def _settle(folder: Path, parts: dict[str, list[Path]], doubtful: dict[str, list[Path]]) -> tuple[list[Path], list[str]]:
-    """Add doubtful files (train_augmented.parquet) to a part that has no others. Those that are left out, and what to tell."""
+    """Add doubtful files (train_augmented.parquet) to a part that has no others. Returns those left out, and notes."""
     left, notes = [], []
     for split, words in PARTS.items():
         found = {word: doubtful[word] for word in words if word in doubtful}

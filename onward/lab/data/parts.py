@@ -8,10 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from onward.errors import UsageError
 from onward.lab.data.encoded import Sample, Unlabelled
 
-PARTS = {
-    "train": ("train", "training"),
-    "test": ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"),
-}
+PARTS = {"train": ("train", "training"), "test": ("test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev")}
 """The hub's words for parts, the likeliest first. Of each part, the first that is there and has labels is taken."""
 WORDS = "|".join(word for words in PARTS.values() for word in words)
 Labelled = tuple[list[Sample], tuple[str, ...]]

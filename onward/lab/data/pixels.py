@@ -21,11 +21,8 @@ Change = Callable[[Tensor], Tensor]
 def reader(
     images: Tensor | Encoded, transform: Transform, device: str | torch.device, *, train: bool
 ) -> Callable[[Tensor, int], Tensor]:
-    """A function of rows and a seed that makes a batch of these images: float32 (N, C, H, W).
-
-    Raises:
-        UsageError: a mean or std for another number of channels; encoded images without a size.
-    """
+    """A function of rows and a seed that makes a batch of these images: float32 (N, C, H, W). Raises a UsageError for a mean or
+    std for another number of channels, and for encoded images without a size."""
     if isinstance(images, Encoded) and transform.size is None:
         why = f"{images.reason}, so each is decoded when it is needed"
         raise UsageError(f"{why}: give the size that they are to have, for example --transform.size 224")

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from onward.errors import UsageError, unknown
 from onward.lab import tasks
-from onward.lab.data import folder, hub, own
+from onward.lab.data import hub, own
 from onward.lab.data.bundled import BUNDLED
 from onward.lab.data.encoded import PATIENCE
-from onward.lab.data.images import decoded
+from onward.lab.data.images import decoded, from_folder
 from onward.lab.data.split import Data, subset
-from onward.lab.system.own import Own, named
+from onward.lab.system.own import named
 
 ON_HUB = {
     "mnist": ("ylecun/mnist", "70,000 handwritten digits, 28x28 grey, 10 classes"),
@@ -25,10 +25,7 @@ ON_HUB = {
     "cifar100": ("uoft-cs/cifar100", "60,000 photographs, 32x32 colour, 100 classes"),
     "imagenette": ("frgfm/imagenette:320px", "13,394 photographs of 10 of ImageNet's classes, 320 pixels on the short side"),
     "imagenet32": ("benjamin-paine/imagenet-1k-32x32", "1,331,167 photographs, 32x32 colour, 1,000 classes"),
-    "imagenet": (
-        "ILSVRC/imagenet-1k",
-        "1,331,167 photographs of all sizes, 1,000 classes; the hub wants you to accept its terms first",
-    ),
+    "imagenet": ("ILSVRC/imagenet-1k", "1,331,167 photographs of all sizes, 1,000 classes; accept its terms on the hub first"),
 }
 """Images on the Hugging Face hub: what they are called there, and a line on them."""
 DATASETS = {
@@ -48,7 +45,7 @@ def load(
     task: str = "auto",
     seed: int = 0,
 ) -> Data:
-    """A data set by one of the `DATASETS` names, by its name on the Hugging Face hub, from a folder or a file of one's own.
+    """A data set by one of the `DATASETS` names, by its name on the Hugging Face hub, from a folder or the user's own file.
 
     `owner/name` (or `owner/name:subset`) is looked for in the hub's cache, then on the hub. `data_dir` wins over
     `name`: a folder of parquet files as on the hub (train-*.parquet, test-*.parquet), of class folders of images
@@ -57,11 +54,10 @@ def load(
     part, a fixed fifth of each class is held out for it. `train_samples`, `test_samples` keep a fixed random subset.
 
     Images are decoded once, into memory, if they are all of one size and take at most a quarter of the machine's memory. If
-    not, each is decoded when a batch needs it. Both ways give the same batches. An image that cannot be read within `patience`
-    seconds is given up.
+    not, each is decoded when a batch needs it. Both ways give the same batches. An image may take `patience` seconds.
 
     `path/to/file.py:function` is called, with the `seed` if it takes it, and returns (train, test), each a pair of tensors or a
-    Dataset of pairs. The `task` says what their targets are for; with `auto` they say it themselves.
+    Dataset of pairs. The `task` says what their targets are for; `auto` finds it out from the targets.
 
     Raises:
         UsageError: an unknown name, a data set out of reach, data that cannot be used, or not for this task.
@@ -74,11 +70,14 @@ def load(
     if task != "auto":
         tasks.named(task)  # says so if there is none
     asked = {"train": train_samples, "test": test_samples}
-    if owner := own_function(name, data_dir):
+    if owner := named("--data", name):
+        if data_dir is not None:
+            why = f"--data-dir {data_dir} beside {owner}"
+            raise UsageError(f"{why}: the one is a folder of images, the other returns data, leave one out")
         return subset(own.read(owner, task, seed), asked)
     if data_dir is not None:
         path = Path(data_dir)
-        data = decoded(path.resolve().name, *folder.read(path, name), asked, patience)
+        data = decoded(path.resolve().name, *from_folder(path, name), asked, patience)
     elif name in BUNDLED:
         data = subset(BUNDLED[name](), asked)
     else:
@@ -91,22 +90,3 @@ def load(
     if task not in ("auto", data.task):
         raise UsageError(f"--task {task}: data set {data.name} is for {data.task}, leave it out")
     return data
-
-
-def own_function(name: str, data_dir: str | PathLike[str] | None = None) -> Own | None:
-    """The function that `path/to/file.py:function` names; None of another name.
-
-    Raises:
-        UsageError: it names no function or no file, or there is a folder of images besides.
-    """
-    owner = named("--data", name)
-    if owner and data_dir is not None:
-        why = f"--data-dir {data_dir} beside {owner}"
-        raise UsageError(f"{why}: the one is a folder of images, the other returns data, leave one out")
-    return owner
-
-
-def depend_on_seed(name: str) -> bool:
-    """Whether data of that name are others with another seed: a function of one's own takes it."""
-    owner = named("--data", name)
-    return owner is not None and own.takes_seed(owner)

@@ -32,12 +32,12 @@ class Split:
 
     @property
     def images(self) -> Any:
-        """The inputs, of images: a tensor, or encoded."""
+        """The inputs, if they are images: a tensor, or still encoded."""
         return self.inputs
 
     @property
     def labels(self) -> Tensor:
-        """The targets, of images."""
+        """The targets, if they are labels of images."""
         return self.targets
 
     def part(self, rows: Sequence[int]) -> Split:
@@ -61,7 +61,7 @@ class Data:
     outputs: int
     """Of the network: classes, which labels from 0 number, or the columns of the targets."""
     class_names: tuple[str, ...]
-    """Of what there is an output for."""
+    """What each output stands for."""
     task: str = "classification"
 
     @property
@@ -71,7 +71,7 @@ class Data:
 
     @property
     def in_memory(self) -> bool:
-        """Whether all inputs are."""
+        """Whether all inputs are in memory."""
         return not isinstance(self.train.inputs, (Encoded, Items))
 
     @property
@@ -84,7 +84,7 @@ class Data:
 
     @cached_property
     def digest(self) -> str:
-        """A hexadecimal number that other class names, targets or inputs change, and so does another order of any of them.
+        """A hexadecimal number that differs for other class names, targets or inputs, or another order of them.
 
         Inputs in memory count by their numbers, encoded images by file name and size (or size in their row): reading all of
         them takes hours where there are many. Items of a Dataset count by their numbers unless these are drawn at random.
@@ -139,11 +139,8 @@ def hold_out(labels: Sequence[int]) -> tuple[list[int], list[int]]:
 
 
 def keep(available: int, asked: int | None, split: str, name: str, noun: str = "images") -> list[int]:
-    """Rows of a fixed random subset, in their order: files are often sorted by class, the first rows would not do.
-
-    Raises:
-        UsageError: more rows are asked for than there are.
-    """
+    """Rows of a fixed random subset, in their order: files are often sorted by class, so the first rows would not do. Raises a
+    UsageError if more rows are asked for than there are."""
     if asked is None:
         return list(range(available))
     if not 1 <= asked <= available:

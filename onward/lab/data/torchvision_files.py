@@ -53,11 +53,8 @@ def find(folder: Path) -> list[Downloaded]:
 
 
 def read(folder: Path, found: Sequence[Downloaded], name: str) -> Read:
-    """The one of the data sets that is called `name`, or that is there alone.
-
-    Raises:
-        UsageError: several and none of this name, another of the known ones, a file that is missing, damaged or hostile.
-    """
+    """The one of the data sets that is called `name`, or that is there alone. Raises a UsageError if it is another, or several
+    without that name are there, or a file is missing, damaged or hostile."""
     known = {*IDX_FOLDERS.values(), *UNREAD, "cifar10", "cifar100", "svhn"}
     called = [one for one in found if one.name == name] or [one for one in found if name not in known or not one.name]
     if len(called) == 1:
@@ -85,9 +82,6 @@ def _present(file: Path) -> Path:
     if not file.is_file():
         raise UsageError(f"{file} is missing beside the other files of its data set: download it again")
     return file
-
-
-# ---- MNIST and what is stored alike
 
 
 def _idx_name(holder: Path) -> str:
@@ -137,16 +131,12 @@ def _idx_array(file: Path, dimensions: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8).reshape(shape)
 
 
-# ---- CIFAR
-
-
 def _cifar10(folder: Path) -> Read:
-    batches = [folder / f"data_batch_{number}" for number in range(1, 6)]
-    splits = {
-        split: [sample for file in files for sample in _cifar_batch(file, "labels")]
-        for split, files in (("train", batches), ("test", [folder / "test_batch"]))
-    }
-    return splits, _cifar_names(folder / "batches.meta", "label_names")
+    files = [folder / f"data_batch_{number}" for number in range(1, 6)]
+    train = [sample for file in files for sample in _cifar_batch(file, "labels")]
+    return {"train": train, "test": _cifar_batch(folder / "test_batch", "labels")}, _cifar_names(
+        folder / "batches.meta", "label_names"
+    )
 
 
 def _cifar100(folder: Path) -> Read:
@@ -216,7 +206,7 @@ class _Type:
         self.code = code
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and the like, which bytes have not."""
+        """Ignore byte order and the like, which single bytes do not have."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -235,9 +225,6 @@ STAND_INS = {
     ("numpy.core.numeric", "_frombuffer"): _Array,
     ("_codecs", "encode"): lambda text, encoding: text.encode("latin1"),
 }
-
-
-# ---- SVHN
 
 
 def _svhn(folder: Path) -> Read:

@@ -29,7 +29,7 @@ def entries_of(folder: str | Path) -> list[os.DirEntry[str]]:
 
 
 def walk(folder: str | Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[os.DirEntry[str]]:
-    """Every file below a folder, through links to folders too; of a link that leads back to one of those `above`, the link."""
+    """Every file below a folder, through links to folders too; a link that leads back to one `above` counts as a file."""
     above |= {identity(folder)}
     for entry in entries_of(folder):
         if entry.is_dir() and not (entry.is_symlink() and identity(entry.path) in above):

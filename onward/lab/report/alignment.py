@@ -40,8 +40,7 @@ class Map(NamedTuple):
 
 
 def maps(measured: Mapping[str, Sequence[Lines]]) -> list[Map]:
-    """Of every measure, maps over blocks and epochs, one for each name: the mean over its runs. And how the samples were
-    distributed after the last epoch.
+    """For every measure and name, a map over blocks and epochs; for every name, the samples' distribution after the last epoch.
 
     >>> lines = [{"epoch": 1, "blocks": {"block1": {"signal": {"cosine": 0.5}}}}]
     >>> [(found.title, found.figures[0][1]["data"][0]["z"]) for found in maps({"dfa": [lines]})]
@@ -66,8 +65,7 @@ def numbers(entry: Any) -> dict[str, float]:
 
 
 def _read(lines: Lines) -> tuple[Cells, Counts]:
-    """The numbers of one run, and the last histogram of each block. Of two lines on one epoch, that from more estimates
-    counts."""
+    """The numbers of one run, and the last histogram of each block; of two lines, the one from more estimates counts."""
     cells: Cells = {}
     counts: Counts = {}
     dated = [({"epoch": at, "estimates": 0} | numbers(entry), entry) for at, entry in enumerate(lines, start=1)]
@@ -86,7 +84,7 @@ def _read(lines: Lines) -> tuple[Cells, Counts]:
 
 
 def _map(measure: str, read: Mapping[str, Sequence[Cells]]) -> Map:
-    """The means of a measure over the runs of a name; no figures where it is missing, or no cosine and everywhere the same."""
+    """The means of a measure over the runs of each name; no figures if no run has it, or if it is constant and no cosine."""
     means: dict[str, dict[tuple[str, float], float]] = {}
     for name, runs in read.items():
         found: dict[tuple[str, float], list[float]] = {}

@@ -18,8 +18,7 @@ Results = Mapping[str, Sequence[Rows]]
 Looks = Mapping[str, Mapping[str, str]]
 """What `styles` returns."""
 Figure = dict[str, Any]
-"""`data` and `layout` of plotly. A trace that belongs to a name has the name's place in the results as `meta`: by this number
-the page shows and hides it."""
+"""`data` and `layout` of plotly. The `meta` of a trace is the place of its name in the results, by which the page hides it."""
 Panel = tuple[str, Figure]
 """A figure and its title."""
 
@@ -292,8 +291,7 @@ def _short(name: str, most: int) -> str:
 
 
 def _layout(x_title: str, y_title: str, x: Figure, y: Figure, **others: Any) -> Figure:
-    """What all figures share, with what is special to the axes of one. The page colours text and grid, so that they follow its
-    theme."""
+    """What all figures share, with what is special to the axes of one. The page colours text and grid by its theme."""
     axis, clear, dark = {"zeroline": False, "ticks": ""}, "rgba(0,0,0,0)", "#20262d"
     figure: Figure = {
         "xaxis": {**axis, "automargin": False, "title": {"text": x_title, "standoff": 8}, **x},

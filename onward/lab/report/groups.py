@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,8 @@ def find(path: Path) -> list[Path]:
 
 
 def read(folder: Path) -> Record:
-    """A run with its finite numbers, epoch by epoch.
-
-    Raises:
-        UsageError: there is no run, or it has not come to the end of an epoch.
-    """
+    """A run with its finite numbers, epoch by epoch. Raises a UsageError if there is no run, or none of its epochs is
+    complete."""
     found = record.read(folder)
     if not found.rows:
         why = found.failure or next(iter(found.notes), f"{METRICS} is empty")
@@ -79,7 +75,7 @@ def headline(run: Record) -> str:
     def apart(part: Any) -> str:
         found = [
             f"{entry.name.replace('_', ' ')} {shown(value)}"
-            for entry in dataclasses.fields(part)
+            for entry in fields(part)
             if (value := getattr(part, entry.name)) != entry.default
         ]
         return f" ({', '.join(found)})" if found else ""

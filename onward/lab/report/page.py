@@ -27,11 +27,8 @@ from onward.lab.tasks import Metric, Task
 
 
 def report(config: Report) -> Path:
-    """Put the runs in the given folders, or in folders below them, on one page. What holds no run is named and left out.
-
-    Raises:
-        UsageError: there is no run at all, or the page cannot be written.
-    """
+    """Put the runs in the given folders, or in folders below them, on one page. What holds no run is named and left out. Raises
+    a UsageError if there is no run at all, or the page cannot be written."""
     out = Path(config.out)
     if out.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"--out {out}: a page has a name that ends in .html")

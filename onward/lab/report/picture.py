@@ -23,11 +23,8 @@ DASHES = {"solid": "-", "dot": ":", "dash": "--"}
 
 
 def draw(pictures: Mapping[Path, Callable[[Path], None]]) -> None:
-    """Draw every picture, and print where they are. One that cannot be drawn is told, as a result without it is a result.
-
-    Raises:
-        OSError: one cannot be written.
-    """
+    """Draw every picture, and print where they are. If one cannot be drawn, a warning says so: the results stand without it. If
+    one cannot be written, an OSError is raised."""
     drawn = []
     for path, into in pictures.items():
         try:
@@ -147,8 +144,7 @@ def _text(text: object) -> str:
 
 
 def empty(width: float, height: float) -> Any:
-    """A matplotlib figure of that size, in inches. It is for a file: an MPLBACKEND (a notebook's) that is not installed here
-    does not stop it."""
+    """A matplotlib figure of that size in inches, for a file: a missing MPLBACKEND (a notebook's) does not stop it."""
     wanted = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
     try:
         with lab_extra():

@@ -61,11 +61,7 @@ def read(text: str) -> Entry:
 
 
 def find(name: str) -> type[onward.Estimator]:
-    """The class of that name, or the one in a file of the user's own.
-
-    Raises:
-        UsageError: there is none, or what the file has there is no estimator.
-    """
+    """The class of that name, or the one in a file of the user's own. Raises a UsageError if it is missing or no estimator."""
     if (mine := own.named("--algorithm", name)) is None:
         if name not in ALGORITHMS:
             raise unknown("algorithm", name, [*ALGORITHMS, "path/to/file.py:MyRule"])

@@ -61,11 +61,8 @@ def default_path(config: Recipe, what: str) -> Path:
 
 @contextmanager
 def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
-    """Create the folder and make sure that it can be written to; if the body fails and wrote nothing, what is new goes again.
-
-    Raises:
-        UsageError: it cannot be written to, or it holds a run and `overwrite` is off.
-    """
+    """Create the folder and make sure that it can be written to; if the body fails, new folders that are empty are deleted.
+    Raises a UsageError if it cannot be written to, or holds a run and `overwrite` is off."""
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,11 +87,8 @@ def claimed(folder: Path, *, overwrite: bool = False) -> Iterator[None]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """While the body runs, no other process writes a run there. The system lets go when we end, however we end.
-
-    Raises:
-        UsageError: another process writes one there.
-    """
+    """While the body runs, no other process writes a run there; if one does already, a UsageError is raised. The system
+    releases the lock when this process ends, however it ends."""
     if fcntl is None:
         yield
         return
@@ -113,7 +107,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def check_space(folder: Path, checkpoint_size: int, *, overwrite: bool) -> None:
-    """Raise a UsageError if the disk has no space for a checkpoint; the run there, if it is overwritten, makes its own free."""
+    """Raise a UsageError if the disk has no space for a checkpoint; the space of a run that is overwritten counts as free."""
     room = disk.space(folder) + sum(path.stat().st_size for path in _contents(folder) if overwrite)
     if room < checkpoint_size:
         why = f"{folder / CHECKPOINT} of {checkpoint_size / 1e6:.3g} MB cannot be written (No space left on device)"
@@ -138,19 +132,12 @@ def clear(folder: Path) -> None:
 
 def described(data: Data) -> dict[str, Any]:
     """What tells data from others."""
-    return {
-        "class_names": list(data.class_names),
-        "train": len(data.train),
-        "test": len(data.test),
-        "task": data.task,
-        "noun": data.noun,
-        "in_memory": data.in_memory,
-        "digest": data.digest,
-    }
+    samples = {"class_names": list(data.class_names), "train": len(data.train), "test": len(data.test)}
+    return samples | {"task": data.task, "noun": data.noun, "in_memory": data.in_memory, "digest": data.digest}
 
 
 def note(folder: Path, data: dict[str, Any], code: str | None) -> None:
-    """Write into config.json what the run is trained on, and the digest of the network's file, if it says anything else."""
+    """Write into config.json what the run is trained on, and the digest of the network's file, unless that is there already."""
     known = read_config(folder)
     environment = {name: value for name, value in known.get("environment", {}).items() if name != "code"}
     now = {**known, "environment": environment | ({"code": code} if code else {}), "data": data}
@@ -161,7 +148,7 @@ def note(folder: Path, data: dict[str, Any], code: str | None) -> None:
 def check_code(folder: Path, config: Train, state: dict[str, Any] | None = None) -> None:
     """Raise a UsageError if the run there, or its checkpoint, is of a network or an algorithm whose own file has changed.
 
-    A folder that does not say which file it is of is accepted: it is older than that record, or the file was to be mended.
+    A folder that does not say which file it is of is accepted: it is older than that record, or the file was mended.
     """
     try:
         known = read_config(folder).get("environment", {}).get("code")
@@ -215,7 +202,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for part, word in (("train", "training"), ("test", "test")):
         if then.get(part, now.get(part)) != now.get(part):
             found.append(f"{then[part]} {word} {noun}, now {now[part]}")
-    # Where inputs are kept decides what a digest is taken of; and there is none where a sample was to be mended.
+    # Where inputs are kept decides what a digest is taken of; and there is none if a sample was broken and is mended.
     comparable = then.get("digest") and then.get("in_memory") == now.get("in_memory")
     if not found and comparable and then["digest"] != now["digest"]:
         what = f"{noun} of the same classes" if task is tasks.CLASSIFICATION else noun
@@ -225,7 +212,7 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What `begin` wrote, or an older version did: `config`, the settings, and `environment`, what they ran on."""
-    return formats.upgraded(json.loads(disk.read_text(folder / CONFIG)))
+    return formats.upgraded(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
 
 
 def write_lines(folder: Path, rows: Sequence[dict[str, Any]], aligned: Sequence[dict[str, Any]]) -> None:
@@ -250,20 +237,18 @@ def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -
     return {"epoch": epoch, "estimates": estimates, "from": -1, "to": 1, "blocks": blocks}
 
 
-def write_failure(folder: Path, reason: str) -> None:
-    """failed.txt: why this run has stopped for good."""
-    disk.write_text(folder / FAILURE, reason + "\n")
+def note_failure(folder: Path, reason: str | None) -> None:
+    """failed.txt: why this run has stopped for good; without a reason it is taken away, because the run goes on after all."""
+    if reason is not None:
+        disk.write_text(folder / FAILURE, reason + "\n")
+        return
+    with disk.writing(folder / FAILURE):
+        (folder / FAILURE).unlink(missing_ok=True)
 
 
 def write_weights(folder: Path, epoch: int, weights: dict[str, Tensor]) -> None:
     """weights-<epoch>.pt, the network's own, for `load_state_dict`; `torch.load(path, weights_only=True)` reads it."""
     disk.write_whole(folder / f"weights-{epoch}.pt", lambda file: torch.save(weights, file))
-
-
-def forget_failure(folder: Path) -> None:
-    """Take away failed.txt: the run goes on after all."""
-    with disk.writing(folder / FAILURE):
-        (folder / FAILURE).unlink(missing_ok=True)
 
 
 def _contents(folder: Path) -> list[Path]:

@@ -10,7 +10,8 @@ from typing import Any
 
 from onward.errors import UsageError
 from onward.estimators.base import ALGORITHMS
-from onward.estimators.settings import settings_of, written
+from onward.estimators.settings import settings_of
+from onward.lab.run.algorithms import spelled
 
 FORMAT = 2
 """What is written now."""
@@ -52,7 +53,7 @@ def _with_algorithm(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of format 1: those of the algorithm go into its entry."""
     owners = [config.get(owner, {}) for owner in ("feedback", "backprop", "forward_gradient")]
     if not isinstance(config.get("algorithm"), str) or not all(isinstance(owner, Mapping) for owner in owners):
-        return config  # who reads the settings says which is wrong
+        return config  # the reader of the settings names the one that is wrong
     feedback = dict(config.get("feedback", {}))
     found = {
         "bp": dict(config.pop("backprop", {})),
@@ -64,6 +65,5 @@ def _with_algorithm(config: dict[str, Any]) -> dict[str, Any]:
     if name in ALGORITHMS:
         known = settings_of(ALGORITHMS[name])
         given = {"low_memory": low_memory, **found.get(name, {})}
-        said = written(ALGORITHMS[name], {key: value for key, value in given.items() if key in known})
-        config["algorithm"] = f"{name}:{said}" if said else name
+        config["algorithm"] = spelled(name, ALGORITHMS[name], {key: value for key, value in given.items() if key in known})
     return {**config, "feedback": feedback} if "feedback" in config else config

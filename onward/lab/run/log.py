@@ -50,7 +50,7 @@ def _importing(what: str) -> Iterator[None]:
 def begin(folder: Path, config: Train) -> Iterator[Log | None]:
     """Find out if TensorBoard can write there, and begin with Weights & Biases if it is asked for: before there is a run.
 
-    Once the latter has begun, what it does not take is told, and no longer offered; the run goes on.
+    If Weights & Biases fails later, a warning says so, it is offered nothing more, and the run goes on.
 
     Raises:
         UsageError: either refuses. Nothing of it is left in the folder.
@@ -103,8 +103,7 @@ def begin(folder: Path, config: Train) -> Iterator[Log | None]:
 
 @contextmanager
 def open_log(folder: Path, tell: Log | None, done: int = 0) -> Iterator[Log]:
-    """A function that logs named values at a step, to TensorBoard and to what was begun before; what is nested has names such
-    as heads/block1/loss.
+    """A function that logs values to TensorBoard and to what was begun before; nested ones have names as heads/block1/loss.
 
     What an earlier part of the run logged after step `done` does not count.
     """
@@ -144,7 +143,7 @@ def _tensorboard(folder: Path, done: int) -> Iterator[Log]:
 
 
 def _try_tensorboard(folder: Path) -> None:
-    """Let it write a file in a folder that goes again."""
+    """Find out if TensorBoard can write, by a file in a temporary folder."""
     from torch.utils.tensorboard import SummaryWriter
 
     try:
@@ -161,7 +160,7 @@ def _try_tensorboard(folder: Path) -> None:
 
 @contextmanager
 def _silent_threads() -> Iterator[None]:
-    """TensorBoard writes in a thread; what fails there is raised here by its next call, and need not be printed too."""
+    """Do not print the errors of the thread in which TensorBoard writes: its next call raises them here."""
     before = threading.excepthook
     threading.excepthook = lambda failed: None if issubclass(failed.exc_type, OSError) else before(failed)
     try:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import platform
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -39,10 +37,12 @@ from onward.lab.run.training import (
 )
 from onward.lab.settings import Train
 from onward.lab.system import interrupt, memory, own
-from onward.lab.system.own import OwnError
+
+Advance = Callable[[str], None] | None
+"""Called after every step with what to say of it; None prints a progress bar, and the rest."""
 
 
-def train(config: Train, data: Data | None = None, advance: Callable[[str], None] | None = None) -> list[Row]:
+def train(config: Train, data: Data | None = None, advance: Advance = None) -> list[Row]:
     """Train as `config` says, into a run folder; returns the rows of its metrics.jsonl, one per epoch.
 
     `data` saves loading it again. `advance`, if given, is called after every step, instead of anything being printed. Under
@@ -63,43 +63,31 @@ def train(config: Train, data: Data | None = None, advance: Callable[[str], None
                 if group.writes:
                     until_the_end.enter_context(run_folder.claimed(folder, overwrite=config.overwrite))
                     until_the_end.enter_context(run_folder.held(folder))
-                run, aligned = _tried(config, data, group, folder)
+                run, aligned = _tried(config, data, group, folder, None, Standing())
                 tell = until_the_end.enter_context(log.begin(folder, config)) if group.writes else None
             _distribute(run)
         if group.writes:
-            run_folder.begin(
-                folder,
-                config,
-                run.data,
-                engine=run.estimator.engine,
-                parameters=sum(parameter.numel() for parameter in run.estimator.model.parameters()),
-                device=describe(run.device),
-                processes=group.count,
-                **({"code": run.code} if run.code else {}),
-                onward=onward.__version__,
-                torch=torch.__version__,
-                python=platform.python_version(),
-            )
+            parameters = sum(parameter.numel() for parameter in run.estimator.model.parameters())
+            found = {"engine": run.estimator.engine, "parameters": parameters, "processes": group.count}
+            found |= processes.environment(run.device) | ({"code": run.code} if run.code else {})
+            run_folder.begin(folder, config, run.data, **found)
         return _go_on(run, folder, Standing(), advance, tell, aligned)
 
 
 def resume(
-    folder: Path,
-    data: Data | None = None,
-    advance: Callable[[str], None] | None = None,
-    changes: Mapping[str, Any] = MappingProxyType({}),
+    folder: Path, data: Data | None = None, advance: Advance = None, changes: Mapping[str, Any] | None = None
 ) -> list[Row]:
     """Go on with the run in `folder` from its last checkpoint, as if it had never stopped; what is complete is left alone.
 
     The `changes` are settings for the rest of it, of those that `run_folder.MAY_CHANGE` names; config.json keeps its own.
-    Under `torchrun` with as many processes as there are now.
+    Under `torchrun` it goes on with the processes that there are now.
 
     Raises:
         UsageError: there is no run, neither its configuration nor a checkpoint of it can be used, or the data are others.
         TrainingFailed: as `train`.
     """
     found = record.read(folder)
-    config = replace(found.config, out=str(folder), **changes)
+    config = replace(found.config, out=str(folder), **(changes or {}))
     with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
         with _before_anything_is_written(lambda: _kept(folder)):
             with group.agreeing(TrainingFailed):
@@ -119,7 +107,7 @@ def resume(
                 _distribute(run)
         if group.writes and state is not None:
             run_folder.write_lines(folder, at.rows, at.aligned)
-            run_folder.forget_failure(folder)
+            run_folder.note_failure(folder, None)
         if complete:
             _console(group, advance).print(f"{folder} is complete")
             return at.rows
@@ -131,12 +119,7 @@ def resume(
 
 
 def _tried(
-    config: Train,
-    data: Data | None,
-    group: Processes,
-    folder: Path,
-    state: dict[str, Any] | None = None,
-    at: Standing | None = None,
+    config: Train, data: Data | None, group: Processes, folder: Path, state: dict[str, Any] | None, at: Standing
 ) -> tuple[Run, dict[str, Block] | None]:
     """A run that is known to work, from the state of a checkpoint if there is one, and how its estimates align before it."""
     images = data or load_data(config)
@@ -152,7 +135,7 @@ def _tried(
 
 @contextlib.contextmanager
 def _before_anything_is_written(left: Callable[[], str]) -> Iterator[None]:
-    """A failure in the body says what is left."""
+    """Add to a failure in the body what is left of the run."""
     try:
         yield
     except (TrainingFailed, onward.ProcessLost) as error:
@@ -167,12 +150,7 @@ def _distribute(run: Run) -> None:
 
 
 def _go_on(
-    run: Run,
-    folder: Path,
-    at: Standing,
-    advance: Callable[[str], None] | None,
-    tell: log.Log | None,
-    aligned: dict[str, Block] | None,
+    run: Run, folder: Path, at: Standing, advance: Advance, tell: log.Log | None, aligned: dict[str, Block] | None
 ) -> list[Row]:
     """Train from where the run stands to its end."""
     config, group = run.config, run.processes
@@ -213,7 +191,7 @@ def _go_on(
 
 
 def _introduction(run: Run, at: Standing) -> str:
-    """What is trained on what, where, in a line."""
+    """The first line that is printed: algorithm, network, data and device."""
     config, data, count = run.config, run.data, run.processes.count
     outputs = f"{data.outputs} {run.task.outputs}" if data.outputs > 1 else f"1 {run.task.outputs.removesuffix('s')}"
     several = f", {count} processes" if count > 1 else ""
@@ -261,7 +239,7 @@ def _end_epoch(run: Run, folder: Path, at: Standing, write: log.Log) -> Row:
 
 @contextlib.contextmanager
 def _failures_told(run: Run, folder: Path, at: Standing) -> Iterator[None]:
-    """Say of whatever ends the body what is kept of the run, and how it goes on."""
+    """Add to an error that ends the body what is kept of the run, and how to go on."""
     again = f"then go on by onward train --resume {folder}"
     try:
         yield
@@ -270,14 +248,14 @@ def _failures_told(run: Run, folder: Path, at: Standing) -> Iterator[None]:
     except TrainingFailed as error:  # in every process at once
         run.processes.leave(1)
         with contextlib.suppress(OSError):  # a disk that is full too must not hide why
-            run_folder.write_failure(folder, str(error))
+            run_folder.note_failure(folder, str(error))
         raise TrainingFailed(f"{error}; {_kept(folder)}") from None
     except (UsageError, TimeoutError) as error:  # a sample is broken, or does not come, or a file of the user's own fails:
         with contextlib.suppress(OSError):  # before a step is complete, or after the last
             if run.processes.count == 1:  # else the others are in a step
                 _save_to_mend(run, folder, at, error)
         said = str(error).replace("replace or remove it", "replace it")  # without it, the data would be others
-        said += ": mend it" if isinstance(error, OwnError) else ""
+        said += ": mend it" if isinstance(error, own.OwnError) else ""
         raise OSError(f"{said}, {again}; {_kept(folder)}") from error
     except OSError as error:  # a disk that is full
         raise OSError(f"{error}, {again}; {_kept(folder)}") from error
@@ -288,15 +266,15 @@ def _failures_told(run: Run, folder: Path, at: Standing) -> Iterator[None]:
 def _save_to_mend(run: Run, folder: Path, at: Standing, error: Exception) -> None:
     """Save the run so that it can go on though the data, or a file of the user's own, will have changed by then."""
     state = run.state(at)
-    if isinstance(error, OwnError):
+    if isinstance(error, own.OwnError):
         state["code"] = None
-    if not isinstance(error, OwnError) or own.named("--data", run.config.data):
+    if not isinstance(error, own.OwnError) or own.named("--data", run.config.data):
         state["data"]["digest"] = None
     checkpoint.save(folder / run_folder.CHECKPOINT, state)
     run_folder.note(folder, state["data"], state["code"])
 
 
-def _console(group: Processes, advance: Callable[[str], None] | None) -> Console:
+def _console(group: Processes, advance: Advance) -> Console:
     return Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None or not group.writes)
 
 
@@ -315,15 +293,13 @@ def _kept(folder: Path) -> str:
 
 def _due(every: str) -> Callable[[], bool]:
     """A function to be called after every step: is it time for a checkpoint, by steps ("500") or minutes ("10m")?"""
-    taken, last = 0, time.monotonic()
+    clock = (lambda: time.monotonic() / 60) if every.endswith("m") else itertools.count().__next__
+    period, last = float(every.removesuffix("m")), clock()
 
     def due() -> bool:
-        nonlocal taken, last
-        taken += 1
-        minutes = every.endswith("m")
-        reached = time.monotonic() - last >= 60 * float(every[:-1]) if minutes else taken >= int(every)
-        if reached:
-            taken, last = 0, time.monotonic()
+        nonlocal last
+        reached = (now := clock()) - last >= period
+        last = now if reached else last
         return reached
 
     return due

@@ -16,16 +16,14 @@ from onward.lab.settings import Schedule, Train
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": partial(torch.optim.Adam, fused=True), "sgd": torch.optim.SGD}
 SCHEDULERS: dict[str, Callable[[Schedule, Optimizer, int], LRScheduler]] = {  # of a schedule, an optimizer, and all steps
-    "exponential": lambda schedule, optimizer, _: lr_scheduler.ExponentialLR(optimizer, schedule.gamma or 0.95),
-    "step": lambda schedule, optimizer, _: lr_scheduler.StepLR(optimizer, schedule.step_size, schedule.gamma or 0.2),
-    "plateau": lambda schedule, optimizer, _: ReduceLROnPlateau(
-        optimizer, factor=schedule.gamma or 0.2, patience=schedule.patience
-    ),
+    "exponential": lambda its, optimizer, _: lr_scheduler.ExponentialLR(optimizer, its.gamma or 0.95),
+    "step": lambda its, optimizer, _: lr_scheduler.StepLR(optimizer, its.step_size, its.gamma or 0.2),
+    "plateau": lambda its, optimizer, _: ReduceLROnPlateau(optimizer, factor=its.gamma or 0.2, patience=its.patience),
     "onecycle": lambda _, optimizer, steps: lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
     ),
-    "linear": lambda schedule, optimizer, steps: lr_scheduler.LambdaLR(
-        optimizer, lambda step: schedule.start + (schedule.end - schedule.start) * step / steps
+    "linear": lambda its, optimizer, steps: lr_scheduler.LambdaLR(
+        optimizer, lambda step: its.start + (its.end - its.start) * step / steps
     ),
     "cosine": lambda _, optimizer, steps: lr_scheduler.CosineAnnealingLR(optimizer, steps),
     "constant": lambda _, optimizer, __: lr_scheduler.LambdaLR(optimizer, lambda _: 1.0),

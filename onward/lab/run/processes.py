@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import onward
 from onward.errors import UsageError
 from onward.lab.system.extra import reason_of
 from onward.parallel.shards import answering
@@ -61,8 +62,7 @@ class Processes:
 
     @contextmanager
     def agreeing(self, *kinds: type[Exception]) -> Iterator[None]:
-        """If the body cannot do what was asked in one process, by a UsageError or those `kinds` of error, it ends in all of
-        them; the first one says why."""
+        """If the body raises a UsageError, or one of these `kinds`, in one process, it ends in all, and the first says why."""
         problem: tuple[type[Exception], str] | None = None
         caught: tuple[type[Exception], ...] = (UsageError, *kinds)
         try:
@@ -118,11 +118,8 @@ def _answers(address: str, port: int) -> bool:
 
 @contextmanager
 def joined(device: str) -> Iterator[Processes]:
-    """Meet the others that `torchrun` has started; alone without it. `device` decides how they talk.
-
-    Raises:
-        UsageError: there are more processes here than GPUs.
-    """
+    """Meet the others that `torchrun` has started; alone without it. `device` decides how they talk. Raises a UsageError if
+    there are more processes here than GPUs."""
     if asked_for() == 1 or dist.is_initialized():
         yield ALONE
         return
@@ -143,11 +140,7 @@ def joined(device: str) -> Iterator[Processes]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the GPU if there is one.
-
-    Raises:
-        UsageError: no such device here.
-    """
+    """The device of that name; `auto` is the GPU if there is one. Raises a UsageError if there is no such device here."""
     if name in ("auto", "cuda") and asked_for() > 1 and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())  # each process has its own
     if name == "auto":
@@ -165,3 +158,9 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What the numbers of a run depend on besides its settings: the device, and versions."""
+    versions = {"onward": onward.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"device": describe(device), **versions}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from onward.lab import tasks
 from onward.lab.run.folder import ALIGNED, ALIGNMENT, CONFIG, FAILURE, METRICS, NOT_IN_RESULT, check_code, read_config
 from onward.lab.settings import Train, flat, from_dict
 from onward.lab.system.extra import reason_of
-from onward.lab.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Record:
     unknown: dict[str, Any]
     """Settings that this version does not have, by their names."""
     environment: dict[str, Any]
-    task: Task
+    task: tasks.Task
     rows: list[dict[str, Any]]
     """One for each epoch, up to the first line that cannot be read."""
     alignment: list[dict[str, Any]]
@@ -45,11 +43,8 @@ class Record:
 
 
 def read(folder: Path) -> Record:
-    """The run in a folder. Settings that are newer than it have their defaults; lines that are broken are noted.
-
-    Raises:
-        UsageError: there is no run, or its settings cannot be used; the message names the one that is wrong.
-    """
+    """The run in a folder. Settings that are newer than it have their defaults; lines that are broken are noted. Raises a
+    UsageError if there is no run, or its settings cannot be used; the message names the one that is wrong."""
     if not (folder / CONFIG).exists():
         raise UsageError(f"{folder} holds no run: give a folder that `onward train` has written")
     try:
@@ -79,10 +74,7 @@ def read(folder: Path) -> Record:
 
 def finished(folder: Path, config: Train) -> list[dict[str, Any]] | str | None:
     """The metrics of a run that is already complete there, one row per epoch; why it stopped for good; or None for neither.
-
-    Raises:
-        UsageError: the run there has other settings, or is of another network.
-    """
+    Raises a UsageError if the run there has other settings, or is of another network."""
     check(folder, config)
     check_code(folder, config)
     try:
@@ -103,10 +95,10 @@ def check(folder: Path, config: Train, but: Container[str] = ()) -> None:
 def differing(folder: Path, config: Train) -> dict[str, tuple[Any, Any]]:
     """The settings that make a result and are not the same in the run there, if there is one, and in `config`: both values."""
     try:
-        found = dataclasses.asdict(read(folder).config)
+        found = asdict(read(folder).config)
     except UsageError:
         return {}
-    asked = dataclasses.asdict(config)
+    asked = asdict(config)
     return {name: (found[name], asked[name]) for name in asked if name not in NOT_IN_RESULT and found[name] != asked[name]}
 
 
@@ -120,13 +112,12 @@ def same(folder: Path, config: Train) -> Record | None:
 
 def _with_defaults(given: dict[str, Any]) -> dict[str, Any]:
     """The settings in a file: those that it lacks have their defaults, those that this version does not have are left out."""
-    return {
-        name: {inner: found.get(inner, value) for inner, value in default.items()}
-        if isinstance(default, dict) and isinstance(found, dict)
-        else found
-        for name, default in dataclasses.asdict(Train()).items()
-        for found in (given.get(name, default),)
-    }
+    settings = asdict(Train())
+    for name, default in settings.items():
+        found = given.get(name, default)
+        nested = isinstance(default, dict) and isinstance(found, dict)
+        settings[name] = {inner: found.get(inner, value) for inner, value in default.items()} if nested else found
+    return settings
 
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -32,7 +32,6 @@ from onward.lab.run.optimizers import Rate, check_shapes, make_optimizers
 from onward.lab.run.processes import ALONE, Processes, choose_device
 from onward.lab.settings import Recipe, Train, Transform
 from onward.lab.system import generators, own
-from onward.lab.tasks import Metric, Task
 from onward.network.run import call
 from onward.parallel.shards import STATISTICS
 
@@ -45,7 +44,7 @@ class Run:
 
     config: Train
     data: Data
-    task: Task
+    task: tasks.Task
     device: torch.device
     transform: Transform
     estimator: onward.Estimator
@@ -59,7 +58,7 @@ class Run:
     owns: tuple[own.Own | None, ...] = ()
     """The user's own files that it runs."""
     code: str | None = None
-    """What `own.digest` says of the user's own network."""
+    """A digest of these files."""
 
     def training_batches(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """This process's samples of one epoch, in its own order, without its first `skip` batches."""
@@ -75,11 +74,8 @@ class Run:
         return batches(split, size, transform=self.transform, device=self.device, **order)
 
     def step(self, x: Inputs, y: Tensor, where: str) -> onward.Step:
-        """One step of training; `where` it is goes into the message if it fails.
-
-        Raises:
-            TrainingFailed: the loss or a gradient is not finite; the weights are still those before the step.
-        """
+        """One step of training; `where` it is goes into the message if it fails. Raises a TrainingFailed if the loss or a
+        gradient is not finite; the weights are still those before the step."""
         done = self.estimate(x, y, where)
         self.follow()
         return done
@@ -116,11 +112,8 @@ class Run:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take up the state of a checkpoint; where its run stands is for `standing` to say.
-
-        Raises:
-            UsageError: it is of another run.
-        """
+        """Take up the state of a checkpoint; where its run stands is for `standing` to say. Raises a UsageError if it is of
+        another run."""
         try:
             self.estimator.load_state_dict(state["estimator"])
             for role, optimizer in self.optimizers.items():
@@ -146,7 +139,7 @@ class Standing:
     epoch: int = 1
     step: int = 0
     loss: float = 0.0
-    """Over samples."""
+    """Summed over samples."""
     seen: int = 0
     """Samples."""
     heads: dict[str, Tensor] = field(default_factory=dict)
@@ -158,7 +151,7 @@ class Standing:
         """Stand at the beginning of the next epoch."""
         vars(self).update(vars(Standing([*self.rows, row], self.aligned, self.epoch + 1, peak_memory_bytes=peak)))
 
-    def row(self, metric: Metric) -> Row:
+    def row(self, metric: tasks.Metric) -> Row:
         """The epoch's training figures: `seconds` is the time of its steps, `heads` each head's loss and the metric."""
         row: Row = {"epoch": self.epoch, "train_loss": self.loss / self.seen, "seconds": self.seconds}
         if self.heads:
@@ -170,11 +163,7 @@ class Standing:
 
 
 def standing(state: dict[str, Any], config: Train) -> Standing:
-    """Where the run of a checkpoint stands.
-
-    Raises:
-        UsageError: it says nothing of the kind, or of another run.
-    """
+    """Where the run of a checkpoint stands. Raises a UsageError if the checkpoint does not say it, or is of another run."""
     import dacite
 
     try:
@@ -187,11 +176,8 @@ def standing(state: dict[str, Any], config: Train) -> Standing:
 
 
 def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
-    """The network, its estimator and its optimizers, before the first step.
-
-    Raises:
-        UsageError: the configuration and the data do not fit together.
-    """
+    """The network, its estimator and its optimizers, before the first step. Raises a UsageError if the configuration and the
+    data do not fit together."""
     if config.statistics not in STATISTICS:
         raise unknown("handling of batch norm's statistics", config.statistics, STATISTICS)
     device = choose_device(config.device)
@@ -220,7 +206,7 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
 
 
 def _transform(config: Train, data: Data) -> Transform:
-    """What is done to batches: of images, in the size that the network is for if none is asked for; of other data, nothing."""
+    """What is done to images, in the size that the network is for if none is asked for; other data are left as they are."""
     asked = config.transform
     if data.train.pixels:
         return replace(asked, size=asked.size or models.facts(config.model).image_size)
@@ -232,7 +218,7 @@ def _transform(config: Train, data: Data) -> Transform:
 
 
 def _example(data: Data, transform: Transform) -> Inputs:
-    """A batch of two inputs, or of the only one: of images, black ones."""
+    """A batch of two inputs, or of one if there is no other; images are black."""
     if not data.train.pixels:
         return next(batches(data.train, 2, transform=transform, train=False))[0]
     channels, *size = data.shape
@@ -240,16 +226,12 @@ def _example(data: Data, transform: Transform) -> Inputs:
 
 
 def try_out(
-    config: Train,
-    data: Data,
-    group: Processes = ALONE,
-    state: dict[str, Any] | None = None,
-    at: Standing | None = None,
+    config: Train, data: Data, group: Processes = ALONE, state: dict[str, Any] | None = None, at: Standing | None = None
 ) -> int:
-    """Take the next step of a run, for nothing, so that what cannot work is told before anything is written or erased.
+    """Take the next step of a run on trial, so that what cannot work is told before anything is written or erased.
 
     A run of its own is made for it, from the state of a checkpoint if there is one, and forgotten: it is aligned if that was
-    asked for, makes an estimate, tests a batch, and lets the optimizers follow. Processes do it each by itself. Returns the
+    asked for, makes an estimate, tests a batch, and lets the optimizers follow. Each process does it alone. Returns the
     bytes of the tensors in a checkpoint.
 
     Raises:
@@ -344,7 +326,7 @@ def align(run: Run) -> dict[str, Block]:
 
 
 def check_place(folder: Path, config: Recipe) -> None:
-    """Raise a UsageError if a run there would be a class, or images of one, to whoever reads the images of `config` next."""
+    """Raise a UsageError if the folder is among the class folders of `config`, whose next reader would take it for a class."""
     if not config.data_dir:
         return
     root, place = Path(config.data_dir).expanduser().resolve(), folder.resolve()
@@ -358,7 +340,7 @@ def check_place(folder: Path, config: Recipe) -> None:
 
 
 def load_data(config: Recipe, seed: int | None = None) -> Data:
-    """The data that `config` names; those of one's own with its seed, or with another."""
+    """The data that `config` names; a function of the user's own is given the `seed`, or that of `config`."""
     asked = {"train_samples": config.subset.train, "test_samples": config.subset.test}
     seed = getattr(config, "seed", 0) if seed is None else seed
     data = load(config.data, config.data_dir, **asked, patience=config.data_timeout, task=config.task.name, seed=seed)
@@ -366,11 +348,8 @@ def load_data(config: Recipe, seed: int | None = None) -> Data:
 
 
 def _leaves_too_few(data: Data, batch_size: int, model: nn.Module, count: int) -> bool:
-    """Whether the last batch would give a process no sample, or a single one, which batch norm can do nothing with.
-
-    Raises:
-        UsageError: every batch would.
-    """
+    """Whether the last batch would give a process no sample, or a single one, which batch norm can do nothing with. Raises a
+    UsageError if every batch would."""
     norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
     least = (2 if norm else 1) * count
     why = f"each needs at least 1 {data.noun.removesuffix('s')}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import platform
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -21,28 +20,25 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-import onward
 from onward.errors import UsageError, unknown
 from onward.lab.networks import models
 from onward.lab.networks.blocks import MODELS
 from onward.lab.report.figures import sweep
 from onward.lab.report.picture import draw, formats
 from onward.lab.report.picture import picture as draw_panels
-from onward.lab.run import algorithms
-from onward.lab.run.processes import choose_device, describe
-from onward.lab.settings import Bench, Setup, Train
+from onward.lab.run import algorithms, processes
+from onward.lab.run.loop import progress
+from onward.lab.settings import Bench, Setup, Train, flat
 from onward.lab.studies.step import PHASES, Learner, Turn, memory_of, take_turn
 from onward.lab.system import disk, memory, own
 
 Row = dict[str, Any]
 BASELINES = ("bp", "bp:checkpoint=true")
 """Always measured: what every other row is a ratio to."""
-SWEEPS = {"depth": "blocks of --network.layers", "width": "--network.width", "batch": "--batch-size"}
-OPTIONS = {"depth": "layers", "width": "width"}
-"""The field of `Network` that a sweep sets."""
+SWEEPS = {"depth": "network.layers", "width": "network.width", "batch": "batch_size"}
+"""What is swept, and the setting that says it."""
 MEASURES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "ms": ("Time of a step", lambda row: 1e3 * row["seconds"]),
     "MB": ("Peak memory", lambda row: row["peak_bytes"] / 1e6),
@@ -57,22 +53,14 @@ MEASURES: dict[str, tuple[str, Callable[[Row], float]]] = {
 def bench(config: Bench) -> list[Row]:
     """Measure every algorithm and print a table; returns its rows. With a sweep: at each of its values, with the slopes.
 
-    An algorithm that fails or runs out of memory has a row that says so in `error`.
-
-    Raises:
-        UsageError: something that was asked for cannot work.
+    An algorithm that fails or runs out of memory has a row that says so in `error`. Raises a UsageError if something that was
+    asked for cannot work.
     """
     points = _points(config)
-    device = choose_device(config.device)
+    device = processes.choose_device(config.device)
     figures, picture = _files(config)
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)  # a path may have brackets in it
-    environment: dict[str, Any] = {
-        "device": describe(device),
-        "threads": torch.get_num_threads(),
-        "onward": onward.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    environment = {**processes.environment(device), "threads": torch.get_num_threads()}
     rows = [row for point in points for row in measure(point, device, console)]
     report: dict[str, Any] = {"config": dataclasses.asdict(config), "environment": environment, "rows": rows}
     if config.sweep:
@@ -83,7 +71,7 @@ def bench(config: Bench) -> list[Row]:
     finally:  # the table is printed even if the disk is full
         if config.sweep:
             what = config.sweep[0]
-            title = f"{config.model} over {what} ({SWEEPS[what]}), {environment['device']}"
+            title = f"{config.model} over {what} (--{SWEEPS[what].replace('_', '-')}), {environment['device']}"
             show_sweep(report["slopes"], rows, what, title, console)
         else:
             shape = ",".join(map(str, shape_of(config)))
@@ -129,17 +117,15 @@ def measure(config: Bench, device: torch.device, console: Console) -> list[Row]:
     steps = config.steps
     gc.collect()
     gc.freeze()  # so that collecting what a candidate leaves behind is quick
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(runs) * (1 + config.turns))
+    with progress(console, len(runs) * (1 + config.turns)) as advance:
         for name, run in runs.items():
-            progress.update(task, description=f"memory of {name}")
+            advance(f"memory of {name}")
             with _failure_into(rows[name]):
                 rows[name].update(memory_of(run, shape, config.classes, device))
-            progress.advance(task)
         memory.keep_freed()
         for index in range(config.turns):
             for name, run in runs.items():
-                progress.update(task, description=f"time of {name}", advance=1)
+                advance(f"time of {name}")
                 if rows[name]["error"]:
                     continue
                 with _failure_into(rows[name]), own.errors(algorithms.files(run), " in a step"):
@@ -188,15 +174,16 @@ def shape_of(config: Bench) -> tuple[int, ...]:
 
 
 def _points(config: Bench) -> list[Bench]:
-    """The configurations that are measured: one, or one for each value of the sweep. Checks that they can be."""
+    """The configurations that are measured: one, or one for each value of the sweep. Checks that each can be measured."""
     models.check(config.model)
     points = [config]
     if config.sweep:
         what, *values = config.sweep
         if what not in SWEEPS:
             raise unknown("sweep", what, SWEEPS)
-        if what in OPTIONS and OPTIONS[what] not in models.options_of(config.model):
-            raise UsageError(f"--sweep {what}: {config.model} has no --network.{OPTIONS[what]}, sweep something else")
+        owner, _, option = SWEEPS[what].rpartition(".")
+        if owner and option not in models.options_of(config.model):
+            raise UsageError(f"--sweep {what}: {config.model} has no --{SWEEPS[what]}, sweep something else")
         points = [_at(config, what, value) for value in values]
         if len({swept(point, what) for point in points}) < 2:
             raise UsageError(f"--sweep {' '.join(config.sweep)}: a slope takes at least two values, such as {what} 8 16 32 64")
@@ -218,14 +205,14 @@ def _at(config: Bench, what: str, value: str) -> Bench:
         number = float(value) if what == "width" else int(value)
     except ValueError:
         raise UsageError(f"--sweep {what} {value}: this is no {'number' if what == 'width' else 'whole number'}") from None
-    if what == "batch":
-        return dataclasses.replace(config, batch_size=number)
-    return dataclasses.replace(config, network=dataclasses.replace(config.network, **{OPTIONS[what]: number}))
+    owner, _, option = SWEEPS[what].rpartition(".")
+    changes = {owner: dataclasses.replace(config.network, **{option: number})} if owner else {option: number}
+    return dataclasses.replace(config, **changes)
 
 
 def swept(config: Bench, what: str) -> float:
     """The value that this configuration has of the quantity that is swept."""
-    return {"depth": config.network.layers, "width": config.network.width, "batch": config.batch_size}[what]
+    return flat(config)[SWEEPS[what]]
 
 
 def summary(turns: Sequence[Turn], bases: Mapping[str, Sequence[Turn]]) -> Row:

@@ -33,10 +33,8 @@ def compare(config: Compare) -> list[dict[str, Any]]:
     """Train every algorithm with every seed, each run in a folder of its own; print the table and write it, with the curves.
 
     With a grid of learning rates, each algorithm's is chosen first. A run that is complete there already is not repeated, nor
-    is one that failed. Returns the rows of the table, one per algorithm.
-
-    Raises:
-        UsageError: something that was asked for cannot work, or a run with other settings is in the way.
+    is one that failed. Returns the rows of the table, one per algorithm. Raises a UsageError if something that was
+    asked for cannot work, or a run with other settings is in the way.
     """
     if not config.algorithms or config.seeds < 1:
         raise UsageError(f"{len(config.algorithms)} algorithms with {config.seeds} seeds: compare at least one of each")

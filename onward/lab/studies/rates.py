@@ -32,7 +32,7 @@ def trials(config: Compare, runs: Mapping[str, Sequence[Train]], folder: Path) -
 
 
 def data_for(data: Callable[[Train], Data], folder: Path) -> Callable[[Train], Data]:
-    """What gives the trials their data: the training samples, some of which are held out. All trials have one seed."""
+    """A function that gives trials their data: the training samples, some held out as the test part. All have one seed."""
     held: list[Data] = []
 
     def of_trial(run: Train) -> Data:
@@ -55,24 +55,17 @@ def best_rate(tried: Mapping[float, Outcome], metric: Metric) -> float | None:
     """
     last = {rate: rows[-1] for rate, rows in tried.items() if isinstance(rows, list)}
     best = metric.best([row[metric.key] for row in last.values()]) if last else None
-    return min(
-        (rate for rate in last if last[rate][metric.key] == best), key=lambda rate: last[rate]["test_loss"], default=None
-    )
+    equal = [rate for rate in last if last[rate][metric.key] == best]
+    return min(equal, key=lambda rate: last[rate]["test_loss"], default=None)
 
 
 def with_best(
-    config: Compare,
-    runs: dict[str, list[Train]],
-    found: Mapping[str, Mapping[float, Outcome]],
-    folder: Path,
-    metric: Metric,
+    config: Compare, runs: dict[str, list[Train]], found: Mapping[str, Mapping[float, Outcome]], folder: Path, metric: Metric
 ) -> dict[str, list[Train]]:
     """The runs with the rates that did best; none of an algorithm for which every rate failed. Prints and writes the trials.
 
-    A run there whose rate was chosen by earlier trials, and now is another, is taken away.
-
-    Raises:
-        UsageError: a run with a rate that no trials have chosen is in the way.
+    A run there whose rate was chosen by earlier trials, and now is another, is taken away. Raises a UsageError if a run
+    with a rate that no trials have chosen is in the way.
     """
     caption = f"{metric.measured.removeprefix('test ')} on held-out training samples; * the best, which is taken"
     printed = Table(title="learning rates", caption=caption)
@@ -110,7 +103,7 @@ def _has_rate(label: str) -> bool:
 
 
 def _take_away(folder: Path, chosen: Mapping[str, Sequence[Train]]) -> list[str]:
-    """Take away the runs whose rates, chosen by the trials that the folder's file tells of, are not the best now: in words."""
+    """Delete the runs whose rates were chosen by earlier trials and are no longer the best; returns a note on each."""
     try:
         before = {label: entry["lr"] for label, entry in json.loads((folder / run_folder.RATES).read_text()).items()}
     except (OSError, ValueError, KeyError, AttributeError, TypeError):

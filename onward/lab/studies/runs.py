@@ -16,7 +16,7 @@ from rich.console import Console
 from onward.errors import UsageError
 from onward.lab import tasks
 from onward.lab.data import Data
-from onward.lab.data.sets import depend_on_seed
+from onward.lab.data.own import depend_on_seed
 from onward.lab.run import algorithms, record
 from onward.lab.run import folder as run_folder
 from onward.lab.run.failure import TrainingFailed
@@ -24,18 +24,14 @@ from onward.lab.run.loop import progress, resume, train
 from onward.lab.run.training import Row, load_data, try_out
 from onward.lab.settings import Recipe, Train
 from onward.lab.system import interrupt
-from onward.lab.tasks import Task
 
 Outcome = list[Row] | str
 """What became of a run: its epochs, or why it failed."""
 
 
 def runs_of(config: Recipe, labels: Iterable[str], seeds: Iterable[int], folder: Path) -> dict[str, list[Train]]:
-    """For each algorithm, as lists name it, a training with every seed, in a folder of its own.
-
-    Raises:
-        UsageError: an algorithm that cannot be, or two whose folders would be the same.
-    """
+    """For each algorithm, as lists name it, a training with every seed, in a folder of its own. Raises a UsageError for an
+    algorithm that cannot be, or two whose folders would be the same."""
     shared = {entry.name: getattr(config, entry.name) for entry in fields(Recipe)}
     names: dict[str, str] = {}
     found = {}
@@ -56,8 +52,8 @@ def folder_of(run: Train) -> Path:
 
 
 def data_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[Train], Data]:
-    """A function that gives the data of a run. They are loaded when they are first asked for; then each algorithm takes a step,
-    for nothing: one that cannot work, which may be seen only there, is refused before the others have trained for hours.
+    """A function that gives the data of a run. They are loaded when they are first asked for. Then each algorithm takes a
+    step on trial: one that cannot work is refused before the others have trained for hours.
 
     Raises, when called:
         UsageError: there are no such data, or an algorithm, which is named, does not work with them or with the network.
@@ -68,9 +64,7 @@ def data_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[T
     def loaded(seed: int) -> Data:
         return load_data(config, seed)
 
-    @cache
-    def by_seed() -> bool:
-        return depend_on_seed(config.data)  # runs the user's file
+    by_seed = cache(lambda: depend_on_seed(config.data))  # runs the user's file
 
     def data(run: Train) -> Data:
         return loaded(run.seed if by_seed() else 0)
@@ -96,7 +90,7 @@ def data_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[T
     return tried
 
 
-def task_of(runs: Mapping[str, Sequence[Train]], data: Callable[[Train], Data]) -> Task:
+def task_of(runs: Mapping[str, Sequence[Train]], data: Callable[[Train], Data]) -> tasks.Task:
     """What the runs are trained for: any of them says it, and their data if none has begun."""
     every = [run for same in runs.values() for run in same]
     for run in every:
@@ -154,7 +148,7 @@ def train_all(
 
 
 def _outcome(run: Train, data: Data, step: Callable[[str], None], overwrite: bool) -> Outcome:
-    """What becomes of a run, which goes on where it has begun."""
+    """Train a run, or resume it if it has begun; returns what became of it."""
     try:
         begun = not overwrite and (folder_of(run) / run_folder.CONFIG).exists()
         return resume(folder_of(run), data, step) if begun else train(run, data, step)

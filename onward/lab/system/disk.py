@@ -90,11 +90,6 @@ def write_text(path: Path, text: str, before: Callable[[], object] | None = None
     write_whole(path, lambda file: file.write(text.encode()), before=before)
 
 
-def read_text(path: Path) -> str:
-    """Read a text that `write_text` has written; the encoding is UTF-8 on every system."""
-    return path.read_text(encoding="utf-8")
-
-
 def try_out(folder: Path) -> None:
     """Raise an OSError if no file can be written there."""
     with tempfile.TemporaryFile(dir=folder) as probe:

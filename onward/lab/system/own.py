@@ -107,8 +107,8 @@ def digest(own: Own | None) -> str | None:
 def errors(owns: Own | Sequence[Own | None] | None, when: str = "", *, elsewhere: bool = False) -> Iterator[None]:
     """Tell an error in these files, or in one beside them, as an :class:`OwnError` with its line; `when` follows the line.
 
-    If the error passed through several of the files, the last one is named. Unless `elsewhere` is set, errors pass that came
-    about in other files, and errors that say themselves what to do: a UsageError, a lost process, exhausted memory. What the
+    If the error passed through several of the files, the last one is named. Unless `elsewhere` is set, an error is left as it
+    is if it was raised in other files, or says itself what to do: a UsageError, a lost process, exhausted memory. What the
     body changes for the whole program (folder, streams, PyTorch's default type and device) is changed back. Without a file
     nothing is done.
     """
@@ -167,55 +167,52 @@ def _run(own: Own) -> ModuleType:
 _ran: dict[Path, tuple[bytes, ModuleType]] = {}
 """What the files held when they were last run without an error, and the modules that this made."""
 
-
-class _Place:
-    """Where modules beside the files are imported from. Folders may hold namesakes: a model's utils.py, and a rule's."""
-
-    folders: dict[str, str] = {}  # noqa: RUF012 (there is one place)
-    """By flag, the folder of its file that was run last."""
-    added: set[str] = set()  # noqa: RUF012
-    """Folders that were put on the import path."""
-    earlier: dict[str, frozenset[str]] = {}  # noqa: RUF012
-    """By folder, what had been imported before a file in it was run: none of it belongs to the file."""
-    kept: dict[str, dict[str, ModuleType]] = {}  # noqa: RUF012
-    """By folder, the modules in it that the files have imported."""
+# Where modules beside the files are imported from. Folders may hold namesakes: a model's utils.py, and a rule's.
+_folders: dict[str, str] = {}
+"""By flag, the folder of its file that was run last."""
+_added: set[str] = set()
+"""Folders that were put on the import path."""
+_earlier: dict[str, frozenset[str]] = {}
+"""By folder, what had been imported before a file in it was run: none of it belongs to the file."""
+_kept: dict[str, dict[str, ModuleType]] = {}
+"""By folder, the modules in it that the files have imported."""
 
 
 @contextmanager
 def _beside(flag: str, folder: str) -> Iterator[None]:
     """Let the body import what is beside a file, and not the namesakes beside other files; afterwards, what is beside the
     files of other flags can be imported too, where it has no namesake here."""
-    others = set(_Place.folders.values()) - {folder}
+    others = set(_folders.values()) - {folder}
     for other in others:
         found = [name for name, module in sys.modules.items() if _is_in(other, name, module)]
-        _Place.kept[other] |= {name: sys.modules.pop(name) for name in found}
-    if folder not in _Place.earlier:
-        _Place.earlier[folder] = frozenset(name.partition(".")[0] for name in sys.modules)
-    sys.modules.update(_Place.kept.setdefault(folder, {}))
-    _Place.folders[flag] = folder
-    for left in _Place.added - set(_Place.folders.values()):
-        _Place.added.remove(left)
+        _kept[other] |= {name: sys.modules.pop(name) for name in found}
+    if folder not in _earlier:
+        _earlier[folder] = frozenset(name.partition(".")[0] for name in sys.modules)
+    sys.modules.update(_kept.setdefault(folder, {}))
+    _folders[flag] = folder
+    for left in _added - set(_folders.values()):
+        _added.remove(left)
         with suppress(ValueError):
             sys.path.remove(left)
-    if folder in _Place.added and folder in sys.path:
+    if folder in _added and folder in sys.path:
         sys.path.remove(folder)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-        _Place.added.add(folder)
+        _added.add(folder)
     importlib.invalidate_caches()
     try:
         yield
     finally:
         here = {name.partition(".")[0] for name in sys.modules}
-        for other in set(_Place.folders.values()) - {folder}:
-            modules = _Place.kept[other].items()
+        for other in set(_folders.values()) - {folder}:
+            modules = _kept[other].items()
             sys.modules.update({name: module for name, module in modules if name.partition(".")[0] not in here})
 
 
 def _is_in(folder: str, name: str, module: ModuleType) -> bool:
     """Whether a module came from that folder, since a file in it was run."""
     top = name.partition(".")[0]
-    if top in _Place.earlier[folder] or name.endswith(MARK):
+    if top in _earlier[folder] or name.endswith(MARK):
         return False
     found = sys.modules.get(top, module)
     paths = [*getattr(found, "__path__", ())] or [getattr(found, "__file__", None)]

@@ -46,12 +46,11 @@ def _asked_columns() -> int:
 def mend(before: tuple[TextIO | None, TextIO | None, TextIO | None]) -> None:
     """Replace standard streams that have been closed or set to None since the program had those in `before`."""
     names = ("stdin", "stdout", "stderr")
-    if all(was is None or _works(getattr(sys, name)) for name, was in zip(names, before, strict=True)):
-        return
-    _occupy(range(len(before)))
-    for number, (name, was) in enumerate(zip(names, before, strict=True)):
-        if was is not None and not _works(getattr(sys, name)):
-            setattr(sys, name, was if _works(was) else _anew(number))
+    broken = [at for at, was in enumerate(before) if was is not None and not _works(getattr(sys, names[at]))]
+    if broken:
+        _occupy(range(len(before)))
+    for at in broken:
+        setattr(sys, names[at], before[at] if _works(before[at]) else _anew(at))
 
 
 def flush() -> None:
