@@ -37,7 +37,7 @@ class Agreement(NamedTuple):
     bias: float | None
     """``|E g_i - g| / |g|``, less what the noise of a mean over finitely many estimates adds to it; 0 where that is all."""
     bias_noise: float | None
-    """What that noise is: a bias below it cannot be told from none; more estimates lower it, as their square root."""
+    """The size of that noise: a smaller bias cannot be seen. It falls as the square root of the number of estimates grows."""
     variance: float | None
     """``E|g_i - E g_i|^2 / |g|^2``"""
     snr: float | None
@@ -48,13 +48,13 @@ class Block(NamedTuple):
     """One block of a network, as :func:`measure` found it."""
 
     signal: Agreement | None
-    """Of the error signal at its output with dL/dh_k; None where none is delivered, and for the last block."""
+    """Agreement of the error signal at its output with dL/dh_k; None where none is delivered, and for the last block."""
     parameters: Agreement | None
-    """Of the gradient of all its parameters; None where it has none to train."""
+    """Agreement of the gradient of all its parameters; None where it has none to train."""
     feedback: Agreement | None
-    """Of the feedback matrix with the network's mean Jacobian from here to the output; None where there is no such matrix."""
+    """Agreement of the feedback matrix with the mean Jacobian from here to the output; None where there is no matrix."""
     cosines: Tensor | None
-    """Those behind ``signal.cosine``, one for each estimate and sample."""
+    """The cosines behind ``signal.cosine``, one for each estimate and sample."""
 
 
 def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: Sequence[str] | None = None) -> dict[str, Block]:

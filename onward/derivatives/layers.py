@@ -237,7 +237,7 @@ def per_sample_gradients(
 
 
 _seen: WeakKeyDictionary[nn.Module, dict[int, bool]] = WeakKeyDictionary()
-"""Of each layer and count of its runs, whether its rows are samples, from the first batch that showed it."""
+"""For each run of each layer, whether its rows are samples, from the first batch that showed it."""
 
 
 def _rows_are_samples(h: Tensor, uses: Sequence[Use], signal: Tensor, arrived: Sequence[Tensor | None]) -> list[bool]:

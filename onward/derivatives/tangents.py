@@ -24,7 +24,7 @@ from onward.errors import UsageError
 from onward.phases import during
 
 _KEY = "_onward_tangents"  # the attribute under which a tensor carries (mode, tangents)
-_UNKNOWN: Any = object()  # in the place of tangents: there is one, and nobody has followed it
+_UNKNOWN: Any = object()  # stands for a tangent that is there, but was not followed
 
 # In-place operations that overwrite: with values that depend on no tangent, and with their argument.
 _OVERWRITES = {"zero_", "normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
@@ -397,7 +397,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """What only the same part of the same memory has in common, while that is kept."""
+    """A key that only the same part of the same memory has, while that is kept."""
     return _address(tensor), tensor.shape, tensor.stride() if tensor.layout is torch.strided else None
 
 

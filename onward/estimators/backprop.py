@@ -86,7 +86,7 @@ def _second_run_differs(error: Exception) -> UsageError:
 
 @contextmanager
 def _second_run(again: Replay) -> Iterator[None]:
-    """Around a block's second run, which fails, where the first did not, because of what is not the same."""
+    """Around a block's second run: if it fails, though the first did not, the error says that the two runs differ."""
     try:
         with again.unseen():
             yield
@@ -99,9 +99,9 @@ def _second_run(again: Replay) -> Iterator[None]:
 
 
 def _recomputed(block: nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What ``run`` makes of its arguments, of which the backward pass will run it again, from the block's buffers of now.
+    """What ``run`` returns. The backward pass will run it again on these arguments, from the block's buffers of now.
 
-    It may do so several times, where the block takes gradients inside.
+    It does so several times where the block takes gradients inside.
     """
     seen: list[tuple[Tensor, int]] = []
 

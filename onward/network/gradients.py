@@ -56,7 +56,7 @@ def with_sparse_gradients(module: nn.Module) -> set[nn.Parameter]:
 
 
 def allocate_gradients(module: nn.Module) -> list[nn.Parameter]:
-    """Zeros as ``.grad`` of those of its parameters that have none; returns these.
+    """Give parameters that have no ``.grad`` zeros as theirs; returns these parameters.
 
     What outlives a pass comes first, so that it does not lie scattered among what the blocks allocate and free. Gradients that
     will be sparse are left to autograd.

@@ -109,7 +109,7 @@ def linear(h: Tensor, classes: int, width: int) -> nn.Module:
 
 
 FEATURES = 2048
-"""Most that the classifier of a predsim head looks at."""
+"""The most features that the classifier of a predsim head looks at."""
 
 
 class PredSim(nn.Module):
@@ -232,9 +232,9 @@ def _reset(module: nn.Module) -> None:
 
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Within the block, what is drawn on the CPU and on a device is a function of the seed; nothing is drawn for the outside.
+    """Within the block, what is drawn on the CPU and on a device is a function of the seed; afterwards nothing has been drawn.
 
-    So much cheaper than :func:`torch.random.fork_rng` that nobody has to know which heads draw.
+    It is so much cheaper than :func:`torch.random.fork_rng` that heads which draw nothing may run in it too.
     """
     generators = [torch.default_generator]
     if device.type == "cuda":

@@ -185,7 +185,7 @@ def check_same_output(first: Iterable[Tensor], second: Iterable[Tensor], remedy:
     for one, other in zip(first, second, strict=True):
         # Kernels without a graph may round otherwise; a mask that was drawn anew changes more.
         off, size = (one.detach() - other.detach()).norm(), one.detach().norm()
-        if off > _rounding(one) * size:  # never where both are NaN, which others tell
+        if off > _rounding(one) * size:  # never where both are NaN, which other checks report
             raise UsageError(
                 "the network's second run in this step gave another output than its first, so it is another network: something "
                 "in it draws from a generator that is out of sight (of a module of Python's), or counts its own runs. Keep the "

@@ -28,7 +28,7 @@ class _Method(NamedTuple):
     me: str
     """What it calls its module: self."""
     names: Mapping[str, Any]
-    """What the names stand for that are not its own."""
+    """What the names that it takes from outside stand for."""
 
 
 @cache

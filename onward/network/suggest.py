@@ -126,9 +126,9 @@ class _Part(NamedTuple):
 
 class _Proposal(NamedTuple):
     possible: list[str]
-    """To be cut at as far as a run or a trace bears it out."""
+    """Where to cut, if a run or a trace confirms it."""
     likely: list[str]
-    """To be cut at where neither is to be had."""
+    """Where to cut, if there is neither."""
 
 
 def _proposals(model: nn.Module, seen: Pass | None) -> Iterator[_Proposal]:
@@ -270,9 +270,9 @@ def _with_last_only(parts: list[_Part]) -> list[_Part]:
 
 
 def _hands_on_positions(stack: nn.Module, name: str) -> tuple[str, ...]:
-    """How those layers are called whose output is not all that goes on: so does what a table of relative positions gives.
+    """The names of layers whose output is not all that goes on: values from a table of relative positions do so too.
 
-    T5 has the table in its first layer, MPNet, DeBERTa and BEiT beside their layers, and all layers get what is made of it.
+    T5 has the table in its first layer, MPNet, DeBERTa and BEiT beside their layers; all layers get values from it.
     """
     trained = [p for p, weight in stack.named_parameters() if weight.requires_grad]
     tables = [p for p in trained if any(re.match(r"rel(?!u)", part) for part in p.split("."))]
@@ -285,9 +285,9 @@ def _hands_on_positions(stack: nn.Module, name: str) -> tuple[str, ...]:
 
 
 def _with_norms(parts: Sequence[_Part]) -> list[_Part]:
-    """The parts with the norm behind the layers of a list in the place of the last of them, where more blocks follow.
+    """The parts, but a norm behind a list of layers takes the place of the last layer, if more blocks follow.
 
-    What it computes is handed to all of these, as that of an encoder is to every layer of the decoder.
+    Its output is handed to all of these, as an encoder's is to every layer of the decoder.
     """
     moved = list(parts)
     blocks = [i for i, part in enumerate(parts) if part.is_block]

@@ -120,7 +120,7 @@ def _within_derivative() -> bool:
 
 
 class _Mark(torch.autograd.Function):
-    """A node of the graph that stays what it is, where the output is overwritten in place, or has been noted before."""
+    """A node of the graph that stays the same if the output is overwritten in place, or was noted before."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def filtered(inner: Tensor, squares: Tensor | None, eps: float, mean: Callable[[
 
 
 class Space(NamedTuple):
-    """What target and guess are compared over, and what is made of the comparison."""
+    """What target and guess are compared over, and how the guess is weighed by the comparison."""
 
     line: str
     of: Literal["rows", "samples", "batch"]
