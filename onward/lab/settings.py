@@ -23,7 +23,7 @@ FROM_1 |= {"schedule.step_size", "subset.train", "subset.test", "lr_epochs", "tu
 FROM_0 = {"lr", "optimizer.momentum", "optimizer.weight_decay", "feedback.lr", "feedback.decay", "save_weights", "align_every"}
 FROM_0 |= {"schedule.patience", "schedule.start", "schedule.end", "seed"}
 POSITIVE = {"network.width", "data_timeout", "schedule.gamma", "lr_grid"}
-"""The settings with a least value, by it; they may be None."""
+"""The numbers among the settings, by the least that they may be; each may be None or a tuple too."""
 
 T = TypeVar("T")
 
