@@ -51,8 +51,19 @@ def draw(
     """
     if noise not in NOISES:
         raise unknown("noise", noise, NOISES)
-    fill = NOISES[noise]
-    key = (seed, step, block, direction)
+    with torch._C._DisableTorchDispatch():  # random numbers have no tangent: nobody has to follow how they are made
+        return _drawn(shape, (seed, step, block, direction), block, offset, NOISES[noise], dtype, device)
+
+
+def _drawn(
+    shape: Sequence[int],
+    key: tuple[int | str, ...],
+    block: int | str,
+    offset: int,
+    fill: Callable[[Tensor, torch.Generator], Tensor],
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
     if isinstance(block, str):
         out = torch.empty(tuple(shape), dtype=dtype, device=device)
         pieces, first = out.view(-1).split(_NUMBERS), 0

@@ -115,6 +115,7 @@ class Estimator(nn.Module):
         self.shard = Shard()
         self.check = check
         self._looked = False
+        self._not_wrapped: type | None = None
         self._separated_for: list[bool] | None = None
 
     def __init_subclass__(cls, name: str | None = None, **options: Any) -> None:
@@ -154,8 +155,9 @@ class Estimator(nn.Module):
 
         Raises :class:`onward.UsageError` where the network, its cuts, or the batch make an estimate impossible.
         """
-        if not self.may_be_wrapped:  # it may have been wrapped since
+        if not self.may_be_wrapped and type(self.model) is not self._not_wrapped:  # it may have been wrapped since
             refuse_wrappers(self)
+            self._not_wrapped = type(self.model)
         if not torch.is_grad_enabled() and self.sums_samples:
             raise UsageError(
                 f"{type(self).__name__} differentiates inside the blocks, and gradients are off here: call estimate outside of "

@@ -20,6 +20,8 @@ from onward.network.gradients import allocate_gradients, forget_unused
 from onward.network.replay import Replay, check_same_output
 from onward.network.run import LossGradient, as_rows, call, detached, from_rows, leaves, output_error, without_graph
 
+_TOGETHER = 1 << 18  # bytes of error signals that are delivered in one call of autograd
+
 
 class SignalEstimator(Estimator):
     """Cut the graph after every hidden block, deliver an error signal to each, and the true gradient to the last.
@@ -121,18 +123,35 @@ class SignalEstimator(Estimator):
         ``at``: the tensors of the output that the loss depends on.
         """
         # Nothing has to wait for a later block, so the first blocks, with most to forget and the fewest parameters, go first.
-        for k in list(passed.outputs):
-            self._differentiate(k, passed.outputs.pop(k), known)
-            passed.drawn.pop(k, None)
+        waiting = list(passed.outputs)
+        while waiting:
+            if signals := self._signals(waiting, passed, known):
+                backward(*zip(*signals, strict=True), retain_graph=self.allow_bypass)
         if self.ends_here:
             backward(list(at), from_rows(known.e, at))
+
+    def _signals(self, waiting: list[int], passed: Passed, known: Known) -> list[tuple[Tensor, Tensor]]:
+        """The outputs of the next blocks that are waiting, with their error signals: of as many as one call of autograd is
+        worth, which costs as much as a small block. Large signals come alone, so that only one is there at a time."""
+        found: list[tuple[Tensor, Tensor]] = []
+        size = 0
+        with torch.no_grad(), torch.autocast(known.e.device.type, enabled=False):
+            while waiting and size < _TOGETHER:
+                k = waiting.pop(0)
+                h = passed.outputs.pop(k)
+                delta = self.signal(k, h.detach(), known).to(h.dtype)
+                passed.drawn.pop(k, None)
+                size += delta.nbytes
+                if h.requires_grad:
+                    found.append((h, self.observed(k, delta)))
+        return found
 
     def _differentiate(self, k: int, h: Tensor, known: Known) -> None:
         """Hand block k its error signal, and let it find the gradients of its own parameters."""
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
             delta = self.signal(k, h.detach(), known).to(h.dtype)
         if h.requires_grad:
-            backward(h, self.observed(k, delta), retain_graph=self.allow_bypass)
+            backward(h, self.observed(k, delta))
 
     def _block_by_block(self, x: Any, y: Any) -> Step:
         fresh = allocate_gradients(self)
