@@ -26,8 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guarded(work: Callable[[], object]) -> int:
-    """Do the work; what goes wrong is told in one sentence on standard error and by the exit code. A reader that has heard
-    enough, as in `onward list | head`, is told nothing: the exit code is that of a program which the signal for it ends."""
+    """Do the work; one sentence on standard error and the exit code say what went wrong.
+
+    A reader may close the pipe early, as in `onward list | head`. That is no error: nothing is said, and the exit code is that
+    of a program which SIGPIPE has ended.
+    """
     with surroundings.settled():
         try:
             try:

@@ -24,7 +24,7 @@ import onward
 from onward import DFA, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss, ProcessLost, Stage, UsageError
 
 STEPS = 4
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def network(batch_norm: bool = True) -> nn.Sequential:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import onward
 from onward.lab import cli as command
 
-PATH = Path(__file__).parents[1] / "examples" / "own_rule.py"
+PATH = Path(__file__).parents[2] / "examples" / "own_rule.py"
 CUTS = ["1", "3"]
 
 

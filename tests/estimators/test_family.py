@@ -957,7 +957,7 @@ REFUSED = [
     ({"passes": "blocks"}, "passes 'blocks'.*did you mean 'block'"),
     ({"noise": "gausian"}, "noise 'gausian'.*did you mean 'gaussian'"),
     ({"scaling": "unbias"}, "scaling 'unbias'.*did you mean 'unbiased'"),
-    ({"guess": "feedback", "feedback": "fdaf"}, "feedback rule 'fdaf'.*did you mean 'fdfa'"),
+    ({"guess": "feedback", "feedback": "fdaf"}, "feedback 'fdaf'.*did you mean 'fdfa'"),
     ({"directions": 0}, "directions=0.*at least 1"),
     ({"directions": -2}, "directions=-2.*at least 1"),
     *[({"guess": guess}, f"guess='{guess}'.*heads") for guess in ("local", "ntk", "fixed-ntk")],
