@@ -169,6 +169,8 @@ class Estimator(nn.Module):
                 self._looked = True
             self._prepare()
             step = (self._estimate if self.captured is None else self.captured)(x, y)
+        if not isinstance(step, Step):
+            raise UsageError(f"{type(self).__name__}._estimate returned a {type(step).__name__}: return an onward.Step")
         self.step += 1
         loss, *of_heads = self.shard.mean([step.loss, *(value for value, _ in step.heads.values())])
         heads = {cut: (value, z) for (cut, (_, z)), value in zip(step.heads.items(), of_heads, strict=True)}
@@ -213,7 +215,7 @@ class Estimator(nn.Module):
         """Before a step: draw afresh what the step only reads."""
 
     def _estimate(self, x: Any, y: Any) -> Step:
-        raise NotImplementedError
+        raise UsageError(f"{type(self).__name__} has no rule: write its method _estimate(x, y), which returns an onward.Step")
 
     @contextmanager
     def separation(self, remedy: str = "") -> Iterator[Callable[..., None]]:

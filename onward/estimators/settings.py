@@ -22,8 +22,10 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from onward.errors import UsageError, unknown
 
-NO_SETTINGS = ("seed", "check", "uncut")
+NO_SETTINGS = ("loss", "seed", "check", "uncut")
 """Arguments of constructors that are decided elsewhere: by the run, or by a child class."""
+_MOST = 2**31 - 1
+"""The largest whole number, as for all settings of a run."""
 _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}
 
 
@@ -69,10 +71,12 @@ class Setting(NamedTuple):
         """Raise a :class:`onward.UsageError` for a value that it cannot have."""
         if value is None and self.optional:
             return
-        if self.choices and value not in self.choices:
+        if self.choices and not (isinstance(value, self.kind) and value in self.choices):
             raise unknown(self.name, value, self.choices)
         if not _is(self.kind, value):
             raise UsageError(f"{self.name}={value!r}: use {_KINDS[self.kind]}")
+        if self.kind is int and value > _MOST:
+            raise UsageError(f"{self.name}={value!r}: use at most {_MOST}")
         if self.least is not None and value < self.least:
             raise UsageError(f"{self.name}={value!r}: use at least {self.least:g}")
 
@@ -89,7 +93,7 @@ class Setting(NamedTuple):
         """
         if self.optional and text == "none":
             return None
-        if self.choices or self.kind is str:
+        if self.kind is str:
             value: Any = text
         elif self.kind is bool:
             if text not in ("true", "false"):
@@ -117,7 +121,10 @@ def settings_of(algorithm: type) -> dict[str, Setting]:
         if (start := vars(owner).get("__init__")) is None:
             continue
         parameters = inspect.signature(start).parameters.values()
-        hints = get_type_hints(start, include_extras=True)
+        try:
+            hints = get_type_hints(start, include_extras=True)
+        except Exception:  # a name that is imported for type checkers alone: the types of the defaults will do
+            hints = {}
         for parameter in parameters:
             if parameter.default is not parameter.empty and parameter.name not in (*NO_SETTINGS, *found):
                 setting = setting_of(parameter.name, hints.get(parameter.name), parameter.default)
@@ -189,15 +196,18 @@ def setting_of(name: str, hint: Any, default: Any) -> Setting | None:
                 return None
             hint, optional = others[0], len(others) < len(get_args(hint))
     if get_origin(hint) is Literal:
-        hint, choices = str, get_args(hint)
+        choices = get_args(hint)
+        hint = type(choices[0])
     if hint is None and default is not None:
         hint = type(default)  # an argument without a type
     return Setting(name, hint, default, optional, least, choices, "") if hint in _KINDS else None
 
 
 def _is(kind: type, value: Any) -> bool:
-    if kind in (bool, str) or isinstance(value, bool):
-        return isinstance(value, kind)
+    if kind is bool or isinstance(value, bool):  # which is a whole number to Python
+        return kind is bool and isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str)
     if kind is int:
         return isinstance(value, Integral)
     return isinstance(value, Real) and math.isfinite(value)

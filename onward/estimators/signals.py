@@ -65,7 +65,7 @@ class SignalEstimator(Estimator):
 
     def signal(self, k: int, h: Tensor, known: Known) -> Tensor:
         """delta_k, the error signal for the output h of block k; learns from the same numbers where there is something to."""
-        raise NotImplementedError
+        raise UsageError(f"{type(self).__name__} has no rule: write its method signal(k, h, known)")
 
     def direction(self, k: int, h: Tensor, index: int) -> Tensor:
         """The index-th random direction at the output h of block k in this step."""
@@ -139,17 +139,32 @@ class SignalEstimator(Estimator):
             while waiting and size < _TOGETHER:
                 k = waiting.pop(0)
                 h = passed.outputs.pop(k)
-                delta = self.signal(k, h.detach(), known).to(h.dtype)
+                delta = self._signal(k, h.detach(), known)
                 passed.drawn.pop(k, None)
                 size += delta.nbytes
                 if h.requires_grad:
                     found.append((h, self.observed(k, delta)))
         return found
 
+    def _signal(self, k: int, h: Tensor, known: Known) -> Tensor:
+        """What the rule says, checked: a rule of the user's own may say anything."""
+        version = known.e._version
+        delta = self.signal(k, h, known)
+        who = f"{type(self).__name__}.signal for block {k}, which ends at cut {self.cuts[k]!r},"
+        if not isinstance(delta, Tensor) or delta.shape != h.shape:
+            said = f"a tensor of shape {tuple(delta.shape)}" if isinstance(delta, Tensor) else f"a {type(delta).__name__}"
+            raise UsageError(f"{who} returned {said}: return one of the block's output's shape {tuple(h.shape)}")
+        if known.e._version != version:
+            raise UsageError(
+                f"{who} has changed known.e in place, which every other block reads too: compute something new from it, such "
+                "as known.e.sign() instead of known.e.sign_()"
+            )
+        return delta.to(h.dtype)
+
     def _differentiate(self, k: int, h: Tensor, known: Known) -> None:
         """Hand block k its error signal, and let it find the gradients of its own parameters."""
         with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
-            delta = self.signal(k, h.detach(), known).to(h.dtype)
+            delta = self._signal(k, h.detach(), known)
         if h.requires_grad:
             backward(h, self.observed(k, delta))
 
@@ -304,7 +319,7 @@ class Known:
         A class number below 0, which losses ignore, makes a row of zeros. Raises :class:`onward.UsageError` for other targets.
         """
         y, (samples, classes) = self.targets, self.e.shape
-        numbers = isinstance(y, Tensor) and not y.is_floating_point() and y.shape == (samples,)
+        numbers = isinstance(y, Tensor) and not y.is_floating_point() and y.shape == (samples,) and classes > 1
         if numbers and (is_traced() or int(y.max()) < classes):
             numbered = torch.arange(classes, device=y.device)
             return (y.unsqueeze(1) == numbered).to(self.e.dtype)

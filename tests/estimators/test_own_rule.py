@@ -184,3 +184,33 @@ def test_an_error_in_it_is_told_with_its_line(
     assert command.main(["train", "--algorithm", "rule.py:OneBit", *SMALL]) == 2
     assert capsys.readouterr().err.startswith(f"error: rule.py, line {line} in a step of training: AttributeError: 'Known'")
     assert not Path("runs").exists()
+
+
+WRONG: dict[str, tuple[str, str]] = {
+    "nothing": ("return None", "for block 0, which ends at cut '1', returned a NoneType: return one of .* shape"),
+    "shape": ("return h[:, :1]", r"returned a tensor of shape \(6, 1\): return one of the block's output's shape \(6, 8\)"),
+    "in place": ("return self.feedback.carry(k, h, known.e.sign_())", "has changed known.e in place, which every other block"),
+}
+
+
+@pytest.mark.parametrize("low_memory", [False, True], ids=["", "low-memory"])
+@pytest.mark.parametrize("name", WRONG)
+def test_a_signal_that_is_none_is_refused(name: str, low_memory: bool) -> None:
+    body, said = WRONG[name]
+    names: dict[str, Any] = {}
+    exec(f"import onward\nclass Rule(onward.DFA):\n    def signal(self, k, h, known):\n        {body}\n", names)
+    with pytest.raises(onward.UsageError, match=f"Rule.signal .*{said}"):
+        names["Rule"](network(), CUTS, low_memory=low_memory).estimate(*batch())
+
+
+def test_numbers_that_are_targets_of_one_output_stay_numbers() -> None:
+    for y in ([0, 0, 0], [0, 1, 1]):
+        known = onward.Known(torch.zeros(3, 1), [], lambda k, h: [], y=torch.tensor(y), loss=torch.zeros(()))
+        assert known.one_hot.flatten().tolist() == y
+
+
+def test_a_rule_without_a_rule_is_told() -> None:
+    with pytest.raises(onward.UsageError, match=r"SignalEstimator has no rule: write its method signal\(k, h, known\)"):
+        onward.SignalEstimator(network(), CUTS).estimate(*batch())
+    with pytest.raises(onward.UsageError, match=r"Estimator has no rule: write its method _estimate\(x, y\)"):
+        onward.Estimator(network(), CUTS).estimate(*batch())

@@ -46,6 +46,14 @@ class Loud(onward.SignalEstimator):
 
 def no_class():
     pass
+
+class Demands(onward.DFA):
+    def __init__(self, model, cuts=None, *, rate, **options):
+        super().__init__(model, cuts, **options)
+
+class Rates(onward.DFA):
+    def __init__(self, model, cuts=None, *, lr=0.5, **options):
+        super().__init__(model, cuts, **options)
 """
 
 
@@ -115,6 +123,9 @@ def test_every_setting_can_be_written_and_read(name: str) -> None:
         ("rule.py:Lout", "unknown class of rule.py 'Lout': did you mean 'Loud'"),
         ("rule.py:no_class", "--algorithm rule.py:no_class is no class of estimators: derive it from onward.SignalEstimator"),
         ("rule.py:Loud:loud=-1", "loud=-1.0: use at least 0"),
+        ("rule.py:Loud:loud=x.py:y", "loud=x.py:y: this is no number"),
+        ("rule.py:Rates", "--algorithm rule.py:Rates has a setting 'lr', which is the run's: give it another name"),
+        ("fdfa:directions=99999999999999999999", "directions=99999999999999999999: use at most 2147483647"),
         ("rule.py:Loud:lout=1", r"unknown setting 'lout': did you mean 'loud'\? \(known: loud, low_memory, allow_bypass\)"),
     ],
 )
@@ -134,6 +145,10 @@ def test_a_rule_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert estimator.low_memory
     estimator.estimate(torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1]))
     assert torch.equal(estimator.model[0].bias.grad, torch.full((6,), 10.0))
+    with pytest.raises(
+        UsageError, match=r"rule.py:Demands cannot be made with .*'rate'.*: give arguments of your own a default"
+    ):
+        build(network(), variant("rule.py:Demands", Train()), X)
     Path("rule.py").write_text(RULE + "\nraise ValueError('not today')\n")
     with pytest.raises(UsageError, match=r"rule.py, line \d+: ValueError: not today"):
         variant("rule.py:Loud", Train())

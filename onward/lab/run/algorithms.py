@@ -26,6 +26,10 @@ OF_RUNS = ("optimizer", "feedback", "heads")
 """Owners of settings of a run that an entry may have."""
 
 
+OF_EVERY_RUN = ("lr", "compile")
+"""Settings of a run that an entry may have, without an owner."""
+
+
 class Entry(NamedTuple):
     """What an entry says: the algorithm's name, and its settings as text."""
 
@@ -44,7 +48,7 @@ def read(text: str) -> Entry:
     >>> read("rules/mine.py:MyRule:rate=0.1").name
     'rules/mine.py:MyRule'
     """
-    found = re.fullmatch(r"(.*\.py:\w+|[^:]*)(?::(.*))?", text)
+    found = re.fullmatch(r"(.*?\.py:\w+|[^:]*)(?::(.*))?", text)
     if found is None:
         raise UsageError(f"algorithm {text!r}: write it as in fg:guess=local,space=weight, or path/to/file.py:MyRule")
     name, settings = found.groups()
@@ -69,6 +73,8 @@ def find(name: str) -> type[onward.Estimator]:
     found = own.load(mine)
     if not (isinstance(found, type) and issubclass(found, onward.Estimator)):
         raise UsageError(f"{mine} is no class of estimators: derive it from onward.SignalEstimator, or onward.Estimator")
+    if taken := [name for name in settings_of(found) if name in OF_EVERY_RUN]:
+        raise UsageError(f"{mine} has a setting {taken[0]!r}, which is the run's: give it another name")
     return found
 
 
@@ -84,7 +90,7 @@ def variant(text: str, config: Train) -> Train:
     """
     name, given = read(text)
     algorithm = find(name)
-    mine = {key: value for key, value in given.items() if key not in ("lr", "compile") and "." not in key}
+    mine = {key: value for key, value in given.items() if key not in OF_EVERY_RUN and "." not in key}
     try:
         settings = parsed(algorithm, mine)
         changes = _of_run(algorithm, settings, {key: value for key, value in given.items() if key not in mine})
@@ -111,7 +117,7 @@ def _of_run(algorithm: type[onward.Estimator], settings: Mapping[str, Any], give
     """The settings of the run in an entry, by their owner."""
     has_feedback, has_heads = algorithm.learns_feedback(**settings), algorithm.needs_heads(**settings)
     hints = get_type_hints(Train)
-    known = {name: setting_of(name, hints[name], None) for name in ("lr", "compile")}
+    known = {name: setting_of(name, hints[name], None) for name in OF_EVERY_RUN}
     for owner in ("optimizer", *["feedback"] * has_feedback, *["heads"] * has_heads):
         for field in dataclasses.fields(hints[owner]):
             key = f"{owner}.{field.name}"
@@ -145,8 +151,15 @@ def build(model: nn.Module, config: Train, x: Any, loss: Any = nn.functional.cro
         end_in_head(model, config, x)
     if algorithm.needs_heads(**settings):
         settings["heads"] = make_heads(model, config, x)
-    with own.errors(own.named("--algorithm", name), " as the algorithm is made"):
-        estimator = algorithm(model, config.cuts, loss=loss, seed=config.seed, **settings)
+    mine = own.named("--algorithm", name)
+    with own.errors(mine, " as the algorithm is made"):
+        try:
+            estimator = algorithm(model, config.cuts, loss=loss, seed=config.seed, **settings)
+        except TypeError as error:
+            if mine is None:
+                raise
+            why = f"{mine} cannot be made with (model, cuts, loss=, seed=, settings) ({error})"
+            raise UsageError(f"{why}: give arguments of your own a default, and pass **options on to the parent") from error
     return estimator if config.compile == "off" else onward.capture(estimator, config.compile)
 
 
