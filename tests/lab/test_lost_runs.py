@@ -506,6 +506,50 @@ def test_a_network_that_fails_on_the_way_keeps_what_was_trained(
     assert run_folder.read_config(Path("run"))["environment"]["code"] == own.digest(own.named("--model", "net.py:good"))
 
 
+RULE = """
+import torch
+from torch import nn
+import onward
+
+class Rule(onward.DFA):
+    def signal(self, k, h, known):
+        if self.step == FAILS:
+            raise ValueError("in the middle")
+        return super().signal(k, h, known)
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        if not self.training and len(x) == 24 and FAILS == "in a test":
+            raise ValueError("in a test")
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+        return x - self.mean + torch.rand(())
+
+def make():
+    first = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), Mean())
+    return nn.Sequential(first, nn.Linear(16, 10))
+"""
+
+
+@pytest.mark.parametrize(("fails", "kept"), [("6", "step 2 of epoch 2"), ("'in a test'", "step 4 of epoch 1")])
+def test_what_fails_in_the_middle_of_a_step_leaves_the_state_before_it(
+    fails: str, kept: str, config: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(config, model="rule.py:make", algorithm="rule.py:Rule", batch_size=32, test_batch_size=40)
+    Path("rule.py").write_text(RULE + "FAILS = None\n")
+    train(replace(config, out="whole"))
+    Path("rule.py").write_text(RULE + f"FAILS = {fails}\n")
+    assert command.guarded(lambda: train(config)) == 1
+    assert capsys.readouterr().err.strip().endswith(f"keeps the state after {kept}")
+    Path("rule.py").write_text(RULE + "FAILS = None\n")
+    torch.manual_seed(99)
+    resume(Path("run"))
+    assert_same(outcome(Path("run")), outcome(Path("whole")))
+
+
 def test_without_a_checkpoint_nothing_is_trained_in_silence(config: Train, capsys: pytest.CaptureFixture[str]) -> None:
     rows = train(config)
     for path in Path("run").glob("checkpoint*.pt"):

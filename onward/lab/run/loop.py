@@ -222,9 +222,10 @@ def _end_epoch(run: Run, folder: Path, at: Standing, write: log.Log) -> Row:
         return every > 0 and (epoch % every == 0 or epoch == config.epochs)
 
     peak = max(at.peak_memory_bytes, memory.peak(run.device))
-    row = {**at.row(run.task.main), **evaluate(run), "peak_memory_bytes": peak}
-    if due(config.align_every):
-        _keep_alignment(run, at, epoch, align(run), write)
+    with run.undone_if_own_fails():
+        row = {**at.row(run.task.main), **evaluate(run), "peak_memory_bytes": peak}
+        if due(config.align_every):
+            _keep_alignment(run, at, epoch, align(run), write)
     memory.reset_peak(run.device)  # what testing and looking take is not the training's
     if writes and due(config.save_weights):
         run_folder.write_weights(folder, epoch, run.estimator.model.state_dict())

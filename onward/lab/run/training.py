@@ -7,12 +7,14 @@ import gc
 import itertools
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -93,6 +95,30 @@ class Run:
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.rate.after_step()
+
+    @contextmanager
+    def undone_if_own_fails(self) -> Iterator[None]:
+        """Put buffers and generators back if a file of the user's own fails in the body, for the state that is then saved must
+        be the one before it."""
+        if not any(self.owns):
+            yield
+            return
+        drawn = generators.states(self.device)
+        held = [
+            (
+                module,
+                {name: buffer.clone() for name, buffer in module._buffers.items() if not (buffer is None or is_lazy(buffer))},
+            )
+            for module in self.estimator.modules()
+            if module._buffers
+        ]
+        try:
+            yield
+        except own.OwnError:
+            for module, buffers in held:
+                module._buffers.update(buffers)
+            generators.restore(drawn, self.device)
+            raise
 
     def place(self, at: Standing) -> str:
         """Where the step is that comes next, in words."""
@@ -268,7 +294,7 @@ def train_epoch(run: Run, at: Standing) -> Iterator[float]:
     start = time.perf_counter()
     for x, y in run.training_batches(at.epoch, at.step):
         try:
-            with own.errors(run.owns, f" at {run.place(at)}"):
+            with run.undone_if_own_fails(), own.errors(run.owns, f" at {run.place(at)}"):
                 done = run.step(x, y, run.place(at))
         except own.OwnError:
             raise
