@@ -202,7 +202,7 @@ def at_home(config: object) -> None:
             raise UsageError(f"--{name.replace('_', '-')} {path}: there is no such home folder, write the whole path")
         return found
 
-    for name in ("model", "out", "data", "data_dir", "resume", "runs", "plot", "json"):
+    for name in ("model", "algorithm", "algorithms", "out", "data", "data_dir", "resume", "runs", "plot", "json"):
         if hasattr(config, name):
             object.__setattr__(config, name, whole(name, getattr(config, name)))
 

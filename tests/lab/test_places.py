@@ -276,6 +276,15 @@ def test_without_what_draws_nothing_is_trained(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "new").exists()
 
 
+def test_a_path_is_printed_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"epochs": 1, "subset": Subset(64, 32), "device": "cpu"}
+    train(Train(out=":ok:/[b]", algorithm="bp", **small))
+    assert "written to :ok:/[b]" in capsys.readouterr().out
+
+
 # ---- home
 
 
@@ -304,6 +313,8 @@ def test_every_path_has_its_home(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Report(runs=("~/a",), out="~/a.html") == Report(runs=("/home/me/a",), out="/home/me/a.html")
     assert (Bench(json="~/a.json").json, Bench(plot="~").plot) == ("/home/me/a.json", "/home/me")
     assert Train(out="a~", model="~/net.py:f").out == "a~"
+    assert Train(algorithm="~/r.py:Rule:lr=1").algorithm == "/home/me/r.py:Rule:lr=1"
+    assert Compare(algorithms=("bp", "~/r.py:Rule")).algorithms == ("bp", "/home/me/r.py:Rule")
     with pytest.raises(UsageError, match="--out ~no-such-person/a: there is no such home folder, write the whole path"):
         Train(out="~no-such-person/a")
 

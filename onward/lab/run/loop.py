@@ -276,7 +276,7 @@ def _save_to_mend(run: Run, folder: Path, at: Standing, error: Exception) -> Non
 
 
 def _console(group: Processes, advance: Advance) -> Console:
-    return Console(highlight=False, markup=False, soft_wrap=True, quiet=advance is not None or not group.writes)
+    return Console(highlight=False, markup=False, emoji=False, soft_wrap=True, quiet=advance is not None or not group.writes)
 
 
 def _kept(folder: Path) -> str:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from onward.lab.data import Data, held_out
+from onward.lab.run import algorithms, record
 from onward.lab.run import folder as run_folder
-from onward.lab.run import record
 from onward.lab.settings import Compare, Train
 from onward.lab.studies.runs import Outcome, failures, folder_of
 from onward.lab.system import disk
@@ -96,10 +96,10 @@ def with_best(
 def _has_rate(label: str) -> bool:
     """Whether an algorithm's entry in a list says its learning rate.
 
-    >>> _has_rate("fdfa:directions=2,lr=1e-3"), _has_rate("fdfa")
-    (True, False)
+    >>> _has_rate("fdfa:directions=2,lr=1e-3"), _has_rate("fdfa"), _has_rate("rule.py:Rule:lr=1e-5")
+    (True, False, True)
     """
-    return any(setting.startswith("lr=") for setting in label.partition(":")[2].split(","))
+    return "lr" in algorithms.read(label).settings
 
 
 def _take_away(folder: Path, chosen: Mapping[str, Sequence[Train]]) -> list[str]:

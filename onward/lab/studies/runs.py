@@ -120,7 +120,7 @@ def train_all(
                 missing.append((label, run))
     if not missing:
         return done
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if there := sum(map(len, done.values())):
         console.print(f"{there} of {there + len(missing)} runs are there already")
     for run in itertools.chain.from_iterable(runs.values()):
