@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -171,9 +172,10 @@ def _numbers(y: Tensor) -> Tensor:
     return y.float().view(len(y), -1)
 
 
-def _squares(output: Tensor, y: Tensor) -> Tensor:
-    """Of each target the sums of its squared errors, of itself and of its square."""
+def _squares(output: Tensor, y: Tensor, origin: Tensor | None = None) -> Tensor:
+    """Of each target the sums of its squared errors, of its distance from the origin and of that squared."""
     errors, y = (_paired(output, y) - y).double(), y.double()
+    y = y if origin is None else y - origin.to(y)
     return torch.cat([errors.square().sum(0), y.sum(0), y.square().sum(0)])
 
 
@@ -202,6 +204,18 @@ REGRESSION = Task(
     read=_numbers,
     count=lambda y: y.shape[1],
 )
+
+
+def measured_from(task: Task, y: Tensor) -> Task:
+    """The task with an R² that measures targets from the first of `y`: far from 0, their squares would hide how they differ.
+
+    >>> task, y = measured_from(REGRESSION, torch.tensor([[2e9], [2e9 + 512]])), torch.tensor([[2e9], [2e9 + 512]])
+    >>> [round(one.main.value(one.main.measure(y + 128, y), 2), 2) for one in (REGRESSION, task)]
+    [0.0, 0.75]
+    """
+    if task.name != REGRESSION.name:
+        return task
+    return replace(task, metrics=(replace(R2, measure=partial(_squares, origin=y[0].double())), *task.metrics[1:]))
 
 
 TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTI_LABEL, REGRESSION)}

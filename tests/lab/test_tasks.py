@@ -13,7 +13,7 @@ from torch import Tensor
 from onward.errors import UsageError
 from onward.lab import tasks
 from onward.lab.settings import TaskSettings
-from onward.lab.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, TASKS, Metric, configured, of, of_targets
+from onward.lab.tasks import CLASSIFICATION, MULTI_LABEL, REGRESSION, TASKS, Metric, configured, measured_from, of, of_targets
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -29,13 +29,15 @@ def test_accuracy_is_the_share_of_hits() -> None:
     assert measured(CLASSIFICATION.main, output, y) == pytest.approx(100 * metrics.accuracy_score(y, output.argmax(1)))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4, 2e6])
 def test_regression_is_measured_as_scikit_learn_measures_it(offset: float) -> None:
     y = torch.randn(100, 3, generator=GENERATOR) + offset
     output = y + torch.randn(100, 3, generator=GENERATOR) * torch.tensor([0.1, 1.0, 3.0])
-    r2, rmse = REGRESSION.metrics
+    r2, rmse = measured_from(REGRESSION, y).metrics
+    y, output = y.double(), output.double()
     assert measured(r2, output, y) == pytest.approx(metrics.r2_score(y, output), rel=1e-6)
     assert measured(rmse, output, y) == pytest.approx(metrics.mean_squared_error(y, output) ** 0.5, rel=1e-5)
+    r2 = measured_from(REGRESSION, y[:, :1]).main
     assert measured(r2, output[:, 0], y[:, :1]) == pytest.approx(metrics.r2_score(y[:, 0], output[:, 0]), rel=1e-6)
 
 
@@ -43,6 +45,8 @@ def test_a_target_that_never_changes_is_explained_or_not() -> None:
     y = torch.full((30, 1), 0.1)
     assert measured(REGRESSION.main, y, y) == 1
     assert measured(REGRESSION.main, y + 1, y) == 0
+    for origin in (y, y + 1e3):
+        assert measured(measured_from(REGRESSION, origin).main, y + 1, y) == 0
 
 
 def test_labels_are_measured_as_scikit_learn_measures_them() -> None:

@@ -207,7 +207,8 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     if config.statistics not in STATISTICS:
         raise unknown("handling of batch norm's statistics", config.statistics, STATISTICS)
     device = choose_device(config.device)
-    task = tasks.configured(tasks.named(data.task), config.task, data.outputs)
+    task = tasks.measured_from(tasks.named(data.task), data.test.targets)
+    task = tasks.configured(task, config.task, data.outputs)
     transform = _transform(config, data)
     batches(data.train, config.batch_size, transform=transform, train=True)  # says so now if they cannot be made as asked
     example = _example(data, transform)
