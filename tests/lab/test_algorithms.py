@@ -192,6 +192,27 @@ def test_a_head_costs_less_than_a_tenth_of_its_block(name: str) -> None:
         assert 0 < counted.get_total_flops() < 0.1 * (end - start)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("mlp", "linear"), ("cnn", "linear"), ("resnet18-8b", "cnn"), ("small-net", "cnn"), ("rows", "linear"), ("images", "cnn")],
+)
+def test_heads_are_convolutional_where_all_outputs_are_images(name: str, kind: str) -> None:
+    own = {
+        "rows": nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 8), nn.Linear(8, 4)),
+        "images": nn.Sequential(
+            nn.Sequential(nn.Flatten(2), nn.Unflatten(2, (32, 32)), nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 10, 30)
+        ),
+    }
+    model = own[name] if name in own else models.build(name, (3, 32, 32), 10, Network())
+    x = torch.zeros(2, 5, 32) if name == "rows" else torch.zeros(2, 3, 32, 32)
+    config = Train(algorithm="local", cuts=("0",)) if name in own else Train(algorithm="local", model=name)
+    heads = make_heads(model, config, x)
+    assert {any(isinstance(layer, nn.Conv2d) for layer in head.modules()) for head in heads.values()} == {kind == "cnn"}
+    if name == "rows":
+        with pytest.raises(UsageError, match=r"a cnn head at cut '0': .* not \(N, C, H, W\): use --heads.kind linear"):
+            make_heads(model, dataclasses.replace(config, heads=Heads("cnn")), x)
+
+
 @pytest.mark.parametrize("kind", [None, "cnn", "mlp", "linear", "predsim"])
 def test_resnet18_2b_ends_in_the_head_that_is_chosen(kind: str | None) -> None:
     """If none is, its classifier is that of the other residual networks, whatever heads its hidden block has."""

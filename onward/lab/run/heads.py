@@ -10,15 +10,17 @@ from typing import Any
 from torch import Tensor, nn
 
 import onward
+from onward.errors import UsageError
 from onward.lab.networks import models
 from onward.lab.networks.blocks import scaled
 from onward.lab.settings import Train
 from onward.network.cuts import check_names
 from onward.network.heads import PredSim, default_width, local_loss
 from onward.network.run import Loss
+from onward.network.shapes import outputs_at
 
 
-def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Module]:
+def make_heads(model: nn.Module, config: Train, x: Any) -> dict[str, nn.Module]:
     """A head for each hidden block, as `config.heads` says.
 
     Raises:
@@ -27,8 +29,7 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
     shared = models.facts(config.model).heads_behind
     cuts = check_names(model, config.cuts or onward.default_cuts(model))
     ends = [shared.get(cut, cut) for cut in cuts]
-    flat = any(isinstance(layer, nn.Flatten) for end in ends for layer in model.get_submodule(end).modules())
-    made = _drawn(model, config, x, config.heads.kind or ("linear" if flat else "cnn"), ends)
+    made = _drawn(model, config, x, config.heads.kind or _fitting(model, x, ends), ends)
     heads = {
         cut: made[end] if end == cut else _behind(copy.deepcopy(model.get_submodule(end)), made[end])
         for cut, end in zip(cuts, ends, strict=True)
@@ -39,11 +40,20 @@ def make_heads(model: nn.Module, config: Train, x: Tensor) -> dict[str, nn.Modul
     return heads
 
 
+def _fitting(model: nn.Module, x: Any, ends: list[str]) -> str:
+    """The kind of head for these modules' outputs, if none is asked for."""
+    outputs, _ = outputs_at(model, x, ends)
+    return "cnn" if all(h.dim() == 4 for h in outputs) else "linear"
+
+
 def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str]) -> dict[str, nn.Module]:
     """A head of that kind for the output of each of these modules, as wide as the configuration says, with the network's
     kind of initial weights."""
     width = default_width(kind, len(ends)) if config.heads.width is None else config.heads.width
-    made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
+    try:
+        made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
+    except UsageError as error:
+        raise UsageError(str(error).replace("use kind='mlp' or 'linear'", "use --heads.kind linear")) from error
     if initialize := models.facts(config.model).initialize:
         for head in made.values():
             initialize(head)
