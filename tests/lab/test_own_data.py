@@ -173,6 +173,25 @@ def test_a_task_that_is_named_wins(config: Make) -> None:
     assert "test_accuracy" in rows[-1]
 
 
+@pytest.mark.parametrize("kind", ["uint8", "uint16", "uint32", "uint64"])
+def test_labels_may_be_unsigned(tmp_path: Path, kind: str) -> None:
+    y = f"torch.tensor([0, 2, 1]).to(torch.{kind})"
+    source = "import torch\nclass Items(torch.utils.data.Dataset):\n    def __len__(self): return 3\n"
+    source += f"    def __getitem__(self, i): return torch.zeros(2), {y}[i]\n"
+    source += f"def whole(): return [(torch.zeros(3, 2), {y})] * 2\ndef items(): return Items(), Items()\n"
+    (tmp_path / "unsigned.py").write_text(source)
+    for function in ("whole", "items"):
+        found = load(f"{tmp_path}/unsigned.py:{function}")
+        assert (found.task, found.outputs, found.train.targets.tolist()) == ("classification", 3, [0, 2, 1])
+
+
+def test_real_numbers_are_labels_where_that_is_said(tmp_path: Path) -> None:
+    (tmp_path / "real.py").write_text("import torch\ndef f(): return [(torch.zeros(3, 2), torch.eye(3))] * 2\n")
+    assert load(f"{tmp_path}/real.py:f").task == "regression"
+    found = load(f"{tmp_path}/real.py:f", task="multi-label")
+    assert (found.task, found.outputs, found.train.targets.tolist()) == ("multi-label", 3, torch.eye(3).tolist())
+
+
 def test_a_comparison_shows_the_tasks_metric(config: Make, capsys: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "compared")
     asked = config("numbers", kind=Compare, algorithms=("bp", "fdfa:lr=1e-3"), seeds=2, lr_grid=(1e-9, 1e-2), out=out)
@@ -345,6 +364,14 @@ BROKEN = {
     "lengths": (
         "return (torch.zeros(3, 2), torch.zeros(4)), (torch.zeros(3, 2), torch.zeros(3))",
         r"train has targets of shape \(4,\), and the tensor has shape \(3, 2\): give both a row for each sample",
+    ),
+    "one_target": (
+        "return (torch.zeros(3, 2), torch.tensor(1)), (torch.zeros(3, 2), torch.zeros(3))",
+        r"train has targets of shape \(\), and the tensor has shape \(3, 2\): give both a row for each sample",
+    ),
+    "keys": (
+        "return ({0: torch.zeros(3, 2)}, torch.zeros(3)), ({0: torch.zeros(3, 2)}, torch.zeros(3))",
+        "train's inputs have the key 0, a int: let the keys be strings, the names of the network's arguments",
     ),
     "empty": ("return (torch.zeros(0, 2), torch.zeros(0)), (torch.zeros(3, 2), torch.zeros(3))", "train has no samples: give"),
     "nan": (

@@ -14,6 +14,8 @@ from onward.lab.system.extra import reason_of
 
 Inputs = Tensor | tuple[Tensor, ...] | dict[str, Tensor]
 """One tensor, positional inputs, or keyword inputs."""
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""Types that PyTorch can compute next to nothing with."""
 Batch = tuple[Inputs, Tensor]
 """Inputs, and targets as their task has them."""
 
@@ -54,7 +56,8 @@ def mapped(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
 
 
 def tensors(value: Any, what: str) -> Inputs:
-    """A value of the user's own as inputs: real numbers become float32, what is no tensor becomes one.
+    """A value of the user's own as inputs: real numbers become float32, unsigned ones of more than 8 bits int64, and what
+    is no tensor becomes one.
 
     Raises:
         UsageError: it cannot; the message calls it `what`.
@@ -63,6 +66,9 @@ def tensors(value: Any, what: str) -> Inputs:
     (tensor([1.]), tensor([2, 3]))
     """
     if isinstance(value, Mapping):
+        if others := [name for name in value if not isinstance(name, str)]:
+            why = f"{what} have the key {others[0]!r}, a {type(others[0]).__name__}"
+            raise UsageError(f"{why}: let the keys be strings, the names of the network's arguments")
         return {name: tensor(part, f"{what} {name!r}") for name, part in value.items()}
     if isinstance(value, tuple):
         return tuple(tensor(part, f"{what} [{place}]") for place, part in enumerate(value))
@@ -78,6 +84,8 @@ def tensor(value: Any, what: str) -> Tensor:
         raise UsageError(f"{what} is {given}: return a tensor of numbers") from None
     if found.layout != torch.strided:
         raise UsageError(f"{what} is a sparse tensor: return an ordinary one (tensor.to_dense())")
+    if found.dtype in UNSIGNED:
+        return found.long()
     return found.float() if found.is_floating_point() else found
 
 

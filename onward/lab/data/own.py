@@ -86,7 +86,7 @@ def _split(owner: own.Own, value: Any, part: str) -> Split:
         raise UsageError(f"{where} is {_kind(value)}: return {WANTED}")
     x, y = tensors(value[0], f"{where}'s inputs"), tensor(value[1], f"{where}'s targets")
     for name, one in (*leaves(x).items(), ("targets", y)):
-        if not one.dim() or len(one) != len(y):
+        if not y.dim() or not one.dim() or len(one) != len(y):
             shape = f"the tensor {name}".rstrip() + f" has shape {tuple(one.shape)}"
             raise UsageError(f"{where} has targets of shape {tuple(y.shape)}, and {shape}: give both a row for each sample")
     if not len(y):
