@@ -209,6 +209,16 @@ def test_a_comparison_shows_the_tasks_metric(config: Make, capsys: Any, tmp_path
     assert compare(asked) == table  # all runs are there, and say their task
 
 
+@pytest.mark.parametrize("rates", [(), (1e-3, 1e-2)])
+def test_a_finished_comparison_on_data_that_have_changed_is_refused(config: Make, tmp_path: Path, rates: Any) -> None:
+    asked = config("numbers", kind=Compare, algorithms=("bp", "dfa"), seeds=2, epochs=1, lr_grid=rates)
+    table = compare(asked)
+    assert compare(asked) == table
+    (tmp_path / "data.py").write_text(DATA.replace("manual_seed(0)", "manual_seed(1)"))
+    with pytest.raises(UsageError, match=r"is a run on other data \(as many samples, but not the same, or not in the same"):
+        compare(asked)
+
+
 def test_data_that_depend_on_the_seed_are_drawn_for_each(config: Make, tmp_path: Path) -> None:
     asked = config("drawn", kind=Compare, algorithms=("bp",), seeds=2, out=str(tmp_path / "compared"))
     compare(asked)

@@ -23,7 +23,7 @@ from onward.lab.run.failure import TrainingFailed
 from onward.lab.run.loop import progress, resume, train
 from onward.lab.run.training import Row, load_data, try_out
 from onward.lab.settings import Recipe, Train
-from onward.lab.system import interrupt
+from onward.lab.system import interrupt, own
 
 Outcome = list[Row] | str
 """What became of a run: its epochs, or why it failed."""
@@ -51,6 +51,13 @@ def folder_of(run: Train) -> Path:
     return Path(run.out or "")
 
 
+def _loader(config: Recipe) -> Callable[[Train], Data]:
+    """A function that gives the data of a run, loaded once for all runs, or for each seed that they depend on."""
+    loaded = cache(lambda seed: load_data(config, seed))
+    by_seed = cache(lambda: depend_on_seed(config.data))  # runs the user's file
+    return lambda run: loaded(run.seed if by_seed() else 0)
+
+
 def data_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[Train], Data]:
     """A function that gives the data of a run. They are loaded when they are first asked for. Then each algorithm takes a
     step on trial: one that cannot work is refused before the others have trained for hours.
@@ -59,15 +66,7 @@ def data_for(runs: Mapping[str, Sequence[Train]], config: Recipe) -> Callable[[T
         UsageError: there are no such data, or an algorithm, which is named, does not work with them or with the network.
         TrainingFailed: no algorithm has a first step with finite numbers.
     """
-
-    @cache
-    def loaded(seed: int) -> Data:
-        return load_data(config, seed)
-
-    by_seed = cache(lambda: depend_on_seed(config.data))  # runs the user's file
-
-    def data(run: Train) -> Data:
-        return loaded(run.seed if by_seed() else 0)
+    data = _loader(config)
 
     @cache
     def try_all() -> None:
@@ -119,6 +118,7 @@ def train_all(
             else:
                 missing.append((label, run))
     if not missing:
+        _check_own_data(list(itertools.chain.from_iterable(runs.values())))
         return done
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     if there := sum(map(len, done.values())):
@@ -145,6 +145,15 @@ def train_all(
             if request := asked_to_stop():
                 raise KeyboardInterrupt(f"{request} after run {number} of {len(missing)}; {again}")
     return {label: {getattr(run, differ): done[label][getattr(run, differ)] for run in same} for label, same in runs.items()}
+
+
+def _check_own_data(runs: Sequence[Train]) -> None:
+    """Raise a UsageError if runs that are complete are of other data than the user's file returns now. Other data are not
+    loaded for this: it may take long, and they seldom change."""
+    if runs and own.named("--data", runs[0].data):
+        data = _loader(runs[0])
+        for run in runs:
+            run_folder.check_data(folder_of(run), data(run))
 
 
 def _outcome(run: Train, data: Data, step: Callable[[str], None], overwrite: bool) -> Outcome:
