@@ -105,18 +105,16 @@ class Run:
             return
         drawn = generators.states(self.device)
         held = [
-            (
-                module,
-                {name: buffer.clone() for name, buffer in module._buffers.items() if not (buffer is None or is_lazy(buffer))},
-            )
+            (module, name, buffer.clone())
             for module in self.estimator.modules()
-            if module._buffers
+            for name, buffer in module._buffers.items()
+            if buffer is not None and not is_lazy(buffer)
         ]
         try:
             yield
         except own.OwnError:
-            for module, buffers in held:
-                module._buffers.update(buffers)
+            for module, name, buffer in held:
+                module._buffers[name] = buffer
             generators.restore(drawn, self.device)
             raise
 
