@@ -25,6 +25,7 @@ from onward.derivatives.directions import draw
 from onward.errors import unknown
 from onward.estimators.backprop import Backprop
 from onward.estimators.base import Estimator, Step
+from onward.estimators.local import LocalLoss
 from onward.estimators.settings import OneOf
 from onward.estimators.signals import SignalEstimator
 from onward.network.replay import Replay
@@ -35,6 +36,8 @@ BACKENDS = {
     "inductor": "the traced operations, compiled by PyTorch's inductor: equal up to rounding",
 }
 _TRIED = 3  # runs by which a backend is judged
+_KINDS = 16  # kinds of batches that are traced; with more of them, tracing would cost more than it saves
+_PLAIN = (Tensor, bool, int, float, str, type(None))
 
 E_ = TypeVar("E_", bound=Estimator)
 
@@ -110,6 +113,7 @@ class Capture:
     def __init__(self, estimator: Estimator, backend: str) -> None:
         self.estimator, self.backend = estimator, backend
         self.engine = estimator.engine
+        self.told = False
         self.traced: dict[Any, Traced | None] = {}
         self.seen: dict[Any, tuple[list[Request], list[float]]] = {}
 
@@ -117,6 +121,8 @@ class Capture:
         """What ``estimator._estimate(x, y)`` does."""
         leaves, structure = tree_flatten((x, y))
         key = self._key(leaves, structure)
+        if not all(isinstance(leaf, _PLAIN) for leaf in leaves) or (key not in self.traced and len(self.traced) >= _KINDS):
+            return self._eagerly(x, y)
         if key in self.traced:
             traced = self.traced[key]
             if traced is None:
@@ -135,6 +141,17 @@ class Capture:
         self.traced[key] = self._traced(leaves, structure, requests, min(seconds))
         return self(x, y)
 
+    def _eagerly(self, x: Any, y: Any) -> Step:
+        """A step that is not captured because of its batch, which is said once."""
+        if not self.told:
+            self.told = True
+            warnings.warn(
+                f"{type(self.estimator).__name__} runs eagerly on batches that hold more than tensors and plain values, or "
+                f"that are of another kind than the first {_KINDS}: keep their shapes (drop_last=True, padding)",
+                stacklevel=6,
+            )
+        return self.estimator._estimate(x, y)
+
     def _key(self, leaves: Sequence[Any], structure: Any) -> Any:
         """What tells one kind of step from another."""
         kinds = tuple(
@@ -151,11 +168,11 @@ class Capture:
         estimator = self.estimator
         requests.clear()
 
-        def drawn(shape: Sequence[int], block: int | str, like: Tensor, index: int = 0, **options: Any) -> Tensor:
-            request = _request(estimator, shape, block, like, index, **options)
+        def drawn(*, step: int, **given: Any) -> Tensor:
+            request = Request(**given)
             if request not in requests:
                 requests.append(request)
-            return _draw(request, estimator.step)
+            return _draw(request, step)
 
         with _replaced(estimator, drawn):
             yield
@@ -185,8 +202,8 @@ class Capture:
             for i, tensor in zip(at, batch, strict=True):
                 whole[i] = tensor
 
-            def drawn(shape: Sequence[int], block: int | str, like: Tensor, index: int = 0, **options: Any) -> Tensor:
-                return given[_request(estimator, shape, block, like, index, **options)]
+            def drawn(*, step: int, **asked: Any) -> Tensor:
+                return given[Request(**asked)]
 
             mine = dict(zip(held, state, strict=True))
             with _swapped(estimator, mine), _replaced(estimator, drawn):
@@ -199,11 +216,18 @@ class Capture:
         states: list[Tensor] = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters]
         states += [b.clone() for b in held[len(parameters) :]]
         given = [*states, *(leaves[i] for i in at), *(_draw(request, estimator.step) for request in requests)]
-        again = Replay(estimator.model)
+        again, watched = Replay(estimator.model), _watch(estimator)
         try:
             graph = make_fx(step, tracing_mode="real")(*given)
+            if again.moved():
+                raise Untraceable("it draws random numbers from a generator that is not PyTorch's global one")
         finally:
             again.__enter__()  # tracing has drawn what the step will draw
+            same = _same(watched)
+            for inside, _, pairs in watched:  # and counted what the step will count
+                inside.update(pairs)
+        if not same:
+            raise Untraceable("a module changes an attribute of its own in every step")
         _check_graph(estimator, graph)
         _simplify(graph)
 
@@ -215,7 +239,7 @@ class Capture:
         if run is None:
             return None
         trains = [(p, p.requires_grad) for p in parameters]
-        return Traced(run, requests, rebuild, trained, held, _watch(estimator), trains)
+        return Traced(run, requests, rebuild, trained, held, watched, trains)
 
     def _chosen(self, graph: GraphModule, examples: Sequence[Tensor], eager: float) -> Callable[..., Any] | None:
         """The backend that is asked for, or the fastest; None for running eagerly."""
@@ -249,20 +273,6 @@ class Capture:
         return traced.rebuild(found[count:])
 
 
-def _request(
-    estimator: Estimator,
-    shape: Sequence[int],
-    block: int | str,
-    like: Tensor,
-    index: int = 0,
-    *,
-    noise: str = "gaussian",
-    seed: int | None = None,
-    offset: int = 0,
-) -> Request:
-    return Request(tuple(shape), block, index, estimator.seed if seed is None else seed, offset, noise, like.dtype, like.device)
-
-
 def _draw(request: Request, step: int) -> Tensor:
     return draw(step=step, **request._asdict())
 
@@ -284,11 +294,11 @@ def _swapped(estimator: Estimator, by: Mapping[Tensor, Tensor]) -> Iterator[None
 @contextmanager
 def _replaced(estimator: Estimator, drawn: Callable[..., Tensor]) -> Iterator[None]:
     """Within the block the estimator draws its directions by another function."""
-    vars(estimator)["drawn"] = drawn
+    estimator._draws = drawn
     try:
         yield
     finally:
-        del vars(estimator)["drawn"]
+        estimator._draws = None
 
 
 def _check(estimator: Estimator) -> None:
@@ -296,7 +306,7 @@ def _check(estimator: Estimator) -> None:
     if estimator.observe is not None:
         raise Untraceable("somebody observes its error signals")
     shard = estimator.shard
-    if shard.share != 1.0 and not isinstance(estimator, (SignalEstimator, Backprop)):
+    if shard.share != 1.0 and not isinstance(estimator, (SignalEstimator, Backprop, LocalLoss)):
         raise Untraceable("it exchanges numbers with other processes inside a step")
     for name, module in estimator.named_modules():
         if any(vars(module)[hooks] for hooks in _HOOKS):
@@ -311,7 +321,9 @@ def _check(estimator: Estimator) -> None:
 def _check_graph(estimator: Estimator, graph: GraphModule) -> None:
     """Raise :class:`Untraceable` where masks are drawn that the eager step would draw again, or from a seed of its own."""
     for node in graph.graph.find_nodes(op="get_attr"):
-        if isinstance(held := getattr(graph, str(node.target)), Tensor) and held.numel() > 1:
+        held = getattr(graph, str(node.target))
+        literal = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)  # torch.tensor(0.5)
+        if isinstance(held, Tensor) and (held.numel() > 1 or not literal):
             raise Untraceable(f"it reads a tensor of shape {tuple(held.shape)} that is made outside of what is traced")
     once = type(estimator) is Backprop or (isinstance(estimator, SignalEstimator) and not estimator.low_memory)
     for node in graph.graph.nodes:
@@ -377,25 +389,31 @@ def _watch(estimator: Estimator) -> list[Watched]:
         plain = [(name, value) for name, value in held.items() if isinstance(value, (bool, int, float, str, type(None), tuple))]
         counted = [pair for pair in plain if pair[0] not in _COUNTED]
         found.append(Watched(held, len(held), counted))
-    return found
+    loss = vars(estimator).get("loss")  # a function; a module is watched as one
+    return [*found, Watched(vars(estimator), len(vars(estimator)), [("loss", loss)] if loss is not None else [])]
 
 
-_COUNTED = ("step", "engine", "_looked", "_separated_for")
+_COUNTED = ("step", "engine", "_looked", "_separated_for", "_draws")
 """Attributes of an estimator that change from step to step, or by a look, and decide nothing."""
 
 
 def _unchanged(traced: Traced) -> bool:
     """Whether the modules and parameters are as they were when the step was traced."""
-    for held, size, pairs in traced.watched:
+    return _same(traced.watched) and not any(
+        p.requires_grad is not trains or p._post_accumulate_grad_hooks or p._backward_hooks for p, trains in traced.trains
+    )
+
+
+def _same(watched: Sequence[Watched]) -> bool:
+    """Whether what is watched is as it was."""
+    for held, size, pairs in watched:
         if len(held) != size:
             return False
         for name, value in pairs:
             now = held.get(name, Traced)
             if now is not value and (isinstance(value, (Tensor, nn.Module)) or now != value):
                 return False
-    return not any(
-        p.requires_grad is not trains or p._post_accumulate_grad_hooks or p._backward_hooks for p, trains in traced.trains
-    )
+    return True
 
 
 def _called(name: str, module: nn.Module) -> str:

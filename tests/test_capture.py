@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import random
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -198,8 +200,33 @@ class ReadsOutside(nn.Module):
         return x + self.outside[0]
 
 
+class ReadsOneNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.tensor(2.0, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+class DrawsElsewhere(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + 0 * random.random())
+
+
+class Counts(nn.Module):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
 HINDERED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "numbers": (DependsOnNumbers, r"in 1 \(DependsOnNumbers\): what runs depends on numbers in tensors"),
+    "one number": (ReadsOneNumber, r"it reads a tensor of shape \(\) that is made outside of what is traced"),
+    "elsewhere": (DrawsElsewhere, "it draws random numbers from a generator that is not PyTorch's global one"),
+    "counts": (Counts, "a module changes an attribute of its own in every step"),
     "outside": (ReadsOutside, "it reads a tensor of shape .* that is made outside of what is traced"),
 }
 
@@ -215,6 +242,28 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so_once(name: str) -> Non
     for _ in range(2):  # warnings are errors here
         agree(eager, captured, X, Y)
     assert captured.engine == eager.engine
+
+
+def test_another_loss_is_taken() -> None:
+    eager, captured = both(network(), partial(onward.DFA, cuts=["2"]))
+    for _ in range(3):
+        agree(eager, captured, X, Y)
+    for estimator in (eager, captured):
+        estimator.loss = lambda z, y: 3 * nn.functional.cross_entropy(z, y)
+    for _ in range(3):
+        agree(eager, captured, X, Y)
+
+
+def test_batches_of_ever_other_shapes_run_eagerly_and_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.import_module("onward.capture"), "_KINDS", 2)
+    eager, captured = both(network(), partial(onward.FDFA, cuts=["2"]))
+    for samples in (3, 4):
+        for _ in range(3):
+            agree(eager, captured, X[:samples], Y[:samples])
+    with pytest.warns(UserWarning, match="or that are of another kind than the first 2: keep their shapes"):
+        agree(eager, captured, X[:5], Y[:5])
+    for samples in (5, 6, 3):
+        agree(eager, captured, X[:samples], Y[:samples])
 
 
 def test_hooks_are_not_passed_over() -> None:

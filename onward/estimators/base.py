@@ -76,6 +76,8 @@ class Estimator(nn.Module):
 
     captured: Callable[[Any, Any], Step] | None = None
     """Runs a step in the place of ``_estimate`` (:func:`onward.capture`)."""
+    _draws: Callable[..., Tensor] | None = None
+    """Draws directions in the place of :func:`onward.directions.draw`."""
 
     def __init__(
         self,
@@ -259,8 +261,8 @@ class Estimator(nn.Module):
         offset: int = 0,
     ) -> Tensor:
         """The index-th random direction of this step for a block, or a parameter by its name (see :mod:`onward.directions`)."""
-        return draw(
-            shape,
+        return (self._draws or draw)(
+            shape=tuple(shape),
             seed=self.seed if seed is None else seed,
             step=self.step,
             block=block,

@@ -51,6 +51,12 @@ class Replay:
     def __exit__(self, *failure: Any) -> None:
         pass
 
+    def moved(self) -> bool:
+        """Whether a generator, other than PyTorch's own, is no longer in the state that it had at creation."""
+        own = (torch.get_rng_state, torch.set_rng_state)
+        pairs = zip(self._generators, self._states, strict=True)
+        return any(str(read()) != str(state) for (read, restore), state in pairs if (read, restore) != own)
+
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Within the block the network draws the same numbers, and works on copies of its buffers, which the block discards."""
