@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
 # Tests run side by side, one process per core.
 torch.set_num_threads(1)
+
+# PyTorch warns of itself when its forward mode is first used, in whatever test that is.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import torch._decomp.decompositions_for_jvp  # noqa: F401
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
