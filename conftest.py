@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 # PyTorch warns of itself when its forward mode is first used, in whatever test that is.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
-    import torch._decomp.decompositions_for_jvp  # noqa: F401
+    import torch._decomp.decompositions_for_jvp
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
