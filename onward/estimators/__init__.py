@@ -1,1 +1,8 @@
-"""Gradient estimators, one rule a file; `onward/__init__.py` exports them."""
+"""Gradient estimators, one rule a file; `onward/__init__.py` exports them.
+
+A rule is registered when its file is imported. All are imported here, so that their order does not depend on who asks first.
+"""
+
+from onward.estimators import backprop, dfa, dkp, drtp, fdfa, forward_gradient, local
+
+__all__ = ["backprop", "dfa", "dkp", "drtp", "fdfa", "forward_gradient", "local"]
