@@ -1,4 +1,4 @@
-"""Padding: which positions of a batch of sequences are real tokens, and what the others carry, which is nothing."""
+"""Padding: which positions of a batch of sequences are real tokens. The others carry no error, no direction, no feedback."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
+IGNORED = -100
+"""The label that losses leave out, of PyTorch and of transformers."""
 
-def padding(x: Any, cut: str | None = None) -> Tensor | None:
+
+def padding(x: Any, y: Any = None, cut: str | None = None) -> Tensor | None:
     """The N x T mask of real tokens (True) in a batch that says so, or None: at the output of the network, or of a cut.
 
     A batch says so by an ``attention_mask`` of N x T integers, 1 and 0, as of transformers. An encoder-decoder has one for each
-    half: ``attention_mask`` for what is in an encoder by its name, ``decoder_attention_mask`` for the rest.
+    half: ``attention_mask`` for what is in an encoder by its name, ``decoder_attention_mask`` for the rest; without the
+    second, what follows the last label that counts is padding. Where the loss counts a position, by a label ``y`` (N x T) that
+    is not -100, there or at the next one, it is no padding, whatever the mask says.
 
     >>> import torch
     >>> padding({"input_ids": torch.tensor([[5, 7], [3, 0]]), "attention_mask": torch.tensor([[1, 1], [1, 0]])})
@@ -21,15 +26,25 @@ def padding(x: Any, cut: str | None = None) -> Tensor | None:
     """
     if not isinstance(x, Mapping):
         return None
-    name = "attention_mask"
+    name, decodes = "attention_mask", False
     if any(isinstance(key, str) and key.startswith("decoder_") for key in x):
-        parts = (cut or "").split(".")
-        if not any("encoder" in part and "decoder" not in part for part in parts):
+        decodes = not any("encoder" in part and "decoder" not in part for part in (cut or "").split("."))
+        if not decodes:
+            y = None  # labels are of the decoder's positions
+        else:
             name = "decoder_attention_mask"
+    labels = y.get("labels") if isinstance(y, Mapping) else y
+    of_positions = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
     mask = x.get(name)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
-        return None  # none, or one of pairs of positions, or numbers to be added to scores
-    return mask != 0
+        # There is none, or one of pairs of positions, or of numbers to be added to scores.
+        return (labels != IGNORED).flip(1).cummax(1).values.flip(1) if decodes and of_positions else None
+    real = mask != 0
+    if of_positions and labels.shape == real.shape:
+        counts = labels != IGNORED
+        real = real | counts
+        real[:, :-1] |= counts[:, 1:]
+    return real
 
 
 def without_padding(h: Tensor, real: Tensor | None) -> Tensor:
