@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,20 @@ class List:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code: 0, 1 if training failed, 2 if what was asked for cannot work."""
-    return guarded(lambda: _run(argv))
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words == ["--version"]:  # asked of an installation without the lab too
+        with surroundings.settled():
+            print(_version())
+        return 0
+    return guarded(lambda: _run(words or ["--help"]))
+
+
+def _version() -> str:
+    import torch
+
+    import onward
+
+    return f"onward {onward.__version__} (torch {torch.__version__}, python {platform.python_version()})"
 
 
 def guarded(work: Callable[[], object]) -> int:
@@ -75,28 +89,30 @@ def _complain(error: object, code: int) -> int:
     return code
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def _run(argv: Sequence[str]) -> None:
     with lab_extra():
         import tyro
 
+        from onward.lab.plain import flat
         from onward.lab.report.page import report
         from onward.lab.run import processes
         from onward.lab.run.folder import MAY_CHANGE
         from onward.lab.run.loop import resume, train
-        from onward.lab.settings import Align, Bench, Compare, Report, Train, flat
+        from onward.lab.settings import Align, Bench, Compare, Doctor, Report, Train
         from onward.lab.studies.align import align
         from onward.lab.studies.bench import bench
         from onward.lab.studies.compare import compare
+        from onward.lab.studies.doctor import doctor
 
     commands = [
         Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
-        for kind in (Train, Compare, Align, Bench, Report, List)
+        for kind in (Train, Compare, Align, Bench, Report, List, Doctor)
     ]
     kinds: Any = Union[tuple(commands)]  # noqa: UP007 (made at run time)
     asked = tyro.cli(
         kinds,
         prog="onward",
-        description="Train PyTorch networks without backpropagating through them.",
+        description="Train PyTorch networks without backpropagating through them. `onward --version` says which one this is.",
         args=argv,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -123,6 +139,8 @@ def _run(argv: Sequence[str] | None) -> None:
             report(asked)
         case List():
             _list()
+        case Doctor():
+            doctor(asked)
 
 
 def _list() -> None:

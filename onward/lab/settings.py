@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
-
-import torch
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 from onward.errors import UsageError, unknown
+from onward.lab.checks import FROM_0, FROM_1, POSITIVE, at_home, check_number
+from onward.lab.plain import flat
 from onward.lab.system.extra import lab_extra
 
 with lab_extra():
     import tyro
 
 AUGMENTATIONS = ("none", "crop-flip", "resized-crop-flip")
-LARGEST = 2**31 - 1
-"""Of whole numbers: what every part of PyTorch takes."""
-FROM_1 = {"batch_size", "network.layers", "heads.width", "epochs", "test_batch_size", "log_interval", "align_estimates"}
-FROM_1 |= {"schedule.step_size", "subset.train", "subset.test", "lr_epochs", "turns", "steps", "classes"}
-FROM_0 = {"lr", "optimizer.momentum", "optimizer.weight_decay", "feedback.lr", "feedback.decay", "save_weights", "align_every"}
-FROM_0 |= {"schedule.patience", "schedule.start", "schedule.end", "seed"}
-POSITIVE = {"network.width", "data_timeout", "schedule.gamma", "lr_grid"}
-"""The numbers among the settings, by the least that they may be; each may be None or a tuple too."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,13 +22,19 @@ class Network:
     """The network, beyond its name."""
 
     width: float = 1.0
-    """Multiplies the width of every hidden layer."""
+    """Multiplies the width of every hidden layer; of gpt, the features of a token (128 if left at 1)."""
     layers: int = 2
-    """Hidden layers of mlp, blocks of chain."""
+    """Hidden layers of mlp, blocks of chain, layers of gpt."""
+    heads: int = 4
+    """Of attention, in gpt."""
     pool_first: bool = False
     """Max-pool after the first convolution of cnn too."""
     downsample: Literal["conv", "avg-pool"] = "conv"
     """How resnet18-8b and -2b halve what goes around a block, by stride or average pool; conv leaves small-net at full size."""
+    dropout: float = 0.0
+    """Of mlp, vgg8b and vgg11b: the share of each hidden layer's outputs that a training step leaves out."""
+    leaky: bool = False
+    """Of mlp, vgg8b and vgg11b: a slope of 0.01 below zero instead of ReLU."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +44,8 @@ class Optimizer:
     name: Literal["adam", "sgd"] = "adam"
     momentum: float = 0.0
     """Of sgd."""
+    nesterov: bool = False
+    """Of sgd with momentum: look ahead along it, as Nesterov does."""
     weight_decay: float = 0.0
 
 
@@ -56,13 +53,15 @@ class Optimizer:
 class Schedule:
     """The learning rate of the network and its heads over time; the feedback's stays as it is."""
 
-    name: Literal["exponential", "step", "plateau", "onecycle", "linear", "cosine", "constant"] = "exponential"
-    """exponential, step and plateau multiply the rate by gamma, after every epoch, every step_size epochs, or when the training
-    loss no longer falls; onecycle (whose peak is lr), linear and cosine (down to 0) change it at every step of the run."""
+    name: Literal["exponential", "step", "milestones", "plateau", "onecycle", "linear", "cosine", "constant"] = "exponential"
+    """exponential, step, milestones and plateau multiply the rate by gamma, after every epoch, every step_size epochs, the epochs
+    of milestones, or when the training loss no longer falls; onecycle (whose peak is lr), linear and cosine (down to 0) change it at every step of the run."""
     gamma: float | None = None
-    """If not given: 0.95 of exponential, 0.2 of step and plateau."""
+    """If not given: 0.95 of exponential, 0.2 of the others."""
     step_size: int = 30
     """Epochs between two changes of step."""
+    milestones: tuple[int, ...] = ()
+    """The epochs after which milestones changes the rate."""
     patience: int = 15
     """Epochs that plateau waits for a lower training loss."""
     start: float = 1.0
@@ -91,6 +90,10 @@ class Heads:
     width: int | None = None
     """Hidden channels of cnn (if not given: 32), features of mlp (1024), half of that beyond 8 hidden blocks; multiplied by
     network.width."""
+    lr: float | None = None
+    """Their learning rate; if not given, that of the network."""
+    decay: float | None = None
+    """Their weight decay; if not given, that of the network."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,12 @@ class Transform:
     std: float | tuple[float, ...] = 0.5
     """One number, or one per channel."""
     augment: str = "none"
-    """Of training batches: none; crop-flip, a random crop of the image padded with 4 black pixels on every side, mirrored half
+    """Of training batches: none; crop-flip, a random crop of the image padded with black pixels on every side, mirrored half
     of the time; resized-crop-flip, a random 8 to 100 % of its area, resized to size, mirrored half of the time."""
+    padding: int = 4
+    """Black pixels on every side that crop-flip crops from."""
+    cutout: int = 0
+    """Of training batches: the side of a square, anywhere on the image, that is set to the mean; 0 for none."""
     size: int | None = None
     """Side of the squares that images become: resized on their shorter side, cut to their middle; not given, they stay."""
 
@@ -111,6 +118,8 @@ class Transform:
         if self.augment not in AUGMENTATIONS:
             raise unknown("augmentation", self.augment, AUGMENTATIONS)
         check_number("transform.size", self.size, 1)
+        check_number("transform.padding", self.padding)
+        check_number("transform.cutout", self.cutout)
         if not all(0 < value < float("inf") for value in (self.std if isinstance(self.std, tuple) else (self.std,))):
             raise UsageError(f"--transform.std {self.std}: use positive numbers")
 
@@ -132,6 +141,16 @@ class TaskSettings:
             raise UsageError(f"--task.label-smoothing {self.label_smoothing}: use a number from 0 to 1")
         if weights and not (all(0 <= weight < float("inf") for weight in weights) and any(weights)):
             raise UsageError(f"--task.class-weights {' '.join(map(str, weights))}: use numbers from 0, and one above it")
+
+
+@dataclass(frozen=True)
+class Text:
+    """How text becomes numbers."""
+
+    unit: Literal["characters", "bytes"] = "characters"
+    """What a token is: a character of the text, or a byte of it in UTF-8."""
+    window: int = 64
+    """Tokens that the network sees at once. A text is cut into such windows; rows of a table are cut, or filled up, to one."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +181,10 @@ class Setup:
     """Learning rate of the network and its heads."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    precision: Literal["float32", "bf16"] = "float32"
+    """bf16 computes in bfloat16 where autocast does, on processors and GPUs that can; weights and losses stay as they are."""
+    channels_last: bool = False
+    """Keep images in memory pixel by pixel instead of map by map, which some convolutions run faster on."""
     compile: Literal["off", "auto", "replay", "inductor"] = "off"
     """Trace a step once and replay it, as it is (the same numbers) or compiled by inductor; auto takes what is fastest here."""
     network: Network = field(default_factory=Network)
@@ -180,50 +203,9 @@ class Setup:
         if self.optimizer.momentum and self.optimizer.name != "sgd":
             why = f"--optimizer.momentum {self.optimizer.momentum} is for --optimizer.name sgd"
             raise UsageError(f"{why}: give both or neither")
-
-
-def at_home(config: object) -> None:
-    """Put the home folder in the place of a ~ at the beginning of paths: no shell does that in --out=~/runs.
-
-    >>> Train(out="~/runs").out == os.path.expanduser("~/runs")
-    True
-    >>> Train(data_dir="~nobody-of-that-name/images")
-    Traceback (most recent call last):
-    onward.errors.UsageError: --data-dir ~nobody-of-that-name/images: there is no such home folder, write the whole path
-    """
-
-    def whole(name: str, path: Any) -> Any:
-        if isinstance(path, tuple):
-            return tuple(whole(name, part) for part in path)
-        if not isinstance(path, str) or not path.startswith("~"):
-            return path
-        found = os.path.expanduser(path)  # noqa: PTH111 (a model's name is more than a path)
-        if found.startswith("~") and not os.path.exists(path.partition("/")[0]):  # noqa: PTH110
-            raise UsageError(f"--{name.replace('_', '-')} {path}: there is no such home folder, write the whole path")
-        return found
-
-    for name in ("model", "algorithm", "algorithms", "out", "data", "data_dir", "resume", "runs", "plot", "json"):
-        if hasattr(config, name):
-            object.__setattr__(config, name, whole(name, getattr(config, name)))
-
-
-def check_number(name: str, value: float | None, least: int = 0, *, above: bool = False) -> None:
-    """Raise a UsageError for an option that is smaller (`above`: or equal), or no number that can be computed with.
-
-    >>> check_number("batch_size", 0, least=1)
-    Traceback (most recent call last):
-    onward.errors.UsageError: --batch-size 0: use at least 1
-    """
-    if value is None:
-        return
-    whole, remedy = isinstance(value, int), ""
-    if above and value <= least:
-        remedy = "use a positive number"
-    elif not least <= value <= (LARGEST if whole else torch.finfo(torch.float32).max):
-        too_large = f"use at most {LARGEST}" if whole else "use a finite number, of 32 bits"
-        remedy = f"use at least {least}" if value < least else too_large
-    if remedy:
-        raise UsageError(f"--{name.replace('_', '-')} {value}: {remedy}")
+        if self.optimizer.nesterov and not self.optimizer.momentum:
+            why = "--optimizer.nesterov looks ahead along a momentum, and there is none"
+            raise UsageError(f"{why}: give --optimizer.name sgd and --optimizer.momentum too")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,9 +213,9 @@ class Recipe(Setup):
     """What runs that are compared with each other have in common."""
 
     data: str = "digits"
-    """A data set that `onward list` names, owner/name on the Hugging Face hub, or path/to/file.py:function of your own, whose
-    function (called without arguments, or with the seed) returns (train, test): two pairs of tensors (inputs, targets), or
-    torch.utils.data.Dataset of such pairs."""
+    """A data set that `onward list` names, path/to/file.txt, owner/name on the Hugging Face hub, or path/to/file.py:function of
+    your own, whose function (called without arguments, or with the seed) returns (train, test): two pairs of tensors (inputs,
+    targets), or torch.utils.data.Dataset of such pairs."""
     data_dir: str | None = None
     """A folder of parquet files, or of class folders of images, to read instead."""
     data_timeout: float = 300.0
@@ -266,6 +248,7 @@ class Recipe(Setup):
     task: TaskSettings = field(default_factory=TaskSettings)
     schedule: Schedule = field(default_factory=Schedule)
     transform: Transform = field(default_factory=Transform)
+    text: Text = field(default_factory=Text)
     subset: Subset = field(default_factory=Subset)
 
     def __post_init__(self) -> None:
@@ -341,6 +324,11 @@ class Report:
         at_home(self)
 
 
+@dataclass(frozen=True)
+class Doctor:
+    """Say what there is on this machine (versions, devices, threads, extras), and try every algorithm against its formula."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bench(Setup):
     """Measure time, memory and arithmetic of a training step with each algorithm, beside backpropagation with and without
@@ -361,54 +349,3 @@ class Bench(Setup):
     """Picture of the sweep; if not given, bench-<model>-<sweep>.png."""
     json: str | None = None
     """Write all figures to this file too."""
-
-
-def flat(config: Any, between: str = ".") -> dict[str, Any]:
-    """Every setting of a configuration, or of the dict that one became, by its name on the command line with underscores.
-
-    >>> flat(Train())["network.layers"]
-    2
-    """
-    values = config if isinstance(config, dict) else asdict(config)
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = flat(value, between) if isinstance(value, dict) else {}
-        found |= {f"{name}{between}{key}": part for key, part in inner.items()} if isinstance(value, dict) else {name: value}
-    return found
-
-
-def from_dict(kind: type[T], values: dict[str, Any]) -> T:
-    """The configuration that `dataclasses.asdict` turned into `values`, also after a trip through JSON.
-
-    Raises:
-        UsageError: a setting that does not exist, or a value of another type than its own; the message names it.
-
-    >>> import json
-    >>> from_dict(Train, json.loads(json.dumps(asdict(Train(lr=0.1))))) == Train(lr=0.1)
-    True
-    >>> from_dict(Train, {"network": {"width": "wide\\n"}})  # doctest: +ELLIPSIS
-    Traceback (most recent call last):
-    onward.errors.UsageError: configuration: wrong value type for field "network.width" - ... of value "wide\\n" of type "str"
-    """
-    import dacite
-
-    try:
-        hooks: dict[Any, Any] = dict.fromkeys((int, float, tuple[str, ...], tuple[float, ...]), _taken_literally)
-        return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[], type_hooks=hooks))
-    except UsageError:
-        raise
-    except (dacite.DaciteError, TypeError, ValueError) as error:
-        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # dacite shows values as they are
-        raise UsageError(f"configuration: {shown}") from None
-
-
-def _as_given(value: Any) -> Any:
-    """JSON has no tuples."""
-    if isinstance(value, dict):
-        return {name: _as_given(inner) for name, inner in value.items()}
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _taken_literally(value: Any) -> Any:
-    """To Python true is a number, and a mapping a sequence of its keys; in a file both are mistakes."""
-    return str(value) if isinstance(value, (bool, dict)) else value

@@ -24,11 +24,12 @@ from onward.lab import cli as command
 from onward.lab.data import Data, Split
 from onward.lab.dialects import fdfa, flg
 from onward.lab.networks.models import MODELS
+from onward.lab.plain import from_dict
 from onward.lab.report import page as report
 from onward.lab.run import loop as training
 from onward.lab.run import record
 from onward.lab.run.loop import TrainingFailed, train
-from onward.lab.settings import AUGMENTATIONS, Align, Bench, Compare, Report, Train, Transform, from_dict
+from onward.lab.settings import AUGMENTATIONS, Align, Bench, Compare, Report, Train, Transform
 from onward.lab.studies import align, bench, compare
 
 Draw = Callable[..., Any]

@@ -30,10 +30,11 @@ from main import translate
 from onward.errors import UsageError
 from onward.lab.data import Data
 from onward.lab.dialects import commands, fdfa, flg
+from onward.lab.plain import flat
 from onward.lab.run.algorithms import spelled
 from onward.lab.run.loop import TrainingFailed, prepare
 from onward.lab.run.record import read
-from onward.lab.settings import Feedback, Heads, Network, Optimizer, Schedule, Subset, Train, Transform, flat
+from onward.lab.settings import Feedback, Heads, Network, Optimizer, Schedule, Subset, Train, Transform
 
 ROOT = Path(__file__).parents[2]
 DEFAULTS = Train(algorithm="fdfa", model="mlp", data="mnist", epochs=100, batch_size=64, lr=1e-4, schedule=Schedule(gamma=0.95))

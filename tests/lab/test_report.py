@@ -16,9 +16,10 @@ import pytest
 
 from onward.errors import UsageError
 from onward.lab import cli as command
+from onward.lab.plain import flat
 from onward.lab.report import page as module
 from onward.lab.report.page import find, grouped, read, report
-from onward.lab.settings import Feedback, Heads, Network, Optimizer, Report, Schedule, Subset, Train, Transform, flat
+from onward.lab.settings import Feedback, Heads, Network, Optimizer, Report, Schedule, Subset, Train, Transform
 
 Write = Callable[..., Path]
 HOSTILE = "</script><img src=x onerror=alert(1)><b a='\"&{{ 7*7 }}%{x}"

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from onward.errors import UsageError
+from onward.lab.plain import flat
 from onward.lab.run import processes
 from onward.lab.run.failure import TrainingFailed
 from onward.lab.run.loop import train
 from onward.lab.run.training import Row, load_data
-from onward.lab.settings import Subset, Train, flat
+from onward.lab.settings import Subset, Train
 from onward.lab.system import memory
 from onward.lab.system.extra import reason_of
 

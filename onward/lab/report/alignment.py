@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from onward.lab.plain import flat
 from onward.lab.report.figures import Panel, heat_map
-from onward.lab.settings import flat
 
 COSINES = {
     "signal.cosine": "Cosine of error signal and true gradient",

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import UsageError
+from onward.lab.plain import flat
 from onward.lab.report.alignment import numbers
 from onward.lab.run import record
 from onward.lab.run.folder import CONFIG, METRICS, NOT_IN_RESULT, RATES, TRIALS
 from onward.lab.run.record import Record
-from onward.lab.settings import Train, flat
+from onward.lab.settings import Train
 from onward.lab.tasks import CLASSIFICATION
 
 ENVIRONMENT = ("device", "torch", "onward", "python")

@@ -14,13 +14,14 @@ from typing import Any
 
 import onward
 from onward.errors import UsageError
+from onward.lab.plain import flat
 from onward.lab.report import figures
 from onward.lab.report import groups as by
 from onward.lab.report.alignment import maps
 from onward.lab.report.figures import LOSSES, Looks, Panel, last, spread, total
 from onward.lab.report.groups import Group, find, grouped, headline, read, remarks
 from onward.lab.run.record import Record
-from onward.lab.settings import Report, Train, flat
+from onward.lab.settings import Report, Train
 from onward.lab.system import disk
 from onward.lab.system.extra import lab_extra
 from onward.lab.tasks import Metric, Task

@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from onward.errors import UsageError
-from onward.lab.settings import Train, flat
+from onward.lab.plain import flat
+from onward.lab.settings import Train
 from onward.lab.system import disk
 from onward.lab.system.extra import lab_extra, reason_of
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from onward.errors import UsageError
 from onward.lab import tasks
+from onward.lab.plain import flat, from_dict
 from onward.lab.run.folder import ALIGNED, ALIGNMENT, CONFIG, FAILURE, METRICS, NOT_IN_RESULT, check_code, read_config
-from onward.lab.settings import Train, flat, from_dict
+from onward.lab.settings import Train
 from onward.lab.system.extra import reason_of
 
 

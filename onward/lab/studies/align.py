@@ -14,6 +14,7 @@ from rich.table import Table
 
 from onward.errors import UsageError
 from onward.lab.networks import models
+from onward.lab.plain import flat
 from onward.lab.report.alignment import COSINES, HISTOGRAM, WORDS, maps
 from onward.lab.report.figures import Panel
 from onward.lab.report.groups import short_names, shown
@@ -23,7 +24,7 @@ from onward.lab.run import folder as run_folder
 from onward.lab.run.failure import TrainingFailed
 from onward.lab.run.training import align as align_run
 from onward.lab.run.training import check_place, load_data, prepare, standing
-from onward.lab.settings import Align, flat
+from onward.lab.settings import Align
 from onward.lab.studies.runs import data_for, failures, runs_of, train_all
 from onward.lab.system import disk
 from onward.lab.system.extra import reason_of

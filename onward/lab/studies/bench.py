@@ -25,12 +25,13 @@ from rich.table import Table
 from onward.errors import UsageError, unknown
 from onward.lab.networks import models
 from onward.lab.networks.blocks import MODELS
+from onward.lab.plain import flat
 from onward.lab.report.figures import sweep
 from onward.lab.report.picture import draw, formats
 from onward.lab.report.picture import picture as draw_panels
 from onward.lab.run import algorithms, processes
 from onward.lab.run.loop import progress
-from onward.lab.settings import Bench, Setup, Train, flat
+from onward.lab.settings import Bench, Setup, Train
 from onward.lab.studies.step import PHASES, Learner, Turn, memory_of, take_turn
 from onward.lab.system import disk, memory, own
 

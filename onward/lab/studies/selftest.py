@@ -1,0 +1,164 @@
+"""Every algorithm against its formula written out, on a network small enough that the formula is a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import onward
+from onward.estimators.settings import parsed
+from onward.lab.run.algorithms import find, read
+
+TOLERANCE = 1e-10
+"""Of the largest difference, relative to the largest number; everything is computed in float64."""
+
+
+class Trial(NamedTuple):
+    """A network that has run: ``h1 = tanh(x W1' + b1)``, ``h2 = tanh(h1 W2' + b2)``, ``z = h2 W3' + b3``."""
+
+    estimator: Any
+    weights: list[Tensor]
+    """W1, b1, W2, b2, W3, b3."""
+    x: Tensor
+    h: list[Tensor]
+    """h1 and h2."""
+    targets: Tensor
+    """One-hot rows."""
+    e: Tensor
+    """dL/dz of the mean cross entropy."""
+
+    def back(self, delta: Tensor) -> Tensor:
+        """The true gradient at h1 from the error signal at h2."""
+        return (delta * (1 - self.h[1] ** 2)) @ self.weights[2]
+
+    @property
+    def true(self) -> list[Tensor]:
+        """The true gradients at h1 and h2."""
+        at_h2 = self.e @ self.weights[4]
+        return [self.back(at_h2), at_h2]
+
+    def gradients(self, deltas: list[Tensor]) -> list[Tensor]:
+        """The gradients of all parameters, from the error signals at h1 and h2."""
+        found: list[Tensor] = []
+        for below, h, delta in zip((self.x, self.h[0]), self.h, deltas, strict=True):
+            inner = delta * (1 - h**2)
+            found += [inner.T @ below, inner.sum(0)]
+        return [*found, self.e.T @ self.h[1], self.e.sum(0)]
+
+    def tangent(self, directions: list[Tensor]) -> Tensor:
+        """The tangent of z where directions are added at h1 and h2."""
+        at_h2 = (directions[0] @ self.weights[2].T) * (1 - self.h[1] ** 2) + directions[1]
+        return at_h2 @ self.weights[4].T
+
+    def local(self) -> list[Tensor]:
+        """The gradients of the losses of linear heads at h1 and h2."""
+        found = []
+        for h, head in zip(self.h, self.estimator.heads.by_cut, strict=True):
+            weight, bias = head.parameters()
+            found.append((torch.softmax(h @ weight.T + bias, 1) - self.targets) / len(h) @ weight)
+        return found
+
+
+def _direct(trial: Trial) -> list[Tensor]:
+    return trial.gradients([trial.e @ matrix for matrix in trial.estimator.feedback])
+
+
+def _drtp(trial: Trial) -> list[Tensor]:
+    return trial.gradients([-trial.targets @ matrix / len(trial.x) for matrix in trial.estimator.feedback])
+
+
+def _dkp(trial: Trial) -> list[Tensor]:
+    return _direct(trial) + [trial.e.T @ h for h in trial.h]
+
+
+def _fdfa(trial: Trial) -> list[Tensor]:
+    directions = [trial.estimator.direction(k, h, 0) for k, h in enumerate(trial.h)]
+    z = trial.tangent(directions)
+    learned = zip(trial.estimator.feedback, directions, strict=True)
+    return _direct(trial) + [matrix - z.T @ u / len(u) for matrix, u in learned]
+
+
+def _along(trial: Trial, guesses: list[Tensor], *, normalised: bool) -> list[Tensor]:
+    """The true gradient at h1 and h2, of each sample projected on its guess."""
+    found = []
+    for true, u in zip(trial.true, guesses, strict=True):
+        slope = (true * u).sum(1, keepdim=True)
+        found.append(slope * u / (u * u).sum(1, keepdim=True) if normalised else slope * u)
+    return trial.gradients(found)
+
+
+def _guess_local(trial: Trial) -> list[Tensor]:
+    return _along(trial, trial.local(), normalised=True)
+
+
+def _weights_drawn(trial: Trial) -> list[Tensor]:
+    named = trial.estimator.model.named_parameters()
+    drawn = [trial.estimator.drawn_weights(name, p, 0) for name, p in named]
+    true = trial.gradients(trial.true)
+    slope = sum(float((g * v).sum()) for g, v in zip(true, drawn, strict=True))
+    return [slope * v for v in drawn]
+
+
+REFERENCES: dict[str, Callable[[Trial], list[Tensor]]] = {
+    "bp": lambda trial: trial.gradients(trial.true),
+    "dfa": _direct,
+    "dkp": _dkp,
+    "drtp": _drtp,
+    "fdfa": _fdfa,
+    "fg:guess=local": _guess_local,
+    "fg:space=avg-weight": _weights_drawn,
+    "local": lambda trial: trial.gradients(trial.local()),
+}
+"""By entry, the gradients of the network's parameters, and of the feedback matrices where these learn."""
+
+
+def deviation(entry: str, *, device: str = "cpu", seed: int = 0) -> float:
+    """How far the estimate of one algorithm is from its reference: the largest difference, relative to the largest number.
+
+    >>> deviation("dfa") < TOLERANCE
+    True
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = ((5, 6), (6, 4), (4, 3))
+    layers = [nn.Linear(*size, dtype=torch.float64) for size in sizes]
+    with torch.no_grad():
+        for p in (p for layer in layers for p in layer.parameters()):
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    model = nn.Sequential(nn.Sequential(layers[0], nn.Tanh()), nn.Sequential(layers[1], nn.Tanh()), layers[2]).to(device)
+    x = torch.randn(7, 5, generator=generator, dtype=torch.float64).to(device)
+    y = torch.randint(3, (7,), generator=generator).to(device)
+    name, given = read(entry)
+    algorithm = find(name)
+    settings = parsed(algorithm, given)
+    if algorithm.needs_heads(**settings):
+        heads = {cut: nn.Linear(size[1], 3, dtype=x.dtype) for cut, size in zip("01", sizes, strict=False)}
+        settings["heads"] = {cut: head.to(device) for cut, head in heads.items()}
+    options: dict[str, Any] = {} if entry == "fg:space=avg-weight" else {"cuts": ("0", "1")}
+    estimator = algorithm(model, seed=seed, **options, **settings)
+    trial = run(estimator, x, y, generator)
+    with torch.no_grad():
+        expected = REFERENCES[entry](trial)
+    estimator.estimate(x, y)
+    learned = estimator.feedback if algorithm.learns_feedback(**settings) else ()
+    found = [p.grad for p in (*model.parameters(), *learned)]
+    pairs = list(zip(found, expected, strict=True))
+    scale = max(float(one.abs().max()) for one in expected)
+    return max(float("inf") if a is None else float((a - b).abs().max()) for a, b in pairs) / scale
+
+
+@torch.no_grad()
+def run(estimator: Any, x: Tensor, y: Tensor, generator: torch.Generator) -> Trial:
+    """Run the estimator's network once, by the formula; feedback matrices are given numbers, for they may start as zeros."""
+    if isinstance(estimator, onward.DirectFeedback):
+        estimator.initialize(x)
+        for matrix in estimator.feedback:
+            matrix.copy_(torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype))
+    weights = [p.detach().clone() for p in estimator.model.parameters()]
+    h1 = torch.tanh(x @ weights[0].T + weights[1])
+    h2 = torch.tanh(h1 @ weights[2].T + weights[3])
+    z = h2 @ weights[4].T + weights[5]
+    targets = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[y]
+    return Trial(estimator, weights, x, [h1, h2], targets, (torch.softmax(z, 1) - targets) / len(z))
