@@ -6,7 +6,7 @@ A metric is said once, here; console, tables, curves, TensorBoard, CSV and the p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +18,8 @@ from torch import Tensor
 from onward.errors import UsageError, unknown
 from onward.lab.settings import TaskSettings
 from onward.network.run import Loss
+
+Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Task:
     """The targets as the loss takes them, samples first. It raises a UsageError for those that cannot be."""
     count: Callable[[Tensor], int]
     """How many outputs targets ask for."""
+    draw: Callable[[Shape, int], Tensor]
+    """`draw(shape, outputs)`: random targets for inputs of that shape, samples first, to measure what a step costs."""
+    of_positions: bool = False
+    """Whether targets (N, T) have one of their outputs for each position of a sequence, (N, T, outputs)."""
 
     @property
     def main(self) -> Metric:
@@ -127,6 +133,7 @@ CLASSIFICATION = Task(
     looks=lambda y: y.dim() == 1 and not y.is_floating_point(),
     read=_classes,
     count=lambda y: int(y.max()) + 1,
+    draw=lambda shape, outputs: torch.randint(outputs, tuple(shape[:1])),
 )
 
 
@@ -163,6 +170,7 @@ MULTI_LABEL = Task(
     looks=lambda y: y.dim() == 2 and not y.is_floating_point() and bool(((y == 0) | (y == 1)).all()),
     read=_labels,
     count=lambda y: y.shape[1],
+    draw=lambda shape, outputs: torch.randint(2, (shape[0], outputs)).float(),
 )
 
 
@@ -203,6 +211,7 @@ REGRESSION = Task(
     looks=lambda y: y.dim() in (1, 2) and y.is_floating_point(),
     read=_numbers,
     count=lambda y: y.shape[1],
+    draw=lambda shape, outputs: torch.randn(shape[0], outputs),
 )
 
 
@@ -218,7 +227,65 @@ def measured_from(task: Task, y: Tensor) -> Task:
     return replace(task, metrics=(replace(R2, measure=partial(_squares, origin=y[0].double())), *task.metrics[1:]))
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTI_LABEL, REGRESSION)}
+def _tokens(y: Tensor) -> Tensor:
+    if y.dim() != 2 or y.shape[1] < 1 or (y.is_floating_point() and (y != y.round()).any()) or (len(y) and y.min() < 0):
+        raise UsageError(f"{_shown(y)} are no tokens: give the number of the token that follows each position, from 0, (N, T)")
+    return y.long()
+
+
+def _of_positions(output: Any, y: Tensor) -> Tensor:
+    """The output (N, T, tokens) as rows, one for each position."""
+    shape = tuple(getattr(output, "shape", ()))
+    if shape[:-1] != tuple(y.shape):
+        found = f"shape {shape}" if shape else f"a {type(output).__name__}"
+        raise UsageError(f"the network returned {found} for {_shown(y)}: return (N, T, tokens), numbers for each position")
+    return output.flatten(0, -2)
+
+
+def _surprise(output: Tensor, y: Tensor) -> Tensor:
+    """The sum of -log p of what followed, in nats, and how many positions there are."""
+    nats = F.cross_entropy(_of_positions(output, y).float(), y.flatten(), reduction="none").double()
+    return torch.stack([nats.sum(), nats.new_tensor(y.numel())])
+
+
+def _guessed(output: Tensor, y: Tensor) -> Tensor:
+    right = (_of_positions(output, y).argmax(1) == y.flatten()).sum().double()
+    return torch.stack([right, right.new_tensor(y.numel())])
+
+
+def next_of(unit: str) -> Task:
+    """Next-token prediction; a token is a `unit` of the text, in whose bits it is measured.
+
+    >>> task, y = next_of("character"), torch.tensor([[0, 1], [1, 0]])
+    >>> [round(one.value(one.measure(torch.zeros(2, 2, 2), y), 2), 3) for one in task.metrics]
+    [1.0, 2.0, 50.0]
+    """
+    bits = Metric(
+        "bits", f"test bits per {unit}", "", "lower", ".4f", _surprise, lambda sums, n: float(sums[0] / sums[1]) / math.log(2)
+    )
+    perplexity = Metric(
+        "perplexity", "test perplexity", "", "lower", ".4g", _surprise, lambda sums, n: float((sums[0] / sums[1]).exp())
+    )
+    guessed = Metric(
+        "token_accuracy", "test token accuracy", "%", "higher", ".2f", _guessed, lambda sums, n: 100 * float(sums[0] / sums[1])
+    )
+    return Task(
+        f"next-{unit}",
+        f"the {unit} that follows, at every position of a text; targets are whole numbers (N, T)",
+        f"{unit}s",
+        lambda output, y: F.cross_entropy(_of_positions(output, y), y.flatten()),
+        (bits, perplexity, guessed),
+        looks=lambda y: False,  # rows of whole numbers may be other things: it has to be said
+        read=_tokens,
+        count=lambda y: int(y.max()) + 1,
+        draw=lambda shape, outputs: torch.randint(outputs, tuple(shape[:2])),
+        of_positions=True,
+    )
+
+
+NEXT = {unit: next_of(unit) for unit in ("character", "byte", "token")}
+"""Next-token prediction, by what a token is."""
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, MULTI_LABEL, REGRESSION, *NEXT.values())}
 
 
 def named(name: str) -> Task:

@@ -493,7 +493,7 @@ def test_settings_that_do_not_fit(config: Make, tmp_path: Path, changes: dict[st
 
 def test_whole_numbers_are_not_for_a_network_of_real_ones(config: Make) -> None:
     with pytest.raises(
-        UsageError, match="mlp takes real numbers, and the inputs are int64: return floats, or give a network of"
+        UsageError, match="mlp takes real numbers, and the inputs are int64: give --model gpt for tokens of text, return"
     ):
         prepare(config("tokens"), load_data(config("tokens")))
 

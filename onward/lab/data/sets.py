@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from onward.lab.data.bundled import BUNDLED
 from onward.lab.data.encoded import PATIENCE
 from onward.lab.data.images import decoded, from_folder
 from onward.lab.data.split import Data, subset
+from onward.lab.data.text import TEXTS, is_file, of_file, of_text
+from onward.lab.settings import Text
 from onward.lab.system.own import named
 
 ON_HUB = {
@@ -29,7 +32,7 @@ ON_HUB = {
 }
 """Images on the Hugging Face hub: what they are called there, and a line on them."""
 DATASETS = {
-    **{name: (make.__doc__ or "").partition("\n")[0].rstrip(".") for name, make in BUNDLED.items()},
+    **{name: (make.__doc__ or "").partition("\n")[0].rstrip(".") for name, make in (BUNDLED | TEXTS).items()},
     **{name: line for name, (_, line) in ON_HUB.items()},
 }
 """All that have a name here, with a line on each."""
@@ -44,6 +47,7 @@ def load(
     patience: float = PATIENCE,
     task: str = "auto",
     seed: int = 0,
+    text: Text | None = None,
 ) -> Data:
     """A data set by one of the `DATASETS` names, by its name on the Hugging Face hub, from a folder or the user's own file.
 
@@ -57,7 +61,8 @@ def load(
     not, each is decoded when a batch needs it. Both ways give the same batches. An image may take `patience` seconds.
 
     `path/to/file.py:function` is called, with the `seed` if it takes it, and returns (train, test), each a pair of tensors or a
-    Dataset of pairs. The `task` says what their targets are for; `auto` finds it out from the targets.
+    Dataset of pairs. `path/to/file.txt` is text, cut into windows as `text` says. The `task` says what their targets are
+    for; `auto` finds it out from the targets.
 
     Raises:
         UsageError: an unknown name, a data set out of reach, data that cannot be used, or not for this task.
@@ -70,6 +75,7 @@ def load(
     if task != "auto":
         tasks.named(task)  # says so if there is none
     asked = {"train": train_samples, "test": test_samples}
+    options = text or Text()
     if owner := named("--data", name):
         if data_dir is not None:
             why = f"--data-dir {data_dir} beside {owner}"
@@ -80,13 +86,27 @@ def load(
         data = decoded(path.resolve().name, *from_folder(path, name), asked, patience)
     elif name in BUNDLED:
         data = subset(BUNDLED[name](), asked)
+    elif name in TEXTS:
+        data = subset(of_text(name, TEXTS[name](), options), asked)
+    elif is_file(name):
+        data = subset(of_file(name, options), asked)
     else:
         if name not in ON_HUB and os.path.isdir(name.partition(":")[0]):  # noqa: PTH112 (no path may be made of some names)
             raise UsageError(f"data set {name} is a folder here: give it with --data-dir")
         if name not in ON_HUB and not re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", name):
-            raise unknown("data set", name, [*DATASETS, "owner/name on the Hugging Face hub, path/to/file.py:function"])
+            raise unknown(
+                "data set", name, [*DATASETS, "owner/name on the Hugging Face hub, path/to/file.txt, path/to/file.py:function"]
+            )
         on_hub = ON_HUB[name][0] if name in ON_HUB else name
         data = decoded(name, *hub.read(on_hub), asked, patience)
     if task not in ("auto", data.task):
         raise UsageError(f"--task {task}: data set {data.name} is for {data.task}, leave it out")
+    _refuse_of_text(options, data)
     return data
+
+
+def _refuse_of_text(options: Text, data: Data) -> None:
+    """Raise a UsageError for settings of text that the data are none of."""
+    for entry in fields(Text):
+        if data.tokens is None and (given := getattr(options, entry.name)) != entry.default:
+            raise UsageError(f"--text.{entry.name} {given}: data set {data.name} holds no text, leave it out")

@@ -16,6 +16,7 @@ from onward.errors import UsageError
 from onward.lab.data.encoded import Encoded
 from onward.lab.data.inputs import Inputs, leaves, mapped, numbers
 from onward.lab.data.items import Items
+from onward.lab.tasks import named
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Data:
     class_names: tuple[str, ...]
     """What each output stands for."""
     task: str = "classification"
+    tokens: int | None = None
+    """How many kinds of tokens the inputs are numbers of, where they are such."""
+    vocabulary: tuple[str, ...] = ()
+    """What each token stands for, where outputs are something else."""
 
     @property
     def noun(self) -> str:
@@ -89,7 +94,7 @@ class Data:
         Inputs in memory count by their numbers, encoded images by file name and size (or size in their row): reading all of
         them takes hours where there are many. Items of a Dataset count by their numbers unless these are drawn at random.
         """
-        seen = hashlib.sha256(json.dumps([self.outputs, self.class_names]).encode())
+        seen = hashlib.sha256(json.dumps([self.outputs, self.class_names, *self.vocabulary]).encode())
         for split in (self.train, self.test):
             seen.update(numbers(split.targets))
             if isinstance(split.inputs, Encoded):
@@ -106,7 +111,8 @@ class Data:
 
 
 def held_out(data: Data) -> Data:
-    """The training samples alone, a fixed fifth of each class of them as the test part: to choose settings by.
+    """The training samples alone, a fixed fifth of each class of them as the test part: to choose settings by. Of a text, the
+    last fifth.
 
     Raises:
         UsageError: no class has 5 samples.
@@ -116,6 +122,10 @@ def held_out(data: Data) -> Data:
     >>> len(data.train), len(data.test)
     (1157, 285)
     """
+    if named(data.task).of_positions:
+        first = len(data.train) - len(data.train) // 5
+        parts = list(range(first)), list(range(first, len(data.train)))
+        return replace(data, train=data.train.part(parts[0]), test=data.train.part(parts[1]))
     classes = data.task == "classification"
     parts = hold_out(data.train.targets.tolist() if classes else [0] * len(data.train))
     if not parts[1]:

@@ -25,6 +25,8 @@ class Facts:
 
     images: bool = True
     """It takes nothing but images."""
+    tokens: bool = False
+    """It takes whole numbers, such as characters of a text, in place of real ones; its width is a number of features."""
     inputs: Shape = (3, 32, 32)
     """The shape of one input if neither data nor --input say it."""
     image_size: int | None = None

@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,10 +61,21 @@ def parse_shape(text: str) -> tuple[int, ...]:
     return shape
 
 
-def build(name: str, shape: Shapes, outputs: int, options: Network, example: Any = None) -> nn.Module:
+def build(
+    name: str,
+    shape: Shapes,
+    outputs: int,
+    options: Network,
+    example: Any = None,
+    *,
+    vocabulary: int | None = None,
+    positions: Sequence[int] = (),
+) -> nn.Module:
     """The network of that name: one of `MODELS`, or `path/to/file.py:function`.
 
-    The user's own network is called once, with the batch `example`, or with zeros of that shape if there is none.
+    The user's own network is called once, with the batch `example`, or with zeros of that shape if there is none. The
+    `vocabulary` is how many tokens there are, where inputs are such; `positions` the sizes between samples and outputs, where
+    there are outputs for each position.
 
     Raises:
         UsageError: an unknown name, an option that this network does not have, inputs that it does not take; or the user's
@@ -81,9 +92,10 @@ def build(name: str, shape: Shapes, outputs: int, options: Network, example: Any
             raise UsageError(f"--network.{entry.name.replace('_', '-')} {value}: {name} has no such option, leave it out")
     sizes = shape if isinstance(shape, Mapping) else tuple(shape)
     known = {"shape": sizes, "classes": outputs, "outputs": outputs, **vars(options)}
+    known |= {"vocabulary": vocabulary, "positions": tuple(positions)}
     made = partial(make, **{parameter: known[parameter] for parameter in takes if parameter in known})
     if theirs := own.named("--model", name):
-        return _tried(theirs, made, torch.zeros(2, *shape) if example is None else example, outputs)
+        return _tried(theirs, made, torch.zeros(2, *shape) if example is None else example, (*positions, outputs))
     one, images = all(isinstance(size, int) for size in sizes), facts(name).images
     if not one or not sizes or (images and len(sizes) != 3):
         wanted = "images, three sizes such as 3,32,32" if images else "tensors with a row of numbers for each input"
@@ -106,7 +118,7 @@ def _maker(name: str) -> Callable[..., nn.Module]:
     return own.load(theirs) if theirs else MODELS[name]
 
 
-def _tried(theirs: own.Own, make: Callable[[], nn.Module], x: Any, outputs: int) -> nn.Module:
+def _tried(theirs: own.Own, make: Callable[[], nn.Module], x: Any, outputs: tuple[int, ...]) -> nn.Module:
     """The user's own network, once it has taken the batch `x`."""
     with own.errors(theirs, elsewhere=True):
         model = make()
@@ -117,8 +129,8 @@ def _tried(theirs: own.Own, make: Callable[[], nn.Module], x: Any, outputs: int)
         z = call(model, x)
     count = samples_of(x)
     shape = tuple(z.shape) if isinstance(z, Tensor) else None
-    if shape != (count, outputs) and (shape, outputs) != ((count,), 1):
+    if shape != (count, *outputs) and (shape, outputs) != ((count,), (1,)):
         found = f"a {type(z).__name__}" if shape is None else f"a tensor of shape {shape}"
-        wanted = f"return one of shape {(count, outputs)}, a row for each"
+        wanted = f"return one of shape {(count, *outputs)}, a row for each"
         raise UsageError(f"{theirs} returned {found} for {count} inputs: {wanted}")
     return model

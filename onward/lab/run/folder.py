@@ -133,6 +133,7 @@ def clear(folder: Path) -> None:
 def described(data: Data) -> dict[str, Any]:
     """What tells data from others."""
     samples = {"class_names": list(data.class_names), "train": len(data.train), "test": len(data.test)}
+    samples |= {"vocabulary": list(data.vocabulary)} if data.vocabulary else {}
     return samples | {"task": data.task, "noun": data.noun, "in_memory": data.in_memory, "digest": data.digest}
 
 

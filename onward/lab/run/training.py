@@ -213,11 +213,9 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     generators.seed(config.seed)
     owns = algorithms.files(config)
     code = algorithms.digest(config)  # before they are run
-    if owns[0] is None and (kinds := {part.dtype for part in leaves(example).values() if not part.is_floating_point()}):
-        found = str(kinds.pop()).removeprefix("torch.")
-        why = f"{config.model} takes real numbers, and the inputs are {found}"
-        raise UsageError(f"{why}: return floats, or give a network of your own")
-    model = models.build(config.model, shape_of(example, start=1), data.outputs, config.network, example).to(device)
+    _check_kind(config.model, example)
+    sizes = {"vocabulary": data.tokens, "positions": data.train.targets.shape[1:] if task.of_positions else ()}
+    model = models.build(config.model, shape_of(example, start=1), data.outputs, config.network, example, **sizes).to(device)
     estimator = algorithms.build(model, config, mapped(example, lambda tensor: tensor.to(device)), task.loss)
     too_few = _leaves_too_few(data, config.batch_size, model, group.count)
     drop_last = too_few or (config.drop_last and len(data.train) >= config.batch_size)
@@ -228,6 +226,15 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     steps = full + (rest > 0 and not drop_last)
     rate = Rate(config.schedule, optimizers["network"], epochs=config.epochs, steps=steps)
     return Run(config, data, task, device, transform, estimator, optimizers, rate, steps, drop_last, group, owns, code)
+
+
+def _check_kind(model: str, example: Inputs) -> None:
+    """Raise a UsageError if a network of ours does not take such numbers."""
+    kinds = {part.dtype for part in leaves(example).values() if not part.is_floating_point()}
+    if kinds and not models.facts(model).tokens and own.named("--model", model) is None:
+        takers = ", ".join(f"--model {name}" for name in models.MODELS if models.facts(name).tokens)
+        why = f"{model} takes real numbers, and the inputs are {str(kinds.pop()).removeprefix('torch.')}"
+        raise UsageError(f"{why}: give {takers} for tokens of text, return floats, or give a network of your own")
 
 
 def _transform(config: Train, data: Data) -> Transform:
@@ -368,7 +375,9 @@ def load_data(config: Recipe, seed: int | None = None) -> Data:
     """The data that `config` names; a function of the user's own is given the `seed`, or that of `config`."""
     asked = {"train_samples": config.subset.train, "test_samples": config.subset.test}
     seed = getattr(config, "seed", 0) if seed is None else seed
-    data = load(config.data, config.data_dir, **asked, patience=config.data_timeout, task=config.task.name, seed=seed)
+    data = load(
+        config.data, config.data_dir, **asked, patience=config.data_timeout, task=config.task.name, seed=seed, text=config.text
+    )
     return held_out(data) if config.subset.held_out else data
 
 
