@@ -386,6 +386,7 @@ def write_cifar10(folder: Path, **counts: int) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_readme_command_of_flg_trains(tmp_path: Path) -> None:
     """Word for word, on a narrow network, for two epochs, with CIFAR-10's format in a folder."""
     write_cifar10(tmp_path, train=64, test=20)

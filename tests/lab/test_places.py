@@ -43,7 +43,7 @@ def run(
 # ---- streams
 
 
-@pytest.mark.parametrize("redirected", [">&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize("redirected", [pytest.param(">&-", marks=pytest.mark.slow), "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
 def test_work_without_standard_streams_comes_to_its_end(redirected: str, tmp_path: Path) -> None:
     assert run(["train", *SMALL, "--out", "run"], tmp_path, redirected).returncode == 0
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 1
@@ -68,7 +68,7 @@ def test_a_file_does_not_become_the_stream_that_is_closed(tmp_path: Path) -> Non
     assert (tmp_path / "file").read_text() == ""
 
 
-@pytest.mark.parametrize("options", ["", "-u"])
+@pytest.mark.parametrize("options", [pytest.param("", marks=pytest.mark.slow), "-u"])
 def test_words_that_an_encoding_does_not_have_are_replaced(options: str, tmp_path: Path) -> None:
     done = run([*COMPARE[:-1], "übung"], tmp_path, options=options, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"")

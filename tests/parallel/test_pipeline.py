@@ -154,14 +154,17 @@ def compare(results: list[tuple[list[float], Any, Any]], reference: tuple[list[f
     fresh.load_state_dict(results[0][1])
 
 
-@pytest.mark.parametrize("parts", [[4], [1, 3], [2, 1, 1]], ids=str)
+SPLITS = [pytest.param([4], marks=pytest.mark.slow), pytest.param([1, 3], marks=pytest.mark.slow), [2, 1, 1]]
+
+
+@pytest.mark.parametrize("parts", SPLITS, ids=str)
 def test_local_losses_equal_one_process(parts: list[int]) -> None:
     results = together(len(parts), train_all, list(LOCAL), parts)
     for name, make in LOCAL.items():
         compare([result[name] for result in results], expected(make), name)
 
 
-@pytest.mark.parametrize("parts", [[4], [3, 1], [1, 2, 1]], ids=str)
+@pytest.mark.parametrize("parts", SPLITS, ids=str)
 def test_direct_feedback_equals_one_process(parts: list[int]) -> None:
     results = together(len(parts), train_all, list(DIRECT), parts)
     for name, make in DIRECT.items():
