@@ -95,11 +95,13 @@ class Replay:
                     generator = torch.Generator(before.device).manual_seed(index)
                     drawn = torch.randn(before.shape, generator=generator, dtype=before.dtype, device=before.device)
                     p.data.add_(drawn * (noise * (before.square().mean().sqrt() + 0.3)))
+            torch.clear_autocast_cache()  # it knows a parameter by its object, and not by what that holds
             with self.unseen():
                 yield
         finally:
             for p, before, gradient in data:
                 p.data, p.grad = before, gradient
+            torch.clear_autocast_cache()
             for module, attributes in held:
                 vars(module).clear()
                 for name, (value, content) in attributes.items():

@@ -215,7 +215,7 @@ test_any_run, test_any_of_many_runs = runs(any_run, 10, 1000)
 
 def test_transforms_take_the_fields_that_are_drawn() -> None:
     assert dict(flags(Train)).keys() >= {*SMALL, *NAMES, *NOT_TRIED}
-    assert {field.name for field in dataclasses.fields(Transform)} == {"mean", "std", "augment", "size"}
+    assert {field.name for field in dataclasses.fields(Transform)} == {"mean", "std", "augment", "padding", "cutout", "size"}
 
 
 # ---- the two papers' command lines

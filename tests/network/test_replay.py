@@ -157,3 +157,16 @@ def test_looking_at_a_network_draws_nothing() -> None:
         model(X)
     assert not validate(model, X)
     assert states() == before
+
+
+def test_under_autocast_a_step_computes_with_its_own_weights_after_a_look() -> None:
+    """A network with hooks is looked at itself, with weights that are a little off: none of their casts may stay."""
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 1])
+    found = []
+    for check in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        model.register_forward_hook(lambda module, args, output: None)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(DKP(model, check=check).estimate(x, y).output)
+    assert torch.equal(*found)

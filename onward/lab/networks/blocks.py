@@ -72,6 +72,22 @@ def scaled(channels: int, width: float) -> int:
     return max(1, round(channels * width))
 
 
+def rectifier(leaky: bool) -> nn.Module:
+    """ReLU, or one with a slope of 0.01 below zero."""
+    return nn.LeakyReLU() if leaky else nn.ReLU()
+
+
+def dropped(share: float) -> list[nn.Module]:
+    """Dropout of that share, if there is any.
+
+    >>> dropped(0.0), dropped(0.2)
+    ([], [Dropout(p=0.2, inplace=False)])
+    """
+    if not 0 <= share < 1:
+        raise UsageError(f"--network.dropout {share}: use a number from 0 to below 1")
+    return [nn.Dropout(share)] if share else []
+
+
 def chain(blocks: Sequence[nn.Module], output: nn.Module) -> nn.Sequential:
     """The network `block1`, `block2`, ..., `output`."""
     named = {f"block{number}": block for number, block in enumerate(blocks, start=1)}

@@ -18,6 +18,7 @@ from onward.errors import UsageError, unknown
 from onward.estimators.base import ALGORITHMS
 from onward.estimators.settings import parsed, setting_of, settings_of, written
 from onward.lab.networks import models
+from onward.lab.run import precision
 from onward.lab.run.heads import end_in_head, make_heads
 from onward.lab.settings import Train
 from onward.lab.system import own
@@ -147,6 +148,7 @@ def build(model: nn.Module, config: Train, x: Any, loss: Any = nn.functional.cro
     settings = parsed(algorithm, given)
     if config.input and isinstance(x, Tensor) and models.parse_shape(config.input) != (shape := tuple(x.shape[1:])):
         raise UsageError(f"--input {config.input}: the inputs are {','.join(map(str, shape))}, leave it out")
+    x = precision.inputs(config, x)
     if config.heads.kind and models.facts(config.model).ends_in_head:
         end_in_head(model, config, x)
     if algorithm.needs_heads(**settings):
@@ -160,6 +162,7 @@ def build(model: nn.Module, config: Train, x: Any, loss: Any = nn.functional.cro
                 raise
             why = f"{mine} cannot be made with (model, cuts, loss=, seed=, settings) ({error})"
             raise UsageError(f"{why}: give arguments of your own a default, and pass **options on to the parent") from error
+    precision.laid_out(config, estimator)
     return estimator if config.compile == "off" else onward.capture(estimator, config.compile)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adam": partial(torch.optim.A
 SCHEDULERS: dict[str, Callable[[Schedule, Optimizer, int], LRScheduler]] = {  # of a schedule, an optimizer, and all steps
     "exponential": lambda its, optimizer, _: lr_scheduler.ExponentialLR(optimizer, its.gamma or 0.95),
     "step": lambda its, optimizer, _: lr_scheduler.StepLR(optimizer, its.step_size, its.gamma or 0.2),
+    "milestones": lambda its, optimizer, _: lr_scheduler.MultiStepLR(optimizer, its.milestones, its.gamma or 0.2),
     "plateau": lambda its, optimizer, _: ReduceLROnPlateau(optimizer, factor=its.gamma or 0.2, patience=its.patience),
     "onecycle": lambda _, optimizer, steps: lr_scheduler.OneCycleLR(
         optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=steps + 1, cycle_momentum=False
@@ -64,12 +66,16 @@ class Rate:
 
 
 def make_optimizers(config: Train, estimator: onward.Estimator) -> dict[str, Optimizer]:
-    """One optimizer for the network and its heads, and one for feedback if the estimator has any."""
-    options = {"lr": config.lr, "weight_decay": config.optimizer.weight_decay}
+    """One optimizer for the network and its heads, and one for feedback if the estimator has any. Each role has its own
+    learning rate and weight decay; those of heads are the network's unless they are given."""
+    network: dict[str, Any] = {"lr": config.lr, "weight_decay": config.optimizer.weight_decay}
     if config.optimizer.name == "sgd":
-        options["momentum"] = config.optimizer.momentum
+        network |= {"momentum": config.optimizer.momentum, "nesterov": config.optimizer.nesterov}
+    own = {"lr": config.heads.lr, "weight_decay": config.heads.decay}
     groups = estimator.parameter_groups(
-        network=options, heads=options, feedback={"lr": config.feedback.lr, "weight_decay": config.feedback.decay}
+        network=network,
+        heads=network | {name: value for name, value in own.items() if value is not None},
+        feedback={"lr": config.feedback.lr, "weight_decay": config.feedback.decay},
     )
     feedback = [group for group in groups if group["role"] == "feedback"]
     optimizers = {"network": OPTIMIZERS[config.optimizer.name]([group for group in groups if group["role"] != "feedback"])}

@@ -27,14 +27,14 @@ from onward.lab.data import Data, Split, held_out, load
 from onward.lab.data.batches import batches
 from onward.lab.data.inputs import Batch, Inputs, leaves, mapped, shape_of
 from onward.lab.networks import models
-from onward.lab.run import algorithms, checkpoint
+from onward.lab.run import algorithms, checkpoint, precision
 from onward.lab.run import folder as run_folder
 from onward.lab.run.failure import TrainingFailed, check_finite, culprit
 from onward.lab.run.optimizers import Rate, check_shapes, make_optimizers
 from onward.lab.run.processes import ALONE, Processes, choose_device
 from onward.lab.settings import Recipe, Train, Transform
 from onward.lab.system import generators, own
-from onward.network.run import call
+from onward.network.run import call, compute_loss
 from onward.parallel.shards import STATISTICS
 
 Row = dict[str, Any]
@@ -73,7 +73,8 @@ class Run:
 
     def _batches(self, split: Split, size: int, **order: Any) -> Iterator[Batch]:
         order |= {"rank": self.processes.rank, "processes": self.processes.count}
-        return batches(split, size, transform=self.transform, device=self.device, **order)
+        found = batches(split, size, transform=self.transform, device=self.device, **order)
+        return ((precision.inputs(self.config, x), y) for x, y in found)
 
     def step(self, x: Inputs, y: Tensor, where: str) -> onward.Step:
         """One step of training; `where` it is goes into the message if it fails. Raises a TrainingFailed if the loss or a
@@ -86,7 +87,8 @@ class Run:
         """The first half of a step: fill the gradients."""
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
-        done = self.estimator.estimate(x, y)
+        with precision.autocast(self.config, self.device):
+            done = self.estimator.estimate(x, y)
         check_finite(self.estimator, done.loss, x, where)
         return done
 
@@ -205,6 +207,7 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     if config.statistics not in STATISTICS:
         raise unknown("handling of batch norm's statistics", config.statistics, STATISTICS)
     device = choose_device(config.device)
+    precision.check(config, device)
     task = tasks.measured_from(tasks.named(data.task), data.test.targets)
     task = tasks.configured(task, config.task, data.outputs)
     transform = _transform(config, data)
@@ -344,8 +347,9 @@ def evaluate(run: Run) -> Row:
 
 def _test(run: Run, x: Inputs, y: Tensor) -> list[Tensor]:
     """What one batch adds to the loss and to each metric."""
-    output = call(run.estimator, x)
-    loss = run.estimator.loss(output, y).double().view(1) * len(y)
+    with precision.autocast(run.config, run.device):
+        output = call(run.estimator, x)
+    loss = compute_loss(run.estimator.loss, output, y).double().view(1) * len(y)
     return [loss, *(metric.measure(output, y) for metric in run.task.metrics)]
 
 
@@ -353,7 +357,8 @@ def align(run: Run) -> dict[str, Block]:
     """How the estimates of each block agree with its true gradient, on the same batch every time."""
     run.estimator.train()
     x, y = next(run.training_batches(1))
-    with generators.untouched(run.device), own.errors(run.owns, " as its gradients are looked at"):
+    half = precision.autocast(run.config, run.device)
+    with generators.untouched(run.device), own.errors(run.owns, " as its gradients are looked at"), half:
         return measure(run.estimator, x, y, estimates=run.config.align_estimates, cuts=run.config.cuts)
 
 

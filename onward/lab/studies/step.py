@@ -38,7 +38,7 @@ from torch.utils.flop_counter import flop_registry
 
 import onward
 from onward.lab.networks import models
-from onward.lab.run import algorithms
+from onward.lab.run import algorithms, precision
 from onward.lab.run.optimizers import make_optimizers
 from onward.lab.settings import Heads, Network, Train
 from onward.lab.system import generators, interrupt, memory, own
@@ -58,16 +58,18 @@ class Learner(NamedTuple):
     optimizers: Sequence[Optimizer]
     x: Tensor
     classes: int
+    config: Train
 
     @classmethod
     def of(cls, config: Train, shape: Sequence[int], classes: int, device: torch.device) -> Learner:
         """Build the network and the algorithm of a configuration, for random inputs of that shape."""
+        precision.check(config, device)
         generators.seed(config.seed)
         model = models.build(config.model, shape, classes, config.network).to(device)
         x = torch.randn(config.batch_size, *shape, device=device)
         estimator = algorithms.build(model, config, x[:2])
         estimator.check = False  # the first batch is examined once before training, which is no part of a step
-        return cls(estimator, list(make_optimizers(config, estimator).values()), x, classes)
+        return cls(estimator, list(make_optimizers(config, estimator).values()), precision.inputs(config, x), classes, config)
 
     def step(self) -> None:
         """One step of training, on new labels."""
@@ -81,7 +83,9 @@ class Learner(NamedTuple):
 
     def estimate(self) -> None:
         """Fill the gradients, for new labels."""
-        self.estimator.estimate(self.x, torch.randint(self.classes, (len(self.x),), device=self.x.device))
+        y = torch.randint(self.classes, (len(self.x),), device=self.x.device)
+        with precision.autocast(self.config, self.x.device):
+            self.estimator.estimate(self.x, y)
 
     def state_bytes(self) -> int:
         """Bytes of what outlives a step."""
