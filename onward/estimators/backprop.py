@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
@@ -46,7 +45,7 @@ class Backprop(Estimator, name="bp"):
         model: nn.Module,
         cuts: Sequence[str] | None = None,
         *,
-        loss: Loss = F.cross_entropy,
+        loss: Loss | None = None,
         checkpoint: bool = False,
         seed: int = 0,
         check: bool = True,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
@@ -18,8 +18,9 @@ from onward.derivatives.graph import parameters_behind
 from onward.errors import UsageError, unknown
 from onward.estimators.settings import check_settings
 from onward.network.cuts import Elsewhere, check_names
+from onward.network.labels import OwnLoss, default_loss, divided
 from onward.network.probe import Mixing, mixing, mixing_seen, refuse_disagreement
-from onward.network.replay import understudy
+from onward.network.replay import Replay, understudy
 from onward.network.run import Loss, batch_statistics, leaves, output_error
 from onward.network.separation import Separation
 from onward.network.shard import Shard
@@ -51,7 +52,9 @@ class Estimator(nn.Module):
 
     ``estimate(x, y)`` adds the estimate to ``.grad`` of every parameter, as ``loss.backward()`` would; calling the estimator
     runs the plain network. ``x`` is one tensor, a tuple of positional inputs, or a dict of keyword inputs, samples first.
-    ``loss(output, y)`` returns a scalar, the mean over samples of a per-sample loss, of all that the network returns.
+    Without ``y`` the ``labels`` in that dict leave it and are the targets. ``loss(output, y)`` returns a scalar, the mean over
+    samples of a per-sample loss, of all that the network returns. The default is the loss that a network of transformers would
+    compute itself from its labels; else the cross entropy of the network's logits.
 
     The first batch is looked at before it is learned from, for what an estimator takes for granted: that rows are samples, and
     that forward mode and the backward pass agree. That costs about two more steps, once, and the memory of a copy of the
@@ -70,6 +73,10 @@ class Estimator(nn.Module):
     """Whether the network may be wrapped in what exchanges the gradients of ``loss.backward()`` between processes."""
     reads_rows = False
     """Whether the rows of the cuts' outputs have to be samples."""
+    can_be_lean = False
+    """Whether the estimate is numbers times random directions of parameters, so that :class:`onward.Lean` can follow it."""
+    kept: list[Any] | None = None
+    """What was estimated, in the place of ``.grad``, where :class:`onward.Lean` follows it."""
     tangents_on: str | None = None
     """What carries tangents in a step: the cuts' ``"outputs"``, ``"parameters"``, those alone that have ``"gradients"``, or
     nothing (None)."""
@@ -84,7 +91,7 @@ class Estimator(nn.Module):
         model: nn.Module,
         cuts: Sequence[str] | None = None,
         *,
-        loss: Loss = F.cross_entropy,
+        loss: Loss | None = None,
         seed: int = 0,
         check: bool = True,
         uncut: bool = False,
@@ -109,7 +116,7 @@ class Estimator(nn.Module):
                 "them part of the network's last block, or freeze them"
             )
         self.model = model
-        self.loss = loss
+        self.loss = default_loss(model) if loss is None else loss
         if not -(2**63) <= int(seed) < 2**63:
             raise UsageError(f"seed={seed}: use a whole number that 64 bits hold, from -2**63 to 2**63 - 1")
         self.seed = int(seed)
@@ -147,8 +154,10 @@ class Estimator(nn.Module):
         return self.model(*args, **kwargs)
 
     @_disable_dynamo  # torch.compile(estimator.estimate) runs it as it is: it differentiates blocks, which no graph can hold
-    def estimate(self, x: Any, y: Any) -> Step:
+    def estimate(self, x: Any, y: Any = None) -> Step:
         """Add an estimate of the gradient of ``loss(model(x), y)`` to every ``.grad``; return the loss and the output.
+
+        ``estimate(batch)`` takes the targets from the batch, a dict with ``labels``.
 
         Hooks run as ``loss.backward()`` would run them where they have something to see: those on the accumulation of a
         gradient always, full backward hooks of a cut module with the error signal that is delivered to it. Full backward hooks
@@ -165,8 +174,14 @@ class Estimator(nn.Module):
                 f"{type(self).__name__} differentiates inside the blocks, and gradients are off here: call estimate outside of "
                 "torch.no_grad() and torch.inference_mode()"
             )
-        with batch_statistics(self), self.shard.averaging(x, self, sums_samples=self.sums_samples):
+        x, y = divided(self.model, x, y)
+        weight = self.loss.weight if isinstance(self.loss, OwnLoss) else None
+        counted = weight and partial(weight, y)
+        with batch_statistics(self), self.shard.averaging(x, self, sums_samples=self.sums_samples, weight=counted):
             if self.check and not self._looked:
+                if isinstance(self.loss, OwnLoss):
+                    with Replay(self.model).unseen():
+                        self.loss.check(self.model, x, y)
                 self.look(x, y)
                 self._looked = True
             self._prepare()

@@ -7,6 +7,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -16,25 +17,27 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from onward.derivatives.graph import backward, grad, nodes_behind
 from onward.errors import UsageError
+from onward.network.labels import inputs_of, without_cache
 from onward.phases import phase
 
 Loss = Callable[[Any, Any], Tensor]
 """``loss(output, y)``: a scalar, the mean over samples, of all that the network returned."""
 
 
-def call(model: Callable[..., Any], x: Any) -> Any:
+def call(model: Callable[..., Any], x: Any, *, any_output: bool = False) -> Any:
     """The network's output for one input, a tuple of positional inputs, or a dict of keyword inputs.
 
-    Raises :class:`onward.UsageError` where that holds no tensor of floating-point numbers.
+    Raises :class:`onward.UsageError` where that holds no tensor of floating-point numbers, unless ``any_output`` will do.
     """
-    with phase("primal"):
+    x = inputs_of(model, x)
+    with phase("primal"), without_cache(model, x):
         if isinstance(x, tuple):
             output = model(*x)
         elif isinstance(x, Mapping):
             output = model(**x)
         else:
             output = model(x)
-    if not leaves(output):
+    if not any_output and not leaves(output):
         raise UsageError(
             f"the network returned a {type(output).__name__} without a tensor of floating-point numbers: return what the loss "
             "is computed from, a tensor, or a tuple, dict or dataclass of tensors"
@@ -44,6 +47,8 @@ def call(model: Callable[..., Any], x: Any) -> Any:
 
 def samples_of(x: Any) -> int:
     """How many samples an input has: the first dimension of its first tensor."""
+    if isinstance(x, Mapping):
+        x = dict(x)  # PyTorch takes other mappings for one thing
     return next((leaf.shape[0] for leaf in tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim()), 1)
 
 
@@ -107,11 +112,39 @@ def _open(record: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
 
 def compute_loss(loss: Loss, output: Any, y: Any) -> Tensor:
     """``loss(output, y)``, checked: a scalar, of targets that exist; in float32 at least, whatever autocast says."""
+    value = _value_of(loss, output, y)
+    if not isinstance(value, Tensor):
+        raise UsageError(f"the loss returned a {type(value).__name__}: it must return a tensor, a scalar with a graph")
+    return _scalar(value)
+
+
+def compute_number(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> Tensor:
+    """As :func:`compute_loss`, for a loss that may be any number: a tensor of any type, or a number of Python's or NumPy's.
+
+    It is in float64, without a graph.
+    """
+    value = _value_of(loss, output, y)
+    if isinstance(value, Tensor):
+        return _scalar(value).detach().double()
+    if not isinstance(value, Real):
+        raise UsageError(f"the loss returned a {type(value).__name__}: it must return a number, or a tensor that is a scalar")
+    found = leaves(output)
+    return torch.tensor(float(value), dtype=torch.float64, device=found[0].device if found else None)
+
+
+def _scalar(value: Tensor) -> Tensor:
+    if value.dim() != 0:
+        raise UsageError(f"the loss has shape {tuple(value.shape)}: it must return a scalar, the mean over samples")
+    return value
+
+
+def _value_of(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> Any:
+    """What the loss returns, with PyTorch's complaints about targets put into words."""
     output = replaced(output, lambda z: z.float() if z.dtype in (torch.float16, torch.bfloat16) else z)
-    first = leaves(output)[0]
+    found = leaves(output)
     try:
-        with torch.autocast(first.device.type, enabled=False):
-            value = loss(output, y)
+        with torch.autocast(found[0].device.type if found else "cpu", enabled=False):
+            return loss(output, y)
     except ValueError as error:
         if "batch_size" not in str(error) and "batch size" not in str(error):
             raise
@@ -135,11 +168,6 @@ def compute_loss(loss: Loss, output: Any, y: Any) -> Tensor:
             f"the loss refused the targets: {error} {known} the labels, or give the network as many outputs as there are "
             "classes"
         ) from error
-    if not isinstance(value, Tensor):
-        raise UsageError(f"the loss returned a {type(value).__name__}: it must return a tensor, a scalar with a graph")
-    if value.dim() != 0:
-        raise UsageError(f"the loss has shape {tuple(value.shape)}: it must return a scalar, the mean over samples")
-    return value
 
 
 def _classes(output: Any, y: Any) -> int | None:

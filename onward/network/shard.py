@@ -6,7 +6,7 @@ path for one process and for several.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,10 +26,13 @@ class Shard:
     """Of the batch's samples."""
 
     @contextmanager
-    def averaging(self, x: Any, estimator: nn.Module, *, sums_samples: bool) -> Iterator[None]:
+    def averaging(
+        self, x: Any, estimator: nn.Module, *, sums_samples: bool, weight: Callable[[], float | None] | None = None
+    ) -> Iterator[None]:
         """Around the estimate from one batch: what it adds to ``.grad`` is averaged over all shards.
 
-        ``sums_samples``: whether it is a mean of what the shard's samples contribute.
+        ``sums_samples``: whether it is a mean of what the shard's samples contribute. ``weight``: how much of the loss's mean
+        is of this shard, where that is not its number of samples but, say, of labels that count.
         """
         if not samples_of(x):
             raise UsageError("a batch without a sample has no gradient: leave it out")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from threading import Event, Thread
@@ -54,8 +54,10 @@ class ProcessShard(Shard):
         self.sent = 0
 
     @contextmanager
-    def averaging(self, x: Any, estimator: nn.Module, *, sums_samples: bool) -> Iterator[None]:
-        self._split(x)
+    def averaging(
+        self, x: Any, estimator: nn.Module, *, sums_samples: bool, weight: Callable[[], float | None] | None = None
+    ) -> Iterator[None]:
+        self._split(x, weight and weight())
         parameters = [p for p in estimator.parameters() if p.requires_grad]
         before = [p.grad for p in parameters]
         for p in parameters:
@@ -101,8 +103,8 @@ class ProcessShard(Shard):
     def __deepcopy__(self, memo: object) -> Shard:
         return Shard()  # a copy of an estimator works by itself
 
-    def _split(self, x: Any) -> None:
-        """Find out how the batch is divided."""
+    def _split(self, x: Any, weight: float | None) -> None:
+        """Find out how the batch is divided: samples, and shares of the mean loss, by weights where these are not samples."""
         self.sizes = self._everyones(samples_of(x))
         for rank, size in enumerate(self.sizes):
             if size == 0:
@@ -110,6 +112,14 @@ class ProcessShard(Shard):
                     f"process {rank} of {self.processes} has no sample of this batch: give every process at least one"
                 )
         self.first, self.share = sum(self.sizes[: self.rank]), self.sizes[self.rank] / sum(self.sizes)
+        if weight is not None:
+            weights = self._everyones(int(weight))
+            if 0 in weights:
+                raise UsageError(
+                    f"process {weights.index(0)} of {self.processes} has no label in this batch that counts, and so no loss: "
+                    "give every process at least one"
+                )
+            self.share = weights[self.rank] / sum(weights)
 
     def _everyones(self, number: int) -> list[int]:
         """That number in each process."""
