@@ -11,7 +11,7 @@ IGNORED = -100
 """The label that losses leave out, of PyTorch and of transformers."""
 
 
-def padding(x: Any, y: Any = None, cut: str | None = None) -> Tensor | None:
+def padding(x: Any, cut: str | None = None, y: Any = None) -> Tensor | None:
     """The N x T mask of real tokens (True) in a batch that says so, or None: at the output of the network, or of a cut.
 
     A batch says so by an ``attention_mask`` of N x T integers, 1 and 0, as of transformers. An encoder-decoder has one for each
