@@ -27,9 +27,10 @@ def make_heads(
     """One head for each cut, by cut name: a module from the block's output h to as many outputs as the network has.
 
     Sizes are those of one forward pass over the batch ``x``, which changes neither the network nor its running statistics.
-    Image outputs are (N, C, H, W), flat ones (N, d), and of sequences (N, T, d) the mean over T is used. ``width`` is the
-    number of hidden channels or features (default: 32 for ``cnn``, 1024 for ``mlp``, half of it beyond 8 cuts). Initial
-    weights come from PyTorch's global generator.
+    Image outputs are (N, C, H, W), flat ones (N, d), and of sequences (N, T, d) the mean over T is used. Where the network's
+    output is (N, T, V), numbers for each position, so is that of a ``linear`` head, from that position alone: layer norm and a
+    linear layer, shared by the positions. ``width`` is the number of hidden channels or features (default: 32 for ``cnn``,
+    1024 for ``mlp``, half of it beyond 8 cuts). Initial weights come from PyTorch's global generator.
 
     Raises :class:`onward.UsageError` for an unknown kind, or one that does not fit a block's output, and where the network
     cannot run on that batch.
@@ -62,11 +63,23 @@ def make_heads(
         # Under autocast a block's output has less precision than what is to be trained.
         dtype = own.dtype if own is not None and torch.is_autocast_enabled(device.type) else h.dtype
         try:
-            head = HEADS[kind](h, classes, width or default_width(kind, len(cuts)) or 1)
-            made[name] = _shaped(head, output).to(device, dtype)
+            size = width or default_width(kind, len(cuts)) or 1
+            by_position = h.dim() == output.dim() == 3 and h.shape[:2] == output.shape[:2]
+            head = _of_positions(kind, h, output) if by_position else _shaped(HEADS[kind](h, classes, size), output)
+            made[name] = head.to(device, dtype)
         except UsageError as error:
             raise UsageError(f"a {kind} head at cut {name!r}: {error}") from None
     return made
+
+
+def _of_positions(kind: str, h: Tensor, output: Tensor) -> nn.Module:
+    """A head that reads one position of (N, T, d) at a time: one that saw them all would see what it is to predict."""
+    if kind != "linear":
+        raise UsageError(
+            f"the network returns numbers for each position, {tuple(output.shape)}, and this head reads all positions at once, "
+            "among them what it is to predict: use kind='linear'"
+        )
+    return nn.Sequential(nn.LayerNorm(h.shape[2]), nn.Linear(h.shape[2], output.shape[2]))
 
 
 def _shaped(head: nn.Module, output: Tensor) -> nn.Module:

@@ -46,6 +46,22 @@ def only(heads: dict[str, nn.Module]) -> nn.Module:
     return head
 
 
+def test_a_head_of_positions_reads_its_own_position() -> None:
+    model = nn.Sequential(nn.Linear(3, 7), nn.Tanh(), nn.Linear(7, 5))  # the output has numbers for each position
+    x = torch.randn(4, 6, 3)
+    head = only(make_heads(model, x, "linear"))
+    h = torch.randn(4, 6, 7, requires_grad=True)
+    head(h)[1, 2].sum().backward()  # type: ignore[index]
+    assert head(h).shape == (4, 6, 5)
+    assert h.grad is not None
+    assert h.grad.abs().sum(2).nonzero().tolist() == [[1, 2]]
+    for kind in ("mlp", "predsim"):
+        with pytest.raises(
+            UsageError, match=rf"{kind} head at cut '1': .*\(4, 6, 5\), and this head reads all .*kind='linear'"
+        ):
+            make_heads(model, x, kind)
+
+
 def test_the_kinds() -> None:
     assert set(HEADS) == set(KINDS)
 

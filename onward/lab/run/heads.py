@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -50,10 +51,11 @@ def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str
     """A head of that kind for the output of each of these modules, as wide as the configuration says, with the network's
     kind of initial weights."""
     width = default_width(kind, len(ends)) if config.heads.width is None else config.heads.width
+    factor = 1.0 if models.facts(config.model).tokens else config.network.width
     try:
-        made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, config.network.width))
+        made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, factor))
     except UsageError as error:
-        raise UsageError(str(error).replace("use kind='mlp' or 'linear'", "use --heads.kind linear")) from error
+        raise UsageError(re.sub(r"use kind=('mlp' or )?'linear'", "use --heads.kind linear", str(error))) from error
     if initialize := models.facts(config.model).initialize:
         for head in made.values():
             initialize(head)
