@@ -15,9 +15,12 @@ from onward.estimators.dkp import DKP
 from onward.estimators.drtp import DRTP
 from onward.estimators.fdfa import FDFA
 from onward.estimators.feedback import DirectFeedback, Feedback
+from onward.estimators.feedback_alignment import FeedbackAlignment
 from onward.estimators.forward_gradient import ForwardGradient
+from onward.estimators.kolen_pollack import KolenPollack
 from onward.estimators.local import LocalLoss
 from onward.estimators.settings import AtLeast, OneOf
+from onward.estimators.sign_symmetry import BRSF, FRSF, USF
 from onward.estimators.signals import Known, SignalEstimator
 from onward.network.heads import make_heads
 from onward.network.suggest import default_cuts, suggest_cuts
@@ -27,17 +30,22 @@ from onward.parallel.stage import Stage
 
 __version__ = "0.1.0"
 __all__ = [
+    "BRSF",
     "DFA",
     "DKP",
     "DRTP",
     "FDFA",
+    "FRSF",
+    "USF",
     "AtLeast",
     "Backprop",
     "DirectFeedback",
     "Estimator",
     "Feedback",
+    "FeedbackAlignment",
     "ForwardGradient",
     "Known",
+    "KolenPollack",
     "LocalLoss",
     "OneOf",
     "Problem",

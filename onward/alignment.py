@@ -16,6 +16,7 @@ from onward.errors import UsageError
 from onward.estimators.backprop import Backprop
 from onward.estimators.base import Estimator
 from onward.estimators.feedback import Feedback
+from onward.estimators.feedback_alignment import FeedbackAlignment
 from onward.network.cuts import cut_graph
 from onward.network.replay import Replay
 from onward.network.run import Loss, as_rows, call, compute_loss, leaves, output_error
@@ -244,7 +245,7 @@ def _run(model: nn.Module, cuts: Sequence[str], x: Any) -> tuple[list[Tensor], A
 
 @contextmanager
 def _observing(learner: Estimator, cuts: Sequence[str]) -> Iterator[dict[int, Tensor]]:
-    """The error signals that arrive at the outputs of the blocks; those of backpropagation are what its sweep brings there."""
+    """The error signals that arrive at the outputs of the blocks; those of a sweep over all blocks are what it brings there."""
     signals: dict[int, Tensor] = {}
 
     def note(k: int, delta: Tensor) -> None:
@@ -255,7 +256,7 @@ def _observing(learner: Estimator, cuts: Sequence[str]) -> Iterator[dict[int, Te
             h.register_hook(lambda delta: note(k, delta))
 
     hooks = []
-    if isinstance(learner, Backprop):
+    if isinstance(learner, (Backprop, FeedbackAlignment)):
         for k, name in enumerate(cuts):
             module = learner.model.get_submodule(name)
             hooks.append(module.register_forward_hook(lambda module, args, h, k=k: watch(k, h)))

@@ -25,6 +25,7 @@ from onward.derivatives.directions import draw
 from onward.errors import unknown
 from onward.estimators.backprop import Backprop
 from onward.estimators.base import Estimator, Step
+from onward.estimators.feedback_alignment import FeedbackAlignment
 from onward.estimators.local import LocalLoss
 from onward.estimators.settings import OneOf
 from onward.estimators.signals import SignalEstimator
@@ -306,7 +307,7 @@ def _check(estimator: Estimator) -> None:
     if estimator.observe is not None:
         raise Untraceable("somebody observes its error signals")
     shard = estimator.shard
-    if shard.share != 1.0 and not isinstance(estimator, (SignalEstimator, Backprop, LocalLoss)):
+    if shard.share != 1.0 and not isinstance(estimator, (SignalEstimator, Backprop, FeedbackAlignment, LocalLoss)):
         raise Untraceable("it exchanges numbers with other processes inside a step")
     for name, module in estimator.named_modules():
         if any(vars(module)[hooks] for hooks in _HOOKS):
@@ -325,7 +326,8 @@ def _check_graph(estimator: Estimator, graph: GraphModule) -> None:
         literal = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)  # torch.tensor(0.5)
         if isinstance(held, Tensor) and (held.numel() > 1 or not literal):
             raise Untraceable(f"it reads a tensor of shape {tuple(held.shape)} that is made outside of what is traced")
-    once = type(estimator) is Backprop or (isinstance(estimator, SignalEstimator) and not estimator.low_memory)
+    swept = type(estimator) is Backprop or isinstance(estimator, FeedbackAlignment)
+    once = swept or (isinstance(estimator, SignalEstimator) and not estimator.low_memory)
     for node in graph.graph.nodes:
         if not once and _draws(node):
             raise Untraceable(f"it runs parts of the network twice, or has heads, and {node.target} draws random numbers")

@@ -20,6 +20,8 @@ from onward import Backprop, Estimator, ForwardGradient, LocalLoss, UsageError
 
 KINDS: dict[str, Callable[..., Estimator]] = {
     "bp": lambda model, cuts, **options: Backprop(model, **options),
+    "brsf": lambda model, cuts, **options: onward.BRSF(model, **options),
+    "kp": lambda model, cuts, **options: onward.KolenPollack(model, **options),
     **DIRECT,
     **{f"{name}-low-memory": partial(kind, low_memory=True) for name, kind in DIRECT.items()},
     "local": headed(LocalLoss),
@@ -64,7 +66,7 @@ def check(kind: str, case: Case, steps: int) -> None:
     except UsageError:
         pytest.skip("refused")
     replayed, told = trained(kind, case, "replay", steps)
-    masks = case.name == "dropout" and kind not in ("bp", *DIRECT)
+    masks = case.name == "dropout" and kind not in ("bp", "brsf", "kp", *DIRECT)
     assert bool(told) == masks, told
     torch.testing.assert_close(replayed, eager, rtol=0, atol=0, equal_nan=True)
 

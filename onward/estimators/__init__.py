@@ -3,6 +3,28 @@
 A rule is registered when its file is imported. All are imported here, so that their order does not depend on who asks first.
 """
 
-from onward.estimators import backprop, dfa, dkp, drtp, fdfa, forward_gradient, local
+from onward.estimators import (
+    backprop,
+    dfa,
+    dkp,
+    drtp,
+    fdfa,
+    feedback_alignment,
+    forward_gradient,
+    kolen_pollack,
+    local,
+    sign_symmetry,
+)
 
-__all__ = ["backprop", "dfa", "dkp", "drtp", "fdfa", "forward_gradient", "local"]
+__all__ = [
+    "backprop",
+    "dfa",
+    "dkp",
+    "drtp",
+    "fdfa",
+    "feedback_alignment",
+    "forward_gradient",
+    "kolen_pollack",
+    "local",
+    "sign_symmetry",
+]

@@ -26,6 +26,8 @@ from onward import DFA, Backprop, Estimator, ForwardGradient, LocalLoss, UsageEr
 KINDS: dict[str, Callable[..., Estimator]] = {
     "bp": Backprop,
     "bp-checkpoint": partial(Backprop, checkpoint=True),
+    "brsf": onward.BRSF,
+    "kp": onward.KolenPollack,
     **DIRECT,
     **{f"{name}-low-memory": partial(kind, low_memory=True) for name, kind in DIRECT.items()},
     "fg-activation": ForwardGradient,
@@ -41,7 +43,7 @@ KINDS: dict[str, Callable[..., Estimator]] = {
     "fg-above-ntk": headed(ForwardGradient, target="above", guess="ntk", space="avg-weight"),
     "local": headed(LocalLoss),
 }
-RANDOM = ("fg-activation", "fg-weight", "fg-random-reverse", "fg-local-one", "fg-above-ntk")  # another estimate at each step
+RANDOM = ("brsf", "fg-activation", "fg-weight", "fg-random-reverse", "fg-local-one", "fg-above-ntk")  # another estimate at each step
 SEEDLESS = (
     "bp",
     "bp-checkpoint",
@@ -58,7 +60,8 @@ HEADED = ("fg-local", "fg-local-one", "fg-local-reverse", "fg-above-ntk", "local
 NEEDS_OUTPUTS = ("dkp", "fg-feedback-reverse")
 ALL = pytest.mark.parametrize("kind", KINDS)
 FEEDBACK = pytest.mark.parametrize("kind", [*DIRECT, "fdfa-low-memory", "fg-feedback", "fg-feedback-dfa"])
-SIGNALS = pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("bp")])
+SWEPT = ("bp", "bp-checkpoint", "brsf", "kp")  # the error comes from the next block
+SIGNALS = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in SWEPT])
 
 
 def built(kind: str, name: str = "mlp-batch-norm", seed: int = 7, network_seed: int = 1) -> tuple[Estimator, Any, Tensor]:
@@ -202,7 +205,8 @@ def test_parameter_groups(kind: str) -> None:
     groups = estimator.parameter_groups(**options)
     by_role = {group["role"]: group for group in groups}
     assert len(by_role) == len(groups)
-    assert [id(p) for p in by_role["network"]["params"]] == [id(p) for p in estimator.model.parameters()]
+    beside = estimator.feedback if kind == "kp" else []  # which learns as the network does
+    assert [id(p) for p in by_role["network"]["params"]] == [id(p) for p in [*estimator.model.parameters(), *beside]]
     assert set(by_role) == {"network", *["feedback"] * (kind in LEARNED_FEEDBACK), *["heads"] * (kind in HEADED)}
     for role, group in by_role.items():
         assert group["params"]
@@ -242,7 +246,7 @@ def test_frozen_parameters(kind: str, frozen: list[str]) -> None:
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)
     estimator = KINDS[kind](model, cuts, loss=loss)
-    if frozen == ["2"] and not kind.startswith("bp"):
+    if frozen == ["2"] and kind not in SWEPT:
         with pytest.raises(UsageError, match="last block"):
             estimator.estimate(x, y)
         return

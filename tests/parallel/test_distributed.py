@@ -55,6 +55,8 @@ def build(kind: str, **options: Any) -> onward.Estimator:
         "bp": partial(onward.Backprop),
         "bp-checkpoint": partial(onward.Backprop, checkpoint=True),
         "local": partial(onward.LocalLoss, heads=heads()),
+        "brsf": onward.BRSF,
+        "kp": onward.KolenPollack,
         **DIRECT,
         "fg": onward.ForwardGradient,
     }[kind]
@@ -64,7 +66,7 @@ def build(kind: str, **options: Any) -> onward.Estimator:
 
 
 def plain() -> Iterator[tuple[str, Options]]:
-    for kind in ("bp", "bp-checkpoint", "local", *DIRECT):
+    for kind in ("bp", "bp-checkpoint", "local", "brsf", "kp", *DIRECT):
         yield kind, {}
     for kind in DIRECT:
         yield kind, {"low_memory": True}
