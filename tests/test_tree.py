@@ -23,7 +23,7 @@ LEVELS = [
     ["onward"],
     ["onward.lab.system"],
     ["onward.lab.settings"],
-    ["onward.lab.tasks", "onward.lab.data", "onward.lab.networks"],
+    ["onward.lab.tasks", "onward.lab.data", "onward.lab.networks", "onward.lab.recipes"],
     ["onward.lab.run"],
     ["onward.lab.report"],
     ["onward.lab.studies"],

@@ -94,19 +94,23 @@ def _run(argv: Sequence[str]) -> None:
         import tyro
 
         from onward.lab.plain import flat
+        from onward.lab.recipes.recipe import asked_for
         from onward.lab.report.page import report
         from onward.lab.run import processes
         from onward.lab.run.folder import MAY_CHANGE
         from onward.lab.run.loop import resume, train
-        from onward.lab.settings import Align, Bench, Compare, Doctor, Report, Train
+        from onward.lab.settings import Align, Bench, Compare, Doctor, Report, Results, Train
         from onward.lab.studies.align import align
         from onward.lab.studies.bench import bench
         from onward.lab.studies.compare import compare
         from onward.lab.studies.doctor import doctor
+        from onward.lab.studies.results import results
 
+    recipe = asked_for(argv)
     commands = [
-        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(), description=kind.__doc__)]
-        for kind in (Train, Compare, Align, Bench, Report, List, Doctor)
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=default, description=kind.__doc__)]
+        for kind in (Train, Compare, Align, Bench, Report, Results, List, Doctor)
+        for default in [recipe.config if recipe and kind is Train else kind()]
     ]
     kinds: Any = Union[tuple(commands)]  # noqa: UP007 (made at run time)
     asked = tyro.cli(
@@ -121,6 +125,8 @@ def _run(argv: Sequence[str]) -> None:
     if processes.asked_for() > 1 and not isinstance(asked, Train):
         raise UsageError(f"onward {type(asked).__name__.lower()} is one process's work: start it without torchrun")
     match asked:
+        case Train(resume=str(folder), recipe=str()):
+            raise UsageError(f"--resume {folder} keeps what decides the result of the run: leave out --recipe")
         case Train(resume=str(folder)):
             given, defaults = flat(replace(asked, resume=None)), flat(Train())
             changes = {name: value for name, value in given.items() if value != defaults[name]}
@@ -137,6 +143,8 @@ def _run(argv: Sequence[str]) -> None:
             bench(asked)
         case Report():
             report(asked)
+        case Results():
+            results(asked)
         case List():
             _list()
         case Doctor():
@@ -148,6 +156,7 @@ def _list() -> None:
     from onward.estimators.settings import settings_of
     from onward.lab.data import DATASETS
     from onward.lab.networks.models import MODELS
+    from onward.lab.recipes.recipe import RECIPES, read
     from onward.lab.tasks import TASKS
     from onward.network.heads import HEADS
 
@@ -157,7 +166,8 @@ def _list() -> None:
         for setting in settings:
             if isinstance(setting.choices, Mapping) and all(_line(choice) for choice in setting.choices.values()):
                 kinds[f"{setting.name} of {name}"] = setting.choices
-    for kind, entries in {**kinds, "tasks": TASKS, "data sets": DATASETS}.items():
+    recipes = {name: read(name) for name in RECIPES}
+    for kind, entries in {**kinds, "tasks": TASKS, "data sets": DATASETS, "recipes": recipes}.items():
         print(f"{kind}:")
         for name, entry in entries.items():
             print(f"  {name:18} {_line(entry)}")

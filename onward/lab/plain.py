@@ -42,7 +42,8 @@ def from_dict(kind: type[T], values: dict[str, Any]) -> T:
     import dacite
 
     try:
-        hooks: dict[Any, Any] = dict.fromkeys((int, float, tuple[str, ...], tuple[float, ...]), _taken_literally)
+        kinds = (int, float, tuple[str, ...], tuple[int, ...], tuple[float, ...])
+        hooks: dict[Any, Any] = dict.fromkeys(kinds, _taken_literally)
         return dacite.from_dict(kind, _as_given(values), dacite.Config(strict=True, cast=[], type_hooks=hooks))
     except UsageError:
         raise

@@ -54,8 +54,9 @@ class Schedule:
     """The learning rate of the network and its heads over time; the feedback's stays as it is."""
 
     name: Literal["exponential", "step", "milestones", "plateau", "onecycle", "linear", "cosine", "constant"] = "exponential"
-    """exponential, step, milestones and plateau multiply the rate by gamma, after every epoch, every step_size epochs, the epochs
-    of milestones, or when the training loss no longer falls; onecycle (whose peak is lr), linear and cosine (down to 0) change it at every step of the run."""
+    """exponential, step, milestones and plateau multiply the rate by gamma, after every epoch, every step_size epochs, the
+    epochs of milestones, or when the training loss no longer falls; onecycle (whose peak is lr), linear and cosine (down to 0)
+    change it at every step of the run."""
     gamma: float | None = None
     """If not given: 0.95 of exponential, 0.2 of the others."""
     step_size: int = 30
@@ -262,6 +263,8 @@ class Recipe(Setup):
 class Train(Recipe):
     """Train one network with one algorithm, into a run folder."""
 
+    recipe: str | None = None
+    """Published settings that `onward list` names, or path/to/file.toml of your own; what else is given comes before them."""
     algorithm: str = "fdfa"
     """An algorithm that `onward list` names, or path/to/file.py:MyRule of your own; with settings if need be, as in
     fdfa:directions=4."""
@@ -319,6 +322,21 @@ class Report:
     """Run folders, or folders with run folders somewhere below them."""
     out: str = "report.html"
     """The page."""
+
+    def __post_init__(self) -> None:
+        at_home(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """Put finished runs of recipes into a table beside what was published."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders, files that --keep has written, or folders with either somewhere below them."""
+    keep: str | None = None
+    """Write each run's result to a file of its own in this folder, and count those that are there already."""
+    into: str | None = None
+    """Put the table into this Markdown file, between its two lines that mark the place."""
 
     def __post_init__(self) -> None:
         at_home(self)

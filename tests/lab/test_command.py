@@ -23,6 +23,7 @@ from onward.estimators.settings import settings_of
 from onward.lab import cli as command
 from onward.lab.data import DATASETS
 from onward.lab.networks.models import MODELS
+from onward.lab.recipes.recipe import RECIPES
 from onward.lab.run.optimizers import SCHEDULERS
 from onward.lab.settings import Heads, Schedule
 from onward.lab.tasks import TASKS
@@ -102,7 +103,7 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["list"]) == 0
     printed = capsys.readouterr().out
     words = [line.split()[0] for line in printed.splitlines() if re.match(r"  \S", line)]
-    tables = (ALGORITHMS, MODELS, HEADS, TARGETS, GUESSES, SPACES, ENGINES, PASSES, FEEDBACK, SCALINGS, TASKS, DATASETS)
+    tables = (ALGORITHMS, MODELS, HEADS, TARGETS, GUESSES, SPACES, ENGINES, PASSES, FEEDBACK, SCALINGS, TASKS, DATASETS, RECIPES)
     assert sorted(words) == sorted(name for table in tables for name in table)
     for name, algorithm in ALGORITHMS.items():
         for setting in settings_of(algorithm):

@@ -173,7 +173,7 @@ def line_of(run: Record) -> dict[str, Any]:
 
 def command(config: Train) -> list[str]:
     """The command that trains the same again, word by word: every setting that is not the default, but for --overwrite and
-    --resume, which are about what was there before.
+    --resume, which are about what was there before, and --recipe, whose file may have changed.
 
     >>> shlex.join(command(Train(algorithm="bp", lr=0.01, out="runs/my run")))
     "onward train --lr 0.01 --out 'runs/my run' --algorithm bp"
@@ -181,7 +181,7 @@ def command(config: Train) -> list[str]:
     defaults = flat(Train())
     words = ["onward", "train"]
     for name, value in flat(config).items():
-        if value == defaults[name] or name in ("overwrite", "resume"):
+        if value == defaults[name] or name in ("overwrite", "resume", "recipe"):  # whose settings are all there
             continue
         flag = f"--{name.replace('_', '-')}"
         values = [] if value is True else [str(entry) for entry in (value if isinstance(value, tuple) else [value])]

@@ -42,18 +42,20 @@ OTHERS = re.compile(r"weights-\d+\.pt(\.partial)?|events\.out\.tfevents\..*")
 BINS = 40
 """Of a histogram of cosines, all equal, from -1 to 1."""
 NOT_IN_RESULT = {"data_timeout", "out", "overwrite", "resume", "wandb", "wandb_project", "wandb_name"}
-NOT_IN_RESULT |= {"log_interval", "align_estimates", "checkpoint_every"}
+NOT_IN_RESULT |= {"log_interval", "align_estimates", "checkpoint_every", "recipe"}
 """Settings that a result does not depend on."""
-MAY_CHANGE = {"device", "data_dir", *NOT_IN_RESULT} - {"out", "overwrite", "resume", "align_estimates"}
+MAY_CHANGE = {"device", "data_dir", *NOT_IN_RESULT} - {"out", "overwrite", "resume", "align_estimates", "recipe"}
 """Settings that a run may be given anew when it is resumed: where it runs, and where the same data are."""
 
 
-def default_path(config: Recipe, what: str) -> Path:
-    """runs/<data>-<model>-<what>.
+def default_path(config: Recipe, what: str, recipe: str | None = None) -> Path:
+    """runs/<data>-<model>-<what>; of a recipe, runs/<recipe>-<what>.
 
     >>> default_path(Recipe(data="owner/flowers"), "bp-s3").as_posix()
     'runs/owner-flowers-mlp-bp-s3'
     """
+    if recipe is not None:
+        return Path("runs") / "-".join(map(folder_name, (recipe.removesuffix(".toml"), what)))
     data = config.data if ".py:" in config.data else config.data.replace("/", "-")  # of a file, its name is enough
     data = Path(config.data_dir).resolve().name if config.data_dir else data
     return Path("runs") / "-".join(folder_name(part) for part in (data, config.model, what))
@@ -114,12 +116,13 @@ def check_space(folder: Path, checkpoint_size: int, *, overwrite: bool) -> None:
         raise UsageError(f"{why}: make space on its disk, or choose another folder with --out")
 
 
-def begin(folder: Path, config: Train, data: Data, **environment: Any) -> None:
-    """Take away the files of an earlier run, and write config.json: every setting, the data, and what it runs on.
+def begin(folder: Path, config: Train, data: Data, recipe: Mapping[str, Any] | None = None, **environment: Any) -> None:
+    """Take away the files of an earlier run, and write config.json: every setting, the data, what it runs on, and how the
+    settings differ from those of a recipe.
 
     The earlier run is there until the new file is complete.
     """
-    found = {"environment": environment, "data": described(data)}
+    found = {"environment": environment, "data": described(data)} | ({"recipe": recipe} if recipe else {})
     settings = {"format": formats.FORMAT, "config": dataclasses.asdict(config), **found}
     disk.write_text(folder / CONFIG, json.dumps(settings, indent=2) + "\n", before=lambda: clear(folder))
 

@@ -18,6 +18,7 @@ from onward.alignment import Block
 from onward.errors import UsageError
 from onward.lab.data import Data
 from onward.lab.networks import models
+from onward.lab.recipes import recipe as recipes
 from onward.lab.run import algorithms, checkpoint, log, processes, record
 from onward.lab.run import folder as run_folder
 from onward.lab.run.failure import TrainingFailed
@@ -52,8 +53,9 @@ def train(config: Train, data: Data | None = None, advance: Advance = None) -> l
         UsageError: something that was asked for cannot work; nothing has been written or erased then.
         TrainingFailed: a loss or a gradient is not finite; the last checkpoint stays, or the run that was to be replaced.
     """
+    recipe = recipes.followed(config)
     config = algorithms.variant(config.algorithm, config)
-    folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}"))
+    folder = Path(config.out or run_folder.default_path(config, f"{config.algorithm}-s{config.seed}", config.recipe))
     with processes.joined(config.device) as group, contextlib.ExitStack() as until_the_end:
         with _before_anything_is_written(lambda: "nothing was written"):
             with group.agreeing(TrainingFailed):
@@ -70,7 +72,9 @@ def train(config: Train, data: Data | None = None, advance: Advance = None) -> l
             parameters = sum(parameter.numel() for parameter in run.estimator.model.parameters())
             found = {"engine": run.estimator.engine, "parameters": parameters, "processes": group.count}
             found |= processes.environment(run.device) | ({"code": run.code} if run.code else {})
-            run_folder.begin(folder, config, run.data, **found)
+            run_folder.begin(folder, config, run.data, recipe, **found)
+        if recipe:
+            _console(group, advance).print(recipes.said(recipe))
         return _go_on(run, folder, Standing(), advance, tell, aligned)
 
 
