@@ -37,7 +37,7 @@ class OneBit(onward.DFA):
     def signal(self, k: int, h: Tensor, known: onward.Known) -> Tensor:
         size = known.e.abs()
         sent = size >= self.quiet * size.amax(1, keepdim=True)
-        return self.feedback.carry(k, h, size.mean(1, keepdim=True) * known.e.sign() * sent)
+        return self.feedback.carry(k, h, size.mean(1, keepdim=True) * known.e.sign() * sent, known)
 
 
 class Perturbed(onward.SignalEstimator):

@@ -198,6 +198,31 @@ def fdfa_feedback(
     return [b.detach() - t for b, t in zip(feedback, total, strict=True)]
 
 
+def full_jacobians(model: nn.Module, x: Any, cuts: Sequence[str]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """z, every h_k, and dz/dh_k between all pairs of numbers, of shape (*z.shape, *h_k.shape)."""
+    _, z, hidden = run(model, x, cuts)
+    rows = [torch.autograd.grad(one, hidden, retain_graph=True, allow_unused=True) for one in z.flatten()]
+    found = [torch.stack([torch.zeros_like(h) if row[k] is None else row[k] for row in rows]) for k, h in enumerate(hidden)]
+    return z.detach(), [h.detach() for h in hidden], [j.view(*z.shape, *h.shape) for j, h in zip(found, hidden, strict=True)]
+
+
+def token_signal(e: Tensor, b: Tensor, real: Tensor) -> Tensor:
+    """delta_{n,t} = e_{n,t} B at real tokens, one token at a time; e is N x T x V, or N x V: then each gets e_n B / T_n."""
+    delta = torch.zeros(*real.shape, b.shape[1], dtype=b.dtype)
+    for n, t in real.nonzero().tolist():
+        row = e[n, t] if e.dim() == 3 else e[n] / int(real[n].sum())
+        delta[n, t] = product(row.unsqueeze(0), b)[0]
+    return delta
+
+
+def token_products(a: Tensor, h: Tensor, real: Tensor, mean: bool) -> Tensor:
+    """sum a_{n,t} (x) h_{n,t} over real tokens, or their mean; of a (N x V): sum_n a_n (x) sum_t h_{n,t}, or divided by N."""
+    total = torch.zeros(a.shape[-1], h.shape[-1], dtype=a.dtype)
+    for n, t in real.nonzero().tolist():
+        total += outer_sum((a[n, t] if a.dim() == 3 else a[n]).unsqueeze(0), h[n, t].unsqueeze(0))
+    return total / (1 if not mean else int(real.sum()) if a.dim() == 3 else len(a))
+
+
 def activation_errors(
     model: nn.Module, x: Any, y: Tensor, cuts: Sequence[str], loss: Loss, seed: int, step: int, count: int, noise: str
 ) -> list[Tensor]:

@@ -14,14 +14,18 @@ class KolenPollackFeedback(Feedback):
     reads_outputs = True
 
     def differentiate(self, k: int, h: Tensor, known: Known, gradient: Tensor) -> None:
-        gradient.addmm_(known.e.to(gradient.dtype).T, h.flatten(1).to(gradient.dtype))
+        layout = self.layout(k, h, known)
+        columns = layout.columns(h).to(gradient.dtype)
+        gradient.addmm_(layout.rows(known.e).to(gradient.dtype).T, columns / layout.places() if layout.pooled else columns)
 
 
 class DKP(DirectFeedback, name="dkp"):
     """Direct Kolen-Pollack: ``delta_k = e B_k``, with ``grad B_k = e^T h_k`` (C x d_k) and B_k = 0 at first.
 
     The forward weights and the feedback learn from the same products and so grow alike; a small weight decay on both (1e-6)
-    helps. Webster, Choi and Ahn, "Learning the Connections in Direct Feedback Alignment", 2021.
+    helps. Where positions share B_k (``positions``), ``grad B_k = sum_{n,t} e_{n,t} (x) h_{n,t}`` (V x d), or for outputs
+    without positions ``sum_n e_n (x) mean_t h_{n,t}`` (C x d). Webster, Choi and Ahn, "Learning the Connections in Direct
+    Feedback Alignment", 2021.
 
     >>> import torch
     >>> from torch import nn

@@ -20,9 +20,17 @@ class ForwardFeedback(Feedback):
 
     def differentiate(self, k: int, h: Tensor, known: Known, gradient: Tensor) -> None:
         gradient.add_(self[k], alpha=known.share)
-        scale = -known.share / (known.e.shape[0] * self.directions)
+        self.add_jacobian(k, h, known, gradient, -known.share)
+
+    def add_jacobian(self, k: int, h: Tensor, known: Known, to: Tensor, scale: float) -> None:
+        """Add that many times what was measured of the Jacobian, (1/N) ydot^T u_k, to a matrix like B_k."""
+        layout, count = self.layout(k, h, known), self.directions
         for tangent, u in zip(known.tangents, known.directions(k, h), strict=True):
-            gradient.addmm_(tangent.to(gradient.dtype).T, u.flatten(1).to(gradient.dtype), alpha=scale)
+            rows, columns = layout.rows(tangent).to(to.dtype), layout.columns(u).to(to.dtype)
+            if layout.tokens:
+                to.addmm_(rows.T, columns * known.weights.to(to.dtype), alpha=scale / count)
+            else:
+                to.addmm_(rows.T, columns, alpha=scale / (known.e.shape[0] * count))
 
 
 class FDFA(DirectFeedback, name="fdfa"):
@@ -32,6 +40,19 @@ class FDFA(DirectFeedback, name="fdfa"):
     tangent of the outputs, E[ydot_n^T u_{k,n}] is the Jacobian dz_n/dh_{k,n}, and
 
         grad B_k = B_k - (1/N) ydot^T u_k        (C x d_k),  averaged over ``directions`` tangents,  B_k = 0 at first.
+
+    Where positions share B_k (``positions``), ydot and u are N x T x V and N x T x d, and the mean is over all positions,
+
+        grad B_k = B_k - mean_{n,t} ydot_{n,t} (x) u_{k,n,t}          (V x d),
+
+    whose expectation is B_k less the mean Jacobian dz_{n,t}/dh_{n,t} of outputs and features at the same position: what other
+    positions add to ydot has mean 0. The mean is over positions that the loss depends on: no padding, no ignored target. For
+    outputs without positions (N x C), and h with T of them,
+
+        grad B_k = B_k - (1/N) sum_n ydot_n (x) sum_t u_{k,n,t}       (C x d),
+
+    whose expectation is B_k less T times the mean Jacobian dz_n/dh_{n,t} over samples and positions: B_k / T, which carries
+    the signal, is the mean Jacobian. (With padding, the sum is over a sample's real tokens, and T is their number.)
 
     With SGD at rate alpha on the feedback this is the moving average of Bacho & Chu, "Low-Variance Forward Gradients using
     Direct Feedback Alignment and Momentum", Neural Networks 2024, equation 13; Adam works as well.

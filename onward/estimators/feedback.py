@@ -1,22 +1,35 @@
-"""Direct feedback: the error signal of a hidden block is the output error times a matrix, ``delta_k = e B_k``."""
+"""Direct feedback: the error signal of a hidden block is the output error times a matrix, ``delta_k = e B_k``.
+
+One matrix leads to all positions of a block's output, or is shared by them: :class:`onward.network.positions.Layout`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from onward.errors import UsageError
-from onward.estimators.signals import Known, SignalEstimator
-from onward.network.run import as_rows, check_samples
+from onward.estimators.settings import OneOf
+from onward.estimators.signals import Known, SignalEstimator, known_at
+from onward.network.positions import FIRST, LAST, Layout, positions_of
+from onward.network.run import LossGradient, check_samples
 from onward.network.shapes import outputs_at
+
+POSITIONS = {
+    "auto": "shared where outputs and block have the same positions (a language model's tokens), own elsewhere",
+    "shared": "one matrix, of outputs x features of one position, for all positions",
+    "own": "one matrix from all outputs to all features of the block, of each position its own",
+}
 
 
 class Feedback(nn.ParameterList):
     """One matrix B_k (C x d_k: outputs by features of the block's output) for each cut.
+
+    ``positions`` (:data:`POSITIONS`) says whether C and d_k are those of one position or of all.
 
     The matrices are parameters with a ``.grad`` of their own. Their sizes are those of the first batch; until then they are
     :class:`torch.nn.UninitializedParameter`, which most optimizers accept. A child class says how they start and what they
@@ -27,6 +40,7 @@ class Feedback(nn.ParameterList):
     directions = 0  # tangents that learning needs
     noise = "gaussian"
     reads_outputs = False  # whether learning needs the values of the block's output
+    positions = "auto"
 
     def __init__(self, model: nn.Module, cuts: Sequence[str], seed: int) -> None:
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
@@ -35,16 +49,51 @@ class Feedback(nn.ParameterList):
             for _ in cuts
         )
         self.cuts, self.seed = tuple(cuts), seed
+        self.axes: dict[int, int] = {}  # the dimension of features at each cut, where both could be it: as in the first batch
 
-    def carry(self, k: int, h: Tensor, rows: Tensor) -> Tensor:
-        """``rows B_k``, in the shape of h: what each sample's row (N x C) is at the output of block k."""
-        matrix = self.sized(k, h, rows)
-        return (rows.to(matrix.dtype) @ matrix).view(h.shape)
+    def layout(self, k: int, h: Tensor, known: Known) -> Layout:
+        """How B_k lies between the network's outputs and the output h of block k.
+
+        Raises :class:`onward.UsageError` where samples are not first, or positions are to be shared that are not the same.
+        """
+        name, outputs = self.cuts[k], known.outputs
+        check_samples(name, h.shape, outputs.shapes[0][0], "feedback")
+        whole = Layout(outputs, h.shape, real=known.real(k))
+        if self.positions == "own" or h.dim() < 3:
+            return whole
+        if positions := outputs.positions:
+            axes = (outputs.axis, LAST if outputs.axis == FIRST else FIRST)
+            if fits := [axis for axis in axes if positions_of(h.shape, axis) == positions]:
+                axis = self.axes.setdefault(k, fits[0])
+                if axis in fits:
+                    return whole._replace(axis=axis)
+                raise UsageError(
+                    f"the output of cut {name!r} has shape {tuple(h.shape)} for outputs at {positions} positions, and in an "
+                    "earlier batch its features were another dimension: feedback by position needs them in the same one"
+                )
+        if self.positions == "auto":
+            return whole
+        if any(len(shape) > 2 for shape in outputs.shapes):
+            raise UsageError(
+                f"positions='shared': the output of cut {name!r} has shape {tuple(h.shape)}, and the network's outputs "
+                f"{', '.join(map(str, outputs.shapes))} are not all at the same positions: cut where they are, or use "
+                "positions='own'"
+            )
+        return whole._replace(axis=LAST if h.dim() == 3 else FIRST, pooled=True)
+
+    def carry(self, k: int, h: Tensor, rows: Tensor, known: Known) -> Tensor:
+        """``rows B_k``, in the shape of h: what each sample's row (N x C) is at the output of block k.
+
+        Where positions share B_k, each gets what belongs to it: its own outputs, or an equal part of the sample's.
+        """
+        layout = self.layout(k, h, known)
+        matrix = self.sized(k, layout)
+        return layout.spread(layout.rows(rows).to(matrix.dtype) @ matrix)
 
     def learn(self, k: int, h: Tensor, known: Known) -> None:
         """Add to B_k's ``.grad`` what it learns from this step."""
         if self.learns:
-            matrix = self.sized(k, h, known.e)
+            matrix = self.sized(k, self.layout(k, h, known))
             if matrix.grad is None:
                 matrix.grad = torch.zeros_like(matrix)
             self.differentiate(k, h, known, matrix.grad)
@@ -57,25 +106,26 @@ class Feedback(nn.ParameterList):
         """Add what B_k learns from this step to ``gradient``."""
         raise NotImplementedError
 
-    def sized(self, k: int, h: Tensor, e: Tensor) -> nn.Parameter:
+    def sized(self, k: int, layout: Layout) -> nn.Parameter:
         """B_k, made on first use; raises :class:`onward.UsageError` where it does not fit this batch."""
-        check_samples(self.cuts[k], h.shape, e.shape[0], "feedback")
-        shape = (e.shape[1], h[0].numel())
-        matrix = self[k]
+        shape, matrix = layout.size, self[k]
+        kind = "outputs x features" if layout.axis is None else "outputs x features of one position"
         if is_lazy(matrix):
             try:
                 matrix.materialize(shape)
             except RuntimeError as error:  # the allocator's
+                remedy = "use positions='shared', " if layout.axis is None and len(layout.shape) > 2 else ""
                 raise UsageError(
-                    f"the feedback matrix of cut {self.cuts[k]!r} would have {shape[0]} x {shape[1]} numbers (outputs x "
-                    "features), which there is no memory for: cut where outputs are smaller, or use heads (LocalLoss)"
+                    f"the feedback matrix of cut {self.cuts[k]!r} would have {shape[0]} x {shape[1]} numbers ({kind}), which "
+                    f"there is no memory for: {remedy}cut where outputs are smaller, or use heads (LocalLoss)"
                 ) from error
             with torch.no_grad():
                 self.initial(k, matrix)
         if tuple(matrix.shape) != shape:
             raise UsageError(
                 f"the feedback matrix of cut {self.cuts[k]!r} is {matrix.shape[0]} x {matrix.shape[1]} and this batch needs "
-                f"{shape[0]} x {shape[1]} (outputs x features): feedback needs inputs of one size"
+                f"{shape[0]} x {shape[1]} ({kind}): feedback needs inputs of one size"
+                + (" (but for positions that share a matrix), and positions as they were" if len(layout.shape) > 2 else "")
             )
         return matrix
 
@@ -103,6 +153,16 @@ class DirectFeedback(SignalEstimator):
     They are ``feedback``, in the order of ``cuts``, and have no size before the first ``estimate``. What needs one earlier
     (counting parameters, an optimizer such as Adagrad that allocates at once) comes after :meth:`initialize`.
 
+    Outputs may have positions, N x T x V of a language model or N x C x H x W of a segmentation. Where a block's output has the
+    same ones (N x T x d), B_k is V x d, shared by all, and ``delta_{k,n,t} = e_{n,t} B_k``. ``positions="own"`` gives each
+    position its own: B_k is (T V) x (T d). Where the network's outputs have no positions and the block's has (tokens
+    N x T x d, maps N x d x H x W), B_k is C x (T d), as the papers have it, or C x d with ``positions="shared"``:
+    ``delta_{k,n,t} = e_n B_k / T``. Padding, of which an ``attention_mask`` in the batch tells, gets no signal, and T does not
+    count it.
+
+    Settings:
+        positions: whether the positions of a block's output (tokens, pixels) share one matrix.
+
     >>> import onward
     >>> estimator = onward.DFA(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
     >>> estimator.initialize(torch.zeros(3, 4))
@@ -117,10 +177,13 @@ class DirectFeedback(SignalEstimator):
         self,
         model: nn.Module,
         cuts: Sequence[str] | None = None,
+        *,
+        positions: Annotated[str, OneOf(POSITIONS)] = "auto",
         **options: Any,
     ) -> None:
         super().__init__(model, cuts, **options)
         self.feedback = self.matrices(model, self.cuts, self.seed)
+        self.feedback.positions = positions
         self.directions, self.noise = self.feedback.directions, self.feedback.noise
         self.reads_outputs = self.feedback.reads_outputs
 
@@ -128,19 +191,23 @@ class DirectFeedback(SignalEstimator):
     def learns_feedback(cls, **settings: Any) -> bool:
         return cls.matrices.learns
 
-    def initialize(self, x: Any) -> None:
-        """Size the feedback matrices by one forward pass over a batch, which changes nothing else."""
+    def initialize(self, x: Any, y: Any = None) -> None:
+        """Size the feedback matrices by one forward pass over a batch, which changes nothing else.
+
+        The targets ``y`` are looked at only where an output has positions: their shape says which dimension has the classes.
+        """
         shapes, output = outputs_at(self.model, x, self.cuts)
         if not isinstance(output, Tensor):
             raise UsageError(
                 f"the network returns a {type(output).__name__}, and only its loss tells which of it has errors: call estimate "
                 "for a first batch instead of initialize, or let the network return one tensor"
             )
+        known = known_at(self, x, y, LossGradient(output.new_zeros(()), [output], [output], [0]))
         for k, h in enumerate(shapes):
-            self.feedback.sized(k, h, as_rows(output))
+            self.feedback.sized(k, self.feedback.layout(k, h, known))
 
     def signal(self, k: int, h: Tensor, known: Known) -> Tensor:
-        delta = self.feedback.carry(k, h, known.e)
+        delta = self.feedback.carry(k, h, known.e, known)
         self.feedback.learn(k, h, known)
         return delta
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step, check_last_block
 from onward.network.cuts import cut_graph
 from onward.network.gradients import allocate_gradients, forget_unused
+from onward.network.padding import padding, without_padding
+from onward.network.positions import LAST, Outputs, feature_axis
 from onward.network.replay import Replay, check_same_output
 from onward.network.run import LossGradient, as_rows, call, detached, from_rows, leaves, output_error, without_graph
 
@@ -71,24 +73,27 @@ class SignalEstimator(Estimator):
         """The index-th random direction at the output h of block k in this step."""
         return self.drawn(h.shape, k, h, index, noise=self.noise, offset=self.shard.first)
 
-    def _draw(self, k: int, h: Tensor) -> list[Tensor]:
-        return [self.direction(k, h, index) for index in range(self.directions)]
+    def _draw(self, x: Any, y: Any, k: int, h: Tensor) -> list[Tensor]:
+        real = padding(x, self.cuts[k], y)
+        return [without_padding(self.direction(k, h, index), real) for index in range(self.directions)]
 
     def _estimate(self, x: Any, y: Any) -> Step:
         return self._block_by_block(x, y) if self.low_memory else self._all_at_once(x, y)
 
     def _all_at_once(self, x: Any, y: Any) -> Step:
-        passed = self.pass_forward(x)
+        passed = self.pass_forward(x, y=y)
         found = output_error(self.loss, passed.output, y)
-        known = Known(found.e, passed.tangents(found.at), passed.directions, y=y, loss=found.loss)
+        known = known_at(self, x, y, found, passed.tangents(found.at), passed.directions)
         self.learn(passed, known, found.at)
         return Step(found.loss, detached(passed.output))
 
-    def pass_forward(self, x: Any, arrived: Sequence[Tensor] = (), weights: Mapping[str, Tensor] | None = None) -> Passed:
+    def pass_forward(
+        self, x: Any, arrived: Sequence[Tensor] = (), weights: Mapping[str, Tensor] | None = None, *, y: Any = None
+    ) -> Passed:
         """The half of a step that needs no signal: run the blocks of this process, and keep their graphs.
 
         ``arrived``: the tangents of x, where it is the output of a block elsewhere; ``weights``: what to run with in place of
-        the network's parameters.
+        the network's parameters; ``y``: the targets, for what they tell of padding.
         """
         allocate_gradients(getattr(self, "feedback", nn.Module()))
         outputs: dict[int, Tensor] = {}
@@ -100,7 +105,7 @@ class SignalEstimator(Estimator):
             outputs[k], versions[k] = h, h._version
             passed_on = h.detach()
             if tangents is not None:
-                drawn[k] = perturb(tangents, h, passed_on, self._draw(k, passed_on))
+                drawn[k] = perturb(tangents, h, passed_on, self._draw(x, y, k, passed_on))
             return passed_on
 
         tangents = Tangents(self.directions) if self.directions else None
@@ -171,7 +176,7 @@ class SignalEstimator(Estimator):
     def _block_by_block(self, x: Any, y: Any) -> Step:
         fresh = allocate_gradients(self)
         again = Replay(self.model)
-        known, found, output = measure_output(self, x, y, again, self.directions, self._draw)
+        known, found, output = measure_output(self, x, y, again, self.directions, partial(self._draw, x, y))
 
         def deliver(k: int, h: Tensor) -> Tensor:
             check(k, h)
@@ -246,7 +251,24 @@ def measure_output(
     with again.frozen(), without_graph(estimator), tangents or nullcontext(), cut_graph(model, cuts, pass_on):
         output = call(model, x)
     found = output_error(estimator.loss, output, y)
-    return Known(found.e, tangents_of(tangents, cuts, found.at), draw, y=y, loss=found.loss), found, output
+    return known_at(estimator, x, y, found, tangents_of(tangents, cuts, found.at), draw), found, output
+
+
+def known_at(
+    estimator: Estimator,
+    x: Any,
+    y: Any,
+    found: LossGradient,
+    tangents: Sequence[Sequence[Tensor]] = (),
+    directions: Callable[[int, Tensor], list[Tensor]] = lambda k, h: [],
+) -> Known:
+    """What is known of a batch once the output error is found."""
+    axis = feature_axis([e.shape for e in found.e], y, estimator.loss)
+
+    def real(k: int | None) -> Tensor | None:
+        return padding(x, None if k is None else estimator.cuts[k], y)
+
+    return Known(found.e, tangents, directions, y=y, loss=found.loss, axis=axis, real=real)
 
 
 class Passed(NamedTuple):
@@ -279,6 +301,10 @@ class Known:
     compares the output with, and ``one_hot`` the same as rows of e's shape. ``loss`` is the batch's mean loss, as far as these
     samples add to it, and ``share`` their part of the samples that it is a mean over: 1, or less of a microbatch.
 
+    ``outputs`` says what those rows are made of: the shapes of the output's tensors, and where their positions are (tokens,
+    pixels). ``real(k)`` is the N x T mask of the real tokens at the output of block k, or of the network (k None); None where
+    the batch tells of no padding. ``counted`` are the output's positions that the loss depends on.
+
     >>> known = Known(torch.zeros(2, 3), [], lambda k, h: [], y=torch.tensor([2, 0]), loss=torch.tensor(1.1))
     >>> known.one_hot
     tensor([[0., 0., 1.],
@@ -294,12 +320,16 @@ class Known:
         y: Any,
         loss: Tensor,
         share: float = 1.0,
+        axis: int = LAST,
+        real: Callable[[int | None], Tensor | None] = lambda k: None,
     ) -> None:
         self.e = as_rows(e)
+        self.outputs = Outputs(tuple(tuple(part.shape) for part in ([e] if isinstance(e, Tensor) else e)), axis)
         self.tangents = [as_rows(t) for t in tangents]
         self.directions = directions
         self.loss = loss
         self.share = share
+        self.real = real
         self._y = y
 
     @property
@@ -316,17 +346,38 @@ class Known:
     def one_hot(self) -> Tensor:
         """The targets as rows of the shape and type of ``e``: of class numbers a 1 at the class, real numbers as they are.
 
-        A class number below 0, which losses ignore, makes a row of zeros. Raises :class:`onward.UsageError` for other targets.
+        There is one class for each sample, or for each position of the outputs. A class number below 0, which losses ignore,
+        makes zeros. Raises :class:`onward.UsageError` for other targets.
         """
-        y, (samples, classes) = self.targets, self.e.shape
-        numbers = isinstance(y, Tensor) and not y.is_floating_point() and y.shape == (samples,) and classes > 1
-        if numbers and (is_traced() or int(y.max()) < classes):
-            numbered = torch.arange(classes, device=y.device)
-            return (y.unsqueeze(1) == numbered).to(self.e.dtype)
+        y, samples, positions = self.targets, len(self.e), self.outputs.positions
+        classes = self.outputs.features if positions else self.e.shape[1]
+        fits = isinstance(y, Tensor) and not y.is_floating_point() and classes > 1
+        if fits and positions == (1,) and y.shape == (samples,):
+            y = y.unsqueeze(1)
+        if fits and y.shape == (samples, *positions) and (is_traced() or int(y.max()) < classes):
+            found = (y.unsqueeze(-1) == torch.arange(classes, device=y.device)).to(self.e.dtype)
+            return self.outputs.joined(found.flatten(1, -2)) if positions else found
         if isinstance(y, Tensor) and y.numel() == self.e.numel():
             return y.reshape(self.e.shape).to(self.e.dtype)
         shape = f" of shape {tuple(y.shape)}" if isinstance(y, Tensor) else ""
+        each = f"{samples} samples" + (f" at {positions} positions" if positions else "")
         raise UsageError(
-            f"this rule takes the targets for error signals, and {type(y).__name__}{shape} is neither a class below {classes} "
-            f"for each of {samples} samples nor a number for each output: use a rule that reads the output error, such as DFA"
+            f"this rule takes the targets for error signals, and {type(y).__name__}{shape} is neither a class below "
+            f"{classes} for each of {each} nor a number for each output: use a rule that reads the output error, such as DFA"
         )
+
+    @cached_property
+    def counted(self) -> Tensor:
+        """Which positions of the outputs the loss depends on (N x P): those with an error that are no padding.
+
+        A position whose target the loss ignores has no error at any output.
+        """
+        found = torch.linalg.vector_norm(self.outputs.split(self.e), float("inf"), 2) != 0
+        real = self.real(None)
+        return found & real if real is not None and real.shape == found.shape else found
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """What each position of the outputs weighs in a mean over those that count (N P x 1): zeros where none does."""
+        counted = self.counted.to(self.e.dtype).view(-1, 1)
+        return counted / counted.sum().clamp(min=1)

@@ -25,6 +25,7 @@ from onward.estimators.local import LocalLoss
 from onward.estimators.signals import Known, Passed, SignalEstimator
 from onward.network.cuts import Elsewhere
 from onward.network.heads import Heads
+from onward.network.positions import feature_axis
 from onward.network.run import batch_statistics, device_of, output_error
 from onward.network.shard import Shard
 from onward.parallel.messages import Mark, Messages
@@ -194,9 +195,11 @@ class Stage:
             raise UsageError(f"the network returns a {type(passed.output).__name__}: in a pipeline let it return one tensor")
         share = 1.0 if whole else len(passed.output) / len(y)
         found = output_error(self.estimator.loss, passed.output, passed.y)
-        signal = _Signal(found.loss * share, found.e[0] * share, _of_output(passed))
+        axis = feature_axis([found.e[0].shape], passed.y, self.estimator.loss)
+        signal = _Signal(found.loss * share, found.e[0] * share, _of_output(passed), axis)
         for rank in range(self.rank):
-            self._messages.send(rank, [signal.loss.view(1), signal.e, *signal.tangents])
+            loss = torch.stack([signal.loss, signal.loss.new_tensor(signal.axis)])
+            self._messages.send(rank, [loss, signal.e, *signal.tangents])
         return signal
 
     def _learn(self, batch: list[Passed], signals: Sequence[_Signal] | None = None) -> Step:
@@ -206,17 +209,17 @@ class Stage:
         samples = sum(len(passed.output) for passed in batch)
         losses, logits = [], []
         for i, passed in enumerate(batch):
-            loss, e, tangents = self._receive_signal() if signals is None else signals[i]
+            loss, e, tangents, axis = self._receive_signal() if signals is None else signals[i]
             share = len(passed.output) / samples
-            known = Known(e, tangents, passed.directions, y=passed.y, loss=loss, share=share)
+            known = Known(e, tangents, passed.directions, y=passed.y, loss=loss, share=share, axis=axis)
             estimator.learn(passed, known, [passed.output])
             losses.append(loss)
             logits.append(passed.output.detach() if estimator.ends_here else known.e[:0])
         return Step(torch.stack(losses).sum(), torch.cat(logits))
 
     def _receive_signal(self) -> _Signal:
-        (loss, e, *tangents), _ = self._messages.receive(self.processes - 1, self._device)
-        return _Signal(loss.squeeze(), e, tangents)
+        ((loss, axis), e, *tangents), _ = self._messages.receive(self.processes - 1, self._device)
+        return _Signal(loss, e, tangents, int(axis))
 
     def _entering(self, x: Any, y: Any, microbatches: int) -> Iterator[_Entered]:
         """What enters the first block here, a microbatch at a time: out of x, or from the process before."""
@@ -267,11 +270,15 @@ class _Entered(NamedTuple):
 
 
 class _Signal(NamedTuple):
-    """What the last process sends back, of some samples: their part of the loss, its gradient, the output's tangents."""
+    """What the last process sends back, of some samples: their part of the loss, its gradient, the output's tangents.
+
+    And which dimension of the output has the features, which the targets tell.
+    """
 
     loss: Tensor
     e: Tensor
     tangents: list[Tensor]
+    axis: int
 
 
 def _check(estimator: Estimator, staleness: int, microbatches: int) -> None:

@@ -256,20 +256,51 @@ class Answers:
                 names = [name for name in names if name not in total]
         return total
 
+    def of_tokens(self, h: Tensor) -> bool:
+        """Whether outputs and h have the same tokens or pixels, which then share a feedback matrix."""
+        return h.dim() > 2 and all(e.dim() == h.dim() and places(e) == places(h) for e in self.e)
+
+    def side_by_side(self, parts: Sequence[Tensor], h: Tensor) -> Tensor:
+        """One row per sample of what is like the network's outputs; per token where h and they have the same."""
+        return torch.cat([by_token(part) for part in parts], 1) if self.of_tokens(h) else as_rows(parts)
+
+    def masked(self, k: int, h: Tensor) -> Tensor:
+        """h without what it is at padding, where the batch has a mask of the same tokens."""
+        x, decoder = self.x, "encoder" not in self.case.cuts[k].split(".")
+        name = "decoder_attention_mask" if isinstance(x, dict) and "decoder_input_ids" in x and decoder else "attention_mask"
+        mask = x.get(name) if isinstance(x, dict) else None
+        if mask is None or h.dim() != 3 or mask.shape != h.shape[:2]:
+            return h
+        real = mask != 0
+        for n, t in torch.cartesian_prod(*map(torch.arange, real.shape)).tolist() if self.y.shape == real.shape else ():
+            real[n, t] |= bool((self.y[n, t : t + 2] != -100).any())  # the loss counts it, or what it predicts
+        return torch.where(real.unsqueeze(2), h, 0)
+
     def feedback(self) -> list[Tensor]:
-        """Matrices for a test: C x d_k, the same for every range of samples."""
-        outputs = as_rows(leaves(self.whole.output)).shape[1]
+        """Matrices for a test: C x d_k, or of one token; the same for every range of samples."""
+        parts = leaves(self.whole.output)
         with generators(5):
-            return [torch.randn(outputs, h[0].numel(), dtype=h.dtype) for h in self.whole.hidden]
+            return [
+                torch.randn(self.side_by_side(parts, h).shape[1], self.by_row(h).shape[1], dtype=h.dtype)
+                for h in self.whole.hidden
+            ]
+
+    def by_row(self, h: Tensor) -> Tensor:
+        return by_token(h) if self.of_tokens(h) else h.flatten(1)
 
     def signals(self) -> list[Tensor]:
         """delta_k = e B_k."""
-        e = as_rows(self.e)
-        return [(e @ b).reshape(h.shape) for b, h in zip(self.feedback(), self.whole.hidden, strict=True)]
+        found = []
+        for k, (b, h) in enumerate(zip(self.feedback(), self.whole.hidden, strict=True)):
+            signal = self.side_by_side(self.e, h) @ b
+            if self.of_tokens(h) and h.dim() > 3:
+                signal = signal.view(len(h), -1, h.shape[1]).transpose(1, 2)
+            found.append(self.masked(k, signal.reshape(h.shape)))
+        return found
 
     def directions(self) -> dict[int, Tensor]:
         return {
-            k: onward.directions.draw(h.shape, seed=SEED, step=0, block=k, offset=self.first, dtype=h.dtype)
+            k: self.masked(k, onward.directions.draw(h.shape, seed=SEED, step=0, block=k, offset=self.first, dtype=h.dtype))
             for k, h in enumerate(self.whole.hidden)
         }
 
@@ -287,25 +318,34 @@ class Answers:
         return self.delivered(self.signals())
 
     def dkp(self) -> Gradients:
-        e = as_rows(self.e)
-        learned = {f"feedback {k}": e.T @ h.detach().flatten(1) for k, h in enumerate(self.whole.hidden)}
+        learned = {
+            f"feedback {k}": self.side_by_side(self.e, h).T @ self.by_row(self.masked(k, h.detach()))
+            for k, h in enumerate(self.whole.hidden)
+        }
         return {**self.dfa(), **learned}
 
     def fdfa(self) -> Gradients:
         us = self.directions()
-        tangent = self.output_tangent(us)
-        learned = {f"feedback {k}": b - tangent.T @ us[k].flatten(1) / len(tangent) for k, b in enumerate(self.feedback())}
+        moved = self.output_tangent(us).split([e[0].numel() for e in self.e], 1)
+        parts = [part.view(e.shape) for part, e in zip(moved, self.e, strict=True)]
+        learned = {}
+        for k, (b, h) in enumerate(zip(self.feedback(), self.whole.hidden, strict=True)):
+            tangent, count = self.side_by_side(parts, h), len(h)
+            if self.of_tokens(h):
+                counted = self.side_by_side([self.masked(k, e) for e in self.e], h).any(1, keepdim=True)
+                tangent, count = tangent * counted, int(counted.sum())
+            learned[f"feedback {k}"] = b - tangent.T @ self.by_row(us[k]) / count
         return {**self.dfa(), **learned}
 
     def local(self) -> Gradients:
         heads = heads_for(self.case, self.ordinary.output)
         signals, of_heads = [], dict[str, Tensor]()
-        for h, (cut, head) in zip(self.whole.hidden, heads.items(), strict=True):
-            constant = h.detach().requires_grad_()
+        for k, (h, (cut, head)) in enumerate(zip(self.whole.hidden, heads.items(), strict=True)):
+            constant = self.masked(k, h.detach()).requires_grad_()
             value = self.case.loss(head(constant), self.y)
             names, parameters = zip(*head.named_parameters(), strict=True)
             signal, *found = torch.autograd.grad(value, [constant, *parameters])
-            signals.append(signal)
+            signals.append(self.masked(k, signal))
             of_heads |= {f"head {cut} {name}": g for name, g in zip(names, found, strict=True)}
         return {**self.delivered(signals), **of_heads}
 
@@ -361,6 +401,16 @@ def project(target: Tensor | None, guess: Tensor) -> Tensor:
     """<G, U> / |U|^2 U."""
     square = dense(guess).square().sum()
     return guess * 0 if target is None or square == 0 else guess * ((dense(target) * dense(guess)).sum() / (square + EPS))
+
+
+def places(t: Tensor) -> tuple[int, ...]:
+    """The positions of N x T x d, or N x d x H x W."""
+    return tuple(t.shape[1:2] if t.dim() == 3 else t.shape[2:])
+
+
+def by_token(t: Tensor) -> Tensor:
+    """One row per position."""
+    return t.flatten(0, 1) if t.dim() == 3 else t.flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 def dense(t: Tensor) -> Tensor:

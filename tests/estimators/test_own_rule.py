@@ -189,7 +189,10 @@ def test_an_error_in_it_is_told_with_its_line(
 WRONG: dict[str, tuple[str, str]] = {
     "nothing": ("return None", "for block 0, which ends at cut '1', returned a NoneType: return one of .* shape"),
     "shape": ("return h[:, :1]", r"returned a tensor of shape \(6, 1\): return one of the block's output's shape \(6, 8\)"),
-    "in place": ("return self.feedback.carry(k, h, known.e.sign_())", "has changed known.e in place, which every other block"),
+    "in place": (
+        "return self.feedback.carry(k, h, known.e.sign_(), known)",
+        "has changed known.e in place, which every other block",
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from onward.errors import UsageError
 from onward.estimators.base import Step, check_last_block
 from onward.estimators.forward_gradient import spaces
 from onward.estimators.forward_gradient.rule import Rule
-from onward.estimators.signals import Known, perturb, tangents_of
+from onward.estimators.signals import Known, known_at, perturb, tangents_of
 from onward.network.cuts import cut_graph, enter
 from onward.network.gradients import ParameterNames, accumulate
 from onward.network.run import LossGradient, call, detached, leaves, output_error
@@ -103,7 +103,7 @@ def estimate(fg: Rule, x: Any, y: Any) -> Step:
     known = None
     if fg.feedback is not None:
         moved = tangents_of(tangents, fg.cuts, found.at)
-        known = Known(found.e, moved, lambda k, h: drawn[k], y=y, loss=found.loss)
+        known = known_at(fg, x, y, found, moved, lambda k, h: drawn[k])
     with torch.autocast(ends[0].device.type, enabled=False):
         _sweep(fg, blocks, found, sweep, known, y)
     return Step(found.loss, detached(output), seen)

@@ -74,7 +74,7 @@ class Rule(Estimator):
                 assert self.feedback is not None
                 assert known is not None
                 with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
-                    return [self.feedback.carry(k, h.detach(), known.e).to(h.dtype)]
+                    return [self.feedback.carry(k, h.detach(), known.e, known).to(h.dtype)]
         heads = self.heads if self.guess == "local" else self.frozen_heads
         assert heads is not None
         return [heads.differentiate(k, h, y, self.loss, self.mask_seed, self.step, learn=False)[0]]
