@@ -19,10 +19,12 @@ from onward.estimators.feedback_alignment import FeedbackAlignment
 from onward.estimators.forward_gradient import ForwardGradient
 from onward.estimators.kolen_pollack import KolenPollack
 from onward.estimators.local import LocalLoss
+from onward.estimators.lean import Lean
 from onward.estimators.settings import AtLeast, OneOf
 from onward.estimators.sign_symmetry import BRSF, FRSF, USF
 from onward.estimators.signals import Known, SignalEstimator
 from onward.network.heads import make_heads
+from onward.estimators.spsa import SPSA
 from onward.network.suggest import default_cuts, suggest_cuts
 from onward.network.validate import Problem, validate
 from onward.parallel.shards import ProcessLost, distribute
@@ -37,6 +39,7 @@ __all__ = [
     "FDFA",
     "FRSF",
     "USF",
+    "SPSA",
     "AtLeast",
     "Backprop",
     "DirectFeedback",
@@ -48,6 +51,7 @@ __all__ = [
     "KolenPollack",
     "LocalLoss",
     "OneOf",
+    "Lean",
     "Problem",
     "ProcessLost",
     "SignalEstimator",

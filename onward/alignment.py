@@ -85,6 +85,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
             truth = _true_gradients(estimator.model, cuts, estimator.loss, x, y)
         signals = [_Comparison(signal.flatten(1)) for signal in truth.signals]
         parameters = [_Comparison(_row(truth.parameters, names)) for names in truth.blocks]
+    learner.kept = None  # gradients are compared
         for _ in range(estimates):
             learner.zero_grad()
             with again, _observing(learner, cuts) as observed:

@@ -109,7 +109,7 @@ def test_what_the_documents_name_is_there(name: str) -> None:
         assert ((ROOT if name.isupper() else ROOT / "docs") / link).exists() or (ROOT / link).exists(), link
     for public in re.findall(r"\bonward\.([A-Za-z]\w+)", text):
         assert public in onward.__all__, public
-    for entry in re.findall(r"`((?:bp|dfa|drtp|dkp|fdfa|fa|usf|brsf|frsf|kp|local|fg|spsa):[^`\s]+)`", text):
+    for entry in re.findall(rf"`((?:{'|'.join(ALGORITHMS)}):[^`\s]+)`", text):
         algorithms.variant(entry, Train())
 
 

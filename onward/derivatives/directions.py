@@ -7,7 +7,7 @@ on them without a message.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -76,13 +76,59 @@ def _drawn(
     def fill_piece(index: int, piece: Tensor) -> None:
         fill(piece, torch.Generator(device=device).manual_seed(seed_of(*key, index)))
 
-    numbered = enumerate(pieces, start=first)
-    if out.numel() > _NUMBERS and out.device.type == "cpu" and torch.get_num_threads() > 1:
-        list(_threads.map(lambda job: fill_piece(*job), numbered))
+    _each(fill_piece, enumerate(pieces, start=first), out)
+    return out
+
+
+def _each(work: Callable[[int, Tensor], None], numbered: Iterable[tuple[int, Tensor]], whole: Tensor) -> None:
+    """Do the work on every piece of a tensor, side by side where that pays."""
+    if whole.numel() > _NUMBERS and whole.device.type == "cpu" and torch.get_num_threads() > 1:
+        list(_threads.map(lambda job: work(*job), numbered))
     else:
         for job in numbered:
-            fill_piece(*job)
-    return out
+            work(*job)
+
+
+@during("tangent")
+def shift(
+    tensor: Tensor,
+    *scales: float,
+    seed: int,
+    step: int,
+    block: str,
+    direction: int = 0,
+    noise: str = "gaussian",
+    without: int | None = None,
+) -> None:
+    """Add a parameter's direction to a tensor of its shape, in place, times each of the ``scales`` one after the other.
+
+    The numbers are those of :func:`draw`, in pieces, so that no second tensor of that size is made. The row ``without`` stays
+    as it is.
+
+    >>> tensor = torch.zeros(3)
+    >>> shift(tensor, 0.5, seed=0, step=7, block="weight")
+    >>> torch.equal(tensor, draw((3,), seed=0, step=7, block="weight") / 2)
+    True
+    """
+    if noise not in NOISES:
+        raise unknown("noise", noise, NOISES)
+    fill, key = NOISES[noise], (seed, step, block, direction)
+    tensor = tensor.detach()  # threads do not know that gradients are off
+    kept = None if without is None else tensor[without].clone()
+
+    def move(index: int, piece: Tensor) -> None:
+        drawn = fill(torch.empty_like(piece), torch.Generator(device=piece.device).manual_seed(seed_of(*key, index)))
+        for scale in scales:
+            piece.add_(drawn, alpha=scale)
+
+    if tensor.is_contiguous():
+        _each(move, enumerate(tensor.view(-1).split(_NUMBERS)), tensor)
+    else:
+        drawn = _drawn(tensor.shape, key, block, 0, fill, tensor.dtype, tensor.device)
+        for scale in scales:
+            tensor.add_(drawn, alpha=scale)
+    if kept is not None:
+        tensor[without] = kept
 
 
 def without_row(direction: Tensor, row: int | None, dim: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ what a block needs to differentiate itself and the directional derivatives that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
@@ -77,6 +77,11 @@ class Tangents(TorchDispatchMode):
             if tangent.shape != tensor.shape:
                 raise UsageError(f"a tangent of shape {tuple(tangent.shape)} for a tensor of shape {tuple(tensor.shape)}")
         self._attach(tensor, [_like(tensor, tangent) for tangent in tangents])
+
+    def set_drawn(self, tensor: Tensor, draw: Callable[[], Sequence[Tensor]]) -> None:
+        """As :meth:`set`, with tangents that ``draw()`` makes, the same each time an operation needs them: none is kept."""
+        self._attach(tensor, ())
+        tensor.__dict__[_KEY] = (self, lambda: tuple(_like(tensor, tangent) for tangent in draw()))
 
     def clear(self, tensor: Tensor) -> None:
         """Take away the tangents that ``tensor`` was given."""
@@ -305,8 +310,10 @@ class Tangents(TorchDispatchMode):
     def _write(self, target: Tensor, tangents: Sequence[Tensor | None]) -> None:
         if not _is_continuous(target):
             return
+        owner = target._base if target._base is not None else target
+        if callable((owner.__dict__.get(_KEY) or (None, None))[1]):  # what is written has to be kept
+            self._attach(owner, self._held(owner))
         if self._held(target) is None:
-            owner = target._base if target._base is not None else target
             self._attach(owner, [torch.zeros_like(owner) for _ in range(self.directions)])
         held = self._held(target)
         assert held is not None
@@ -352,14 +359,17 @@ class Tangents(TorchDispatchMode):
         """The tangents that a tensor carries, None, or _UNKNOWN."""
         carried = tensor.__dict__.get(_KEY)
         if carried is not None:
-            return carried[1] if carried[0] is self else None
+            if carried[0] is not self:
+                return None
+            return carried[1]() if callable(carried[1]) else carried[1]
         base = tensor._base
         if base is not None:  # a view: its base may have been given a tangent after the view was taken
             carried = base.__dict__.get(_KEY)
             if carried is not None and carried[0] is self:
                 if carried[1] is None or carried[1] is _UNKNOWN:
                     return carried[1]
-                return tuple(None if t is None else _same_view(tensor, base, t) for t in carried[1])
+                whole = carried[1]() if callable(carried[1]) else carried[1]
+                return tuple(None if t is None else _same_view(tensor, base, t) for t in whole)
         if self._unpacked and (known := self._unpacked.get(_place(tensor))) is not None:
             return known[1]
         return None

@@ -15,6 +15,7 @@ from onward.estimators import (
     local,
     sign_symmetry,
 )
+    spsa,
 
 __all__ = [
     "backprop",
@@ -28,3 +29,4 @@ __all__ = [
     "local",
     "sign_symmetry",
 ]
+    "spsa",

@@ -41,7 +41,8 @@ class Network:
 class Optimizer:
     """How the network's parameters follow their gradient estimates."""
 
-    name: Literal["adam", "sgd"] = "adam"
+    name: Literal["adam", "sgd", "lean"] = "adam"
+    """lean is sgd that stores no gradient, for spsa, and for fg in avg-weight with random guesses."""
     momentum: float = 0.0
     """Of sgd."""
     nesterov: bool = False

@@ -55,6 +55,13 @@ def with_sparse_gradients(module: nn.Module) -> set[nn.Parameter]:
     return {p for part in module.modules() if getattr(part, "sparse", False) is True for p in part.parameters()}
 
 
+def as_asked(module: nn.Module) -> None:
+    """Make gradients sparse that were made of directions, or sample by sample, where the layer asks for sparse ones."""
+    for p in with_sparse_gradients(module):
+        if p.grad is not None and not p.grad.is_sparse:
+            p.grad = p.grad.to_sparse(1)
+
+
 def allocate_gradients(module: nn.Module) -> list[nn.Parameter]:
     """Give parameters that have no ``.grad`` zeros as theirs; returns these parameters.
 

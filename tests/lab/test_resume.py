@@ -35,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "fdfa": {"algorithm": "fdfa", "feedback": Feedback(lr=1e-2, optimizer="sgd")},
     "fg-random": {"algorithm": "fg", "schedule": Schedule("plateau", patience=0)},
     "fg-weights": {"algorithm": "fg:space=avg-weight,noise=rademacher"},
+    "spsa-lean": {"algorithm": "spsa", "optimizer": Optimizer("lean"), "lr": 1e-4, "schedule": Schedule("onecycle")},
     "fg-ntk": {"algorithm": "fg:guess=ntk", "heads": Heads("linear")},
     "fg-feedback": {"algorithm": "fg:guess=feedback,space=weight,engine=reverse"},
 }

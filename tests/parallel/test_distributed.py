@@ -55,6 +55,7 @@ def build(kind: str, **options: Any) -> onward.Estimator:
         "bp": partial(onward.Backprop),
         "bp-checkpoint": partial(onward.Backprop, checkpoint=True),
         "local": partial(onward.LocalLoss, heads=heads()),
+        "spsa": onward.SPSA,
         "brsf": onward.BRSF,
         "kp": onward.KolenPollack,
         **DIRECT,
@@ -71,6 +72,7 @@ def plain() -> Iterator[tuple[str, Options]]:
     for kind in DIRECT:
         yield kind, {"low_memory": True}
     yield "fdfa", {"directions": 2, "noise": "rademacher"}
+    yield "spsa", {"directions": 2}
     yield "fg", {"directions": 3, "orthogonal": True}
     yield "fg", {"directions": 2, "scaling": "projection", "engine": "reverse", "space": "weight"}
     yield "fg", {"guess": "local", "eps": 0.01}
@@ -141,14 +143,15 @@ def test_the_whole_family_gives_the_gradients_of_one_process(target: str, proces
     assert_the_same(list(family([target], list(GUESSES))), SHARDS[processes])
 
 
-def scalar_only_run(rank: int, processes: int, width: int, steps: int) -> tuple[int, dict[str, Tensor]]:
+def scalar_only_run(rank: int, processes: int, width: int, steps: int, kind: str = "fg") -> tuple[int, dict[str, Tensor]]:
     """Bytes that a process sent in each step, and the weights at the end."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, CLASSES)).double()
-    estimator = onward.ForwardGradient(model, space="avg-weight", seed=5)
+    estimator = onward.SPSA(model, seed=5) if kind == "spsa" else onward.ForwardGradient(model, space="avg-weight", seed=5)
     if processes > 1:
         onward.distribute(estimator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    lean = kind == "spsa"
+    optimizer = onward.Lean(estimator, lr=1e-3) if lean else torch.optim.SGD(model.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(2)
     sent = {0}
     for _ in range(steps):
@@ -162,15 +165,16 @@ def scalar_only_run(rank: int, processes: int, width: int, steps: int) -> tuple[
     return max(sent), model.state_dict()
 
 
-def test_only_scalars_travel_and_weights_stay_bitwise_equal() -> None:
-    everyone = together(2, scalar_only_run, 2, 12, STEPS)
-    _, alone = scalar_only_run(0, 1, 12, STEPS)
+@pytest.mark.parametrize(("kind", "steps"), [("fg", STEPS), ("spsa", 100)])
+def test_only_scalars_travel_and_weights_stay_bitwise_equal(kind: str, steps: int) -> None:
+    everyone = together(2, scalar_only_run, 2, 12, steps, kind)
+    _, alone = scalar_only_run(0, 1, 12, steps, kind)
     for sent, weights in everyone:
         assert sent == 24  # the number of samples, the derivative and the loss, 8 bytes each
         for name, value in weights.items():
             assert torch.equal(value, everyone[0][1][name])
             torch.testing.assert_close(value, alone[name], rtol=1e-9, atol=1e-12)
-    assert {sent for sent, _ in together(2, scalar_only_run, 2, 1200, 2)} == {everyone[0][0]}
+    assert {sent for sent, _ in together(2, scalar_only_run, 2, 1200, 2, kind)} == {everyone[0][0]}
 
 
 def accumulated(rank: int) -> list[Tensor]:

@@ -24,7 +24,7 @@ from onward.estimators.forward_gradient.rule import (
 )
 from onward.estimators.forward_gradient.spaces import SPACES
 from onward.estimators.settings import AtLeast, OneOf
-from onward.network.gradients import with_sparse_gradients
+from onward.network.gradients import as_asked
 from onward.network.heads import Heads
 from onward.network.probe import Mixing
 
@@ -128,6 +128,7 @@ class ForwardGradient(Rule, name="fg"):
         # Every process draws the same directions of parameters, and makes the same estimate of slopes that it has exchanged.
         self.sums_samples = not (engine == "forward" and space == "avg-weight" and guess == "random" and not self.cuts)
         if engine == "forward":
+        self.can_be_lean = not self.sums_samples
             self.engine += ", all blocks in one tangent" if passes == "one" else ", a tangent per block"
         frozen = guess in ("ntk", "fixed-ntk")
         trained = heads is not None and (not frozen or target in OF_TRAINED_HEADS)
@@ -207,9 +208,7 @@ class ForwardGradient(Rule, name="fg"):
 
     def _estimate(self, x: Any, y: Any) -> Step:
         step = self._estimate_by(self, x, y)
-        for p in with_sparse_gradients(self.model):
-            if p.grad is not None and not p.grad.is_sparse:  # made of directions, or sample by sample
-                p.grad = p.grad.to_sparse(1)
+        as_asked(self.model)
         return step
 
     def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:

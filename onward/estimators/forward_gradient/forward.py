@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from onward.derivatives.directions import seed_of, without_row
-from onward.derivatives.graph import backward, padding_rows, parameters_behind
+from onward.derivatives.graph import backward, is_traced, padding_rows, parameters_behind
 from onward.derivatives.layers import Use, record_uses
-from onward.derivatives.per_sample import weighted_sum
+from onward.derivatives.per_sample import dots, weighted_sum
 from onward.errors import UsageError
 from onward.estimators.base import Step
 from onward.estimators.forward_gradient.measure import Measured, Site, measure
 from onward.estimators.forward_gradient.reverse import accumulate_rows, estimate_samples, through
 from onward.estimators.forward_gradient.rule import Rule
+from onward.estimators.lean import Along, deliver
 from onward.estimators.signals import Known, measure_output
 from onward.network.cuts import Elsewhere, cut_graph
 from onward.network.gradients import ParameterNames, accumulate, allocate_gradients, forget_unused
@@ -127,8 +128,36 @@ def _parameters(fg: Rule, x: Any, y: Any, again: Replay, known: Known | None) ->
 def _without_cuts(fg: Rule, x: Any, y: Any, again: Replay) -> Step:
     """Baydin et al.: one direction for all parameters of the network; nothing is differentiated in reverse."""
     named = {name: p for name, p in fg.model.named_parameters() if p.requires_grad}
+    if fg.kept is not None:
+        return _lean(fg, x, y, again, named)
     along = {Site(0, name, i): fg.drawn_weights(name, p, i) for i in range(fg.directions) for name, p in named.items()}
     measured = _estimate_along(fg, x, y, again, {0: list(named.values())}, along)
+    return Step(measured.loss, detached(measured.output))
+
+
+def _lean(fg: Rule, x: Any, y: Any, again: Replay, named: Mapping[str, nn.Parameter]) -> Step:
+    """The same without a gradient: directions are drawn where an operation needs them, and the estimate is its numbers."""
+    if is_traced():
+        raise UsageError("its directions are drawn where they are used, which no trace holds")
+
+    def drawn(site: Site) -> Tensor:
+        assert site.parameter is not None
+        return fg.drawn_weights(site.parameter, named[site.parameter], site.direction)
+
+    sites = [Site(0, name, i) for name in named for i in range(fg.directions)]
+    members = {0: list(named.values())}
+    measured = measure(fg, x, y, again, _slots(fg, sites), on_parameters=drawn, members=members)
+    slopes_of = _checked(_mean_slopes(fg, measured.slopes), sites)
+    weights: dict[str, list[float]] = {}
+    for name, p in named.items():
+        slopes = [slopes_of.get(Site(0, name, i), measured.loss.new_zeros(1)) for i in range(fg.directions)]
+        products: dict[tuple[int, int], Tensor] = {}
+        if pairs := fg.pairs():
+            along = [without_row(drawn(Site(0, name, i)), measured.padding.get(p)) for i in range(fg.directions)]
+            products = {(i, j): dots(along[i].view(1, -1), along[j].view(1, -1)) for i, j in pairs}
+        weights[name] = torch.stack(fg.weights(slopes, products)).flatten().tolist()
+    padding = {name: measured.padding[p] for name, p in named.items() if p in measured.padding}
+    deliver(fg, Along(fg.seed, fg.step, fg.noise, weights, padding))
     return Step(measured.loss, detached(measured.output))
 
 
@@ -148,12 +177,7 @@ def _estimate_along(
 
     slots = _slots(fg, list(along))
     measured = measure(fg, x, y, again, slots, on_parameters=tangent, members=members)
-    slopes_of = _mean_slopes(fg, measured.slopes)
-    if along and not slopes_of:
-        raise UsageError(
-            "no tangent reached the target's loss from any parameter: part of the network is invisible to forward mode "
-            "(.detach(), NumPy, a custom operation), or nothing in it requires a gradient"
-        )
+    slopes_of = _checked(_mean_slopes(fg, measured.slopes), list(along))
     estimated: set[str] = set()
     for site in [site for site in along if site.direction == 0]:
         if fg.passes == "one" and fg.guess == "random" and site.parameter in estimated:
@@ -167,6 +191,16 @@ def _estimate_along(
         with torch.no_grad():
             accumulate([named[site.parameter]], [fg.along(slopes, directions)])
     return measured
+
+
+def _checked(slopes: dict[Site, Tensor], sites: Sequence[Site]) -> dict[Site, Tensor]:
+    """The slopes, of which there has to be one if there are sites."""
+    if sites and not slopes:
+        raise UsageError(
+            "no tangent reached the target's loss from any parameter: part of the network is invisible to forward mode "
+            "(.detach(), NumPy, a custom operation), or nothing in it requires a gradient"
+        )
+    return slopes
 
 
 def _mean_slopes(fg: Rule, slopes: dict[Site, Tensor]) -> dict[Site, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ def measure(
     slopes: dict[Site, Tensor] = {}
     at_once = len(slots) if fg.passes == "one" else _AT_ONCE
     chunks = [slots[start : start + at_once] for start in range(0, len(slots), max(1, at_once))]
-    loss, output, tangents = torch.empty(0), None, Tangents()
+    loss, output = torch.empty(0), None
+    padding: dict[nn.Parameter, int] = {}
     for index, chunk in enumerate(chunks):
         tangents = Tangents(len(chunk), through_gradients=True)
         one = _Pass(fg, y, chunk, tangents, slopes, at_output, on_parameters, members)
@@ -74,11 +76,12 @@ def measure(
             output = call(fg.model, x)
             loss = one.read(len(fg.cuts), fg.loss, output) if fg.ends_here else leaves(output)[0].new_zeros(())
     for site in {site for slot in slots for site in slot if site.parameter is None} - slopes.keys():
+        padding |= tangents.padding_rows() if not fg.cuts else {}  # of the parameters that have a tangent in this pass
         raise UsageError(
             f"no tangent reached the target's loss from cut {fg.cuts[site.block]!r}: something after it is invisible to "
             "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
         )
-    return Measured(slopes, loss, output, tangents.padding_rows() if not fg.cuts else {})
+    return Measured(slopes, loss, output, padding)
 
 
 class _Pass:
@@ -106,9 +109,15 @@ class _Pass:
             return
         for p in self.members[k]:
             sites = [[s for s in slot if s.block == k and s.parameter == self.names[p]][:1] for slot in self.slots]
-            found = [self.on_parameters(site[0]) if site else None for site in sites]
-            if any(t is not None for t in found):
-                self.tangents.set(p, *(torch.zeros_like(p) if t is None else t for t in found))
+            if any(sites) and self.fg.kept is None:
+                self.tangents.set(p, *self.tangents_of(p, sites))
+            elif any(sites):
+                self.tangents.set_drawn(p, partial(self.tangents_of, p, sites))
+
+    def tangents_of(self, p: nn.Parameter, sites: Sequence[Sequence[Site]]) -> list[Tensor]:
+        """What a parameter's tangent is for each slot, by its site there, if it has one."""
+        assert self.on_parameters is not None
+        return [self.on_parameters(site[0]) if site else torch.zeros_like(p) for site in sites]
 
     def deliver(self, k: int, h: Tensor) -> Tensor:
         """At the output of block k: let its tangents enter, read the losses of heads, hand on to the next block."""

@@ -24,6 +24,9 @@ def check_finite(estimator: onward.Estimator, loss: Tensor, x: Inputs, where: st
     """Raise a TrainingFailed unless the loss and every gradient are finite."""
     if not math.isfinite(loss.item()):
         raise TrainingFailed(f"the training loss is {loss.item()} at {where} ({culprit(estimator, x)})")
+    for estimate in estimator.kept or ():
+        if not all(math.isfinite(weight) for weights in estimate.weights.values() for weight in weights):
+            raise TrainingFailed(f"the derivative along a random direction is not finite at {where}")
     gradients = [p.grad for p in estimator.parameters() if p.grad is not None]
     if not nn.utils.get_total_norm(gradients).isfinite():
         for name, p in estimator.named_parameters():

@@ -69,6 +69,8 @@ def make_optimizers(config: Train, estimator: onward.Estimator) -> dict[str, Opt
     """One optimizer for the network and its heads, and one for feedback if the estimator has any. Each role has its own
     learning rate and weight decay; those of heads are the network's unless they are given."""
     network: dict[str, Any] = {"lr": config.lr, "weight_decay": config.optimizer.weight_decay}
+    if config.optimizer.name == "lean":
+        return {"network": onward.Lean(estimator, **network)}
     if config.optimizer.name == "sgd":
         network |= {"momentum": config.optimizer.momentum, "nesterov": config.optimizer.nesterov}
     own = {"lr": config.heads.lr, "weight_decay": config.heads.decay}
