@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import onward
+from onward.estimators.base import ALGORITHMS
 from onward.lab import cli as command
 from onward.lab.data.sets import DATASETS
 from onward.lab.networks import models
@@ -24,8 +25,8 @@ from onward.lab.studies import (
 
 ROOT = Path(__file__).parents[1]
 TEXTS = {
-    path.name: path.read_text()
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
 README = TEXTS["README.md"]
 
@@ -88,15 +89,15 @@ def commands(text: str) -> Iterator[list[str]]:
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_documents_commands_can_be_parsed(name: str, asked: list[Any]) -> None:
     for arguments in commands(TEXTS[name]):
-        if "--help" not in arguments and arguments[0] != "list":
+        if not {"--help", "--version", "--tyro-print-completion", "list", "doctor"} & {*arguments}:
             kept = [argument for argument in arguments if argument != "..."]
             assert command.main(kept) == 0, kept
     for one in asked:
         for entry in (*getattr(one, "algorithms", ()), *([one.algorithm] if isinstance(one, Train) else [])):
             algorithms.variant(entry, Train())
-        if model := getattr(one, "model", None):
+        if (model := getattr(one, "model", None)) and model != MINE:
             models.check(model)
-        assert (data := getattr(one, "data", "digits")) in DATASETS or ".py:" in data
+        assert (data := getattr(one, "data", "digits")) in DATASETS or ".py:" in data or data == "owner/name"
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -106,11 +107,50 @@ def test_what_the_documents_name_is_there(name: str) -> None:
     for path in re.findall(r"(?<![\w/.-])(?:onward|tests|benchmarks|examples|docs)/[\w/]+\.\w+", text):
         assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert ((ROOT if name.isupper() else ROOT / "docs") / link).exists() or (ROOT / link).exists(), link
+        assert ((ROOT / name).parent / link).exists(), link
     for public in re.findall(r"\bonward\.([A-Za-z]\w+)", text):
         assert public in onward.__all__, public
     for entry in re.findall(rf"`((?:{'|'.join(ALGORITHMS)}):[^`\s]+)`", text):
         algorithms.variant(entry, Train())
+
+
+STANDALONE = ("docs/index.md", "docs/own-network.md")
+"""Documents whose blocks of Python make one script."""
+MINE = "mine.py:network"
+"""The network that the first page has its reader write."""
+
+
+@pytest.mark.parametrize("name", STANDALONE)
+def test_the_documents_python_runs(name: str) -> None:
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", TEXTS[name], re.DOTALL):
+        exec(compile(block, name, "exec"), names)
+
+
+@pytest.mark.slow
+def test_the_first_page_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its commands, as a reader would type it, with the file that it shows."""
+    monkeypatch.chdir(tmp_path)
+    page = TEXTS["docs/index.md"]
+    Path("mine.py").write_text(re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0])
+    for line in re.findall(r"^onward .*$", page, re.MULTILINE):
+        assert command.main(shlex.split(line)[1:]) == 0, line
+    assert Path("mine.html").exists()
+
+
+def test_every_algorithm_has_its_page_and_picture() -> None:
+    fill = runpy.run_path(str(ROOT / "docs" / "fill.py"))
+    pictures = runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))
+    assert set(pictures["PICTURES"]) == set(ALGORITHMS)
+    for name in ALGORITHMS:
+        page = ROOT / "docs" / "algorithms" / f"{name}.md"
+        assert page.exists(), f"write {page.relative_to(ROOT)}"
+        assert (ROOT / "docs" / "pictures" / f"{name}.svg").read_text() == pictures["picture"](name), (
+            "python docs/pictures/draw.py"
+        )
+    for page in (ROOT / "docs" / "algorithms").glob("*.md"):
+        assert page.read_text() == fill["filled"](page), "python docs/fill.py"
+        assert all(len(block.splitlines()) <= 10 for block in re.findall(r"```text\n(.*?)```", page.read_text(), re.DOTALL))
 
 
 def test_the_network_of_ones_own_learns() -> None:
