@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -58,12 +59,32 @@ class Block(NamedTuple):
     """The cosines behind ``signal.cosine``, one for each estimate and sample."""
 
 
-def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: Sequence[str] | None = None) -> dict[str, Block]:
+STEP = 1e-2
+"""The length of the step that ``descent`` is measured with, relative to that of all trained parameters together."""
+
+
+class Alignment(dict[str, Block]):
+    """The blocks of a network by their names, and how far estimates bring its loss down."""
+
+    descent: float | None
+    """``(L(theta) - L(theta - s g_i / |g_i|)) / (L(theta) - L(theta - s g / |g|))``, the mean over estimates g_i: what a step
+    along the estimate brings, as a part of what one along the true gradient g brings. Both steps have the length
+    ``s = 0.01 |theta|``, with theta all trained parameters of the network. Cosines say where an estimate points, descent what
+    that is worth. It is 1 for the true gradient; None where a step along that does not lower the loss."""
+
+    def __init__(self, blocks: dict[str, Block], descent: float | None) -> None:
+        super().__init__(blocks)
+        self.descent = descent
+
+
+def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: Sequence[str] | None = None) -> Alignment:
     """How so many estimates on one batch agree with the true gradient of the network's loss, for each block of the network.
 
     Blocks have the names of the cuts at their ends, the last is ``output``. ``cuts`` are those to look at where the estimator
     has none of its own. The error signal is what block k differentiates itself with: delta_k, or, in spaces of parameters, the
     guess u_k. Estimates differ by their random directions; dropout draws the same masks in all of them, and in the truth.
+
+    What a small step along the estimates is worth for the loss is in ``descent`` of the result: an :class:`Alignment`.
 
     Everything is done on copies: the estimator, its gradients, its running statistics and the generators stay as they are.
 
@@ -74,6 +95,8 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
     >>> found = measure(onward.Backprop(model), torch.randn(3, 4), torch.tensor([0, 1, 1]))
     >>> {name: f"{block.parameters.cosine:.3f}" for name, block in found.items()}
     {'1': '1.000', 'output': '1.000'}
+    >>> f"{found.descent:.3f}"
+    '1.000'
     """
     if estimates < 1:
         raise UsageError(f"estimates={estimates}: compare at least 1 with the true gradient")
@@ -85,6 +108,8 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
             truth = _true_gradients(estimator.model, cuts, estimator.loss, x, y)
         signals = [_Comparison(signal.flatten(1)) for signal in truth.signals]
         parameters = [_Comparison(_row(truth.parameters, names)) for names in truth.blocks]
+        with again:
+            descent = _Descent(estimator.model, estimator.loss, x, y, truth.parameters)
     learner.kept = None  # gradients are compared
         for _ in range(estimates):
             learner.zero_grad()
@@ -93,6 +118,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
             for k, signal in observed.items():
                 signals[k].add(signal.flatten(1))
             gradients = {name: p.grad for name, p in learner.model.named_parameters()}
+            descent.add({name: _or_zero(gradients[name], g) for name, g in truth.parameters.items()})
             for block, names in zip(parameters, truth.blocks, strict=True):
                 block.add(_row({name: _or_zero(gradients[name], truth.parameters[name]) for name in names}, names))
         feedback: list[Agreement | None] = [None] * len(cuts)
@@ -104,7 +130,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
         with again:
             pass  # the generators are as before the measurement
     last = "output" if "output" not in cuts else "last block"
-    return {
+    blocks = {
         name: Block(
             signal.result() if signal else None,
             block.result() if names else None,
@@ -115,6 +141,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
             [*cuts, last], [*signals, None], parameters, truth.blocks, [*feedback, None], strict=True
         )
     }
+    return Alignment(blocks, descent.mean())
 
 
 def cosines(estimator: Estimator, x: Any, y: Any) -> dict[str, Tensor]:
@@ -138,6 +165,51 @@ def cosines(estimator: Estimator, x: Any, y: Any) -> dict[str, Tensor]:
             f"{len(blocks)} cuts: there is nothing to compare with the true gradient"
         )
     return found
+
+
+class _Descent:
+    """How much the loss falls in one step along estimates, beside a step along the gradient; on a copy of the network."""
+
+    def __init__(self, model: nn.Module, loss: Loss, x: Any, y: Any, gradients: dict[str, Tensor]) -> None:
+        self.model = copy.deepcopy(model)
+        self.again = Replay(self.model)
+        self.fall: list[float] = []
+        parameters = dict(self.model.named_parameters())
+        self.parameters = {name: parameters[name] for name in gradients}
+        self.length = STEP * _length({name: p.detach() for name, p in self.parameters.items()})
+        self.loss = lambda: compute_loss(loss, call(self.model, x), y).double().item()
+        with self.again.frozen():
+            self.before = self.loss()
+        self.most = self._fall(gradients)
+
+    def add(self, gradients: dict[str, Tensor]) -> None:
+        self.fall.append(self._fall(gradients))
+
+    def mean(self) -> float | None:
+        found = sum(self.fall) / len(self.fall) / self.most if self.most > 0 else math.nan
+        return found if math.isfinite(found) else None
+
+    def _fall(self, gradients: dict[str, Tensor]) -> float:
+        """L(theta) - L(theta - s g / |g|); 0 where g is."""
+        length = _length(gradients)
+        if length == 0:
+            return 0.0
+        held = {name: p.data for name, p in self.parameters.items()}
+        try:
+            for name, p in self.parameters.items():
+                p.data = held[name] - (self.length / length) * gradients[name].to(p.dtype)
+            torch.clear_autocast_cache()  # it knows a parameter by its object, and not by what that holds
+            with self.again.frozen(), torch.enable_grad():  # which a network may ask for in its forward
+                return self.before - self.loss()
+        finally:
+            for name, p in self.parameters.items():
+                p.data = held[name]
+            torch.clear_autocast_cache()
+
+
+def _length(tensors: dict[str, Tensor]) -> float:
+    """Of all of them together."""
+    return sum(tensor.double().square().sum().item() for tensor in tensors.values()) ** 0.5
 
 
 class _Comparison:

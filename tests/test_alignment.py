@@ -275,3 +275,63 @@ def test_at_least_one_estimate() -> None:
     model, x, y = deep()
     with pytest.raises(UsageError, match="estimates=0: compare at least 1"):
         measure(onward.DFA(model), x, y, estimates=0)
+
+
+# ---- descent
+
+
+def quadratic() -> tuple[nn.Module, Tensor, Tensor, Any]:
+    """Two linear layers in a chain, and a squared loss: every number of a step can be computed by hand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 1, bias=False)).double()
+    return model, torch.randn(4, 3, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64), F.mse_loss
+
+
+def test_descent_by_hand() -> None:
+    """(L(theta) - L(theta - s g_i / |g_i|)) / (L(theta) - L(theta - s g / |g|)), s = 0.01 |theta|, in plain matrices."""
+    model, x, y, loss = quadratic()
+    estimator = onward.DFA(model, ["0"], loss=loss)
+    found = measure(estimator, x, y).descent
+    estimator.initialize(x)
+    w, v, b = model[0].weight.detach(), model[1].weight.detach(), estimator.feedback[0].detach()
+    e = 2 * (x @ w.T @ v.T - y) / len(x)
+    last = e.T @ (x @ w.T)  # of the second layer, in both
+    true, estimate = ((e @ v).T @ x, last), ((e @ b).T @ x, last)
+
+    def after(g: tuple[Tensor, Tensor]) -> float:
+        s = 0.01 * math.sqrt(w.square().sum() + v.square().sum()) / math.sqrt(g[0].square().sum() + g[1].square().sum())
+        return ((x @ (w - s * g[0]).T @ (v - s * g[1]).T - y) ** 2).mean().item()
+
+    before = ((x @ w.T @ v.T - y) ** 2).mean().item()
+    assert found == pytest.approx((before - after(estimate)) / (before - after(true)), rel=1e-9)
+    assert measure(onward.Backprop(model, loss=loss), x, y, cuts=["0"]).descent == pytest.approx(1, rel=1e-9)
+
+
+def test_descent_of_a_small_step_is_the_cosine_of_all_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onward.alignment.STEP", 1e-6)
+    model, x, y, loss = quadratic()
+    estimator = onward.DFA(model, ["0"], loss=loss)
+    found = measure(estimator, x, y).descent
+    true = torch.cat([g.flatten() for g in torch.autograd.grad(loss(model(x), y), list(model.parameters()))])
+    estimator.estimate(x, y)
+    estimate = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert found == pytest.approx(F.cosine_similarity(estimate, true, dim=0).item(), rel=1e-4)
+
+
+def test_descent_is_a_mean_over_estimates_with_the_same_masks() -> None:
+    """Dropout and batch statistics are those of the step; an estimate of nothing brings nothing; nothing is moved."""
+    model, x, y = deep()
+    before = copy.deepcopy(model.state_dict())
+    assert measure(onward.Backprop(model), x, y, estimates=3).descent == pytest.approx(1, rel=1e-3)
+    random = measure(onward.ForwardGradient(model), x, y, estimates=20).descent
+    assert random is not None
+    assert -0.5 < random < 0.9
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with torch.autocast("cpu", torch.bfloat16):  # whose casts of weights must be those of the step
+        assert measure(onward.Backprop(model), x, y).descent == pytest.approx(1, rel=0.05)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model[-1].weight.requires_grad_(True)
+    with torch.no_grad():
+        model[-1].weight.zero_()  # a step of a hundredth of nothing
+    assert measure(onward.DFA(model, ["1"]), x, y).descent is None

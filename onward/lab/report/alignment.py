@@ -16,10 +16,12 @@ COSINES = {
     "feedback.cosine": "Cosine of feedback matrix and true Jacobian",
 }
 """Measures of alignment.jsonl; any other number found there is shown too, folded up."""
+DESCENT = "descent"
+"""Of the whole network, not of a block."""
 HISTOGRAM = "counts"
 WORDS = {"signal": "error signal", "parameters": "parameter gradient", "feedback": "feedback matrix"}
 WORDS |= {"norm_ratio": "length over the true one's", "bias": "bias over the true length", "snr": "signal to noise"}
-WORDS["variance"] = "variance over the true length squared"
+WORDS |= {"variance": "variance over the true length squared", DESCENT: "Descent of a small step over the gradient's own"}
 
 Lines = Sequence[Mapping[str, Any]]
 """Of alignment.jsonl, or like them."""
@@ -70,6 +72,8 @@ def _read(lines: Lines) -> tuple[Cells, Counts]:
     counts: Counts = {}
     dated = [({"epoch": at, "estimates": 0} | numbers(entry), entry) for at, entry in enumerate(lines, start=1)]
     for said, entry in sorted(dated, key=lambda line: (line[0]["epoch"], line[0]["estimates"])):
+        if DESCENT in said:
+            cells.setdefault(DESCENT, {})["network", said["epoch"]] = said[DESCENT]
         blocks = entry.get("blocks")
         for block, values in blocks.items() if isinstance(blocks, dict) else ():
             found = numbers(values)
@@ -96,8 +100,9 @@ def _map(measure: str, read: Mapping[str, Sequence[Cells]]) -> Map:
     is_cosine = measure in COSINES
     words = ": ".join(WORDS.get(word, word.replace("_", " ")) for word in measure.split("."))
     title = COSINES.get(measure, words[:1].upper() + words[1:])
-    if not every or (not is_cosine and len(set(every)) == 1):
-        return Map(measure, title, [], not is_cosine)
+    fold = not is_cosine and measure != DESCENT
+    if not every or (fold and len(set(every)) == 1):
+        return Map(measure, title, [], fold)
     most = max(map(abs, every)) or 1.0
     limits = (-most, most) if is_cosine or min(every) < 0 else (0.0, most)
     figures = []
@@ -107,7 +112,7 @@ def _map(measure: str, read: Mapping[str, Sequence[Cells]]) -> Map:
         form = (".2f" if is_cosine else ".2g") if len(epochs) <= 7 else None
         said = {"title": "epoch", "hover": "epoch %{x}: %{z:.3f}"}
         figures.append((name, heat_map(values, epochs, blocks, limits=limits, form=form, **said)))
-    return Map(measure, title, figures, not is_cosine)
+    return Map(measure, title, figures, fold)
 
 
 def _histograms(read: Mapping[str, Sequence[Counts]]) -> Map:

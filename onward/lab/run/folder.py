@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onward.alignment import Block
+from onward.alignment import Alignment
 from onward.errors import UsageError
 from onward.lab import tasks
 from onward.lab.data import Data
@@ -225,9 +225,10 @@ def write_lines(folder: Path, rows: Sequence[dict[str, Any]], aligned: Sequence[
         disk.write_text(folder / name, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
-def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -> dict[str, Any]:
+def alignment_entry(epoch: int, estimates: int, measured: Alignment) -> dict[str, Any]:
     """A line of alignment.jsonl: for each block the agreement of error `signal`, `parameters` and `feedback` with the truth,
-    as far as it has them; of the error signals' cosines the `mean`, and how many fall into each bin (`counts`)."""
+    as far as it has them; of the error signals' cosines the `mean`, and how many fall into each bin (`counts`). `descent` is of
+    the whole network."""
     blocks: dict[str, dict[str, Any]] = {}
     for name, block in measured.items():
         blocks[name] = {
@@ -238,7 +239,8 @@ def alignment_entry(epoch: int, estimates: int, measured: Mapping[str, Block]) -
         if block.cosines is not None:
             counts = block.cosines.float().clamp(-1, 1).histc(BINS, -1, 1).int().tolist()
             blocks[name] = {"mean": blocks[name]["signal"]["cosine"], "counts": counts, **blocks[name]}
-    return {"epoch": epoch, "estimates": estimates, "from": -1, "to": 1, "blocks": blocks}
+    bins = {"from": -1, "to": 1}
+    return {"epoch": epoch, "estimates": estimates, "descent": measured.descent, **bins, "blocks": blocks}
 
 
 def note_failure(folder: Path, reason: str | None) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 import onward
-from onward.alignment import Block
+from onward.alignment import Alignment
 from onward.errors import UsageError
 from onward.lab.data import Data
 from onward.lab.networks import models
@@ -124,7 +124,7 @@ def resume(
 
 def _tried(
     config: Train, data: Data | None, group: Processes, folder: Path, state: dict[str, Any] | None, at: Standing
-) -> tuple[Run, dict[str, Block] | None]:
+) -> tuple[Run, Alignment | None]:
     """A run that is known to work, from the state of a checkpoint if there is one, and how its estimates align before it."""
     images = data or load_data(config)
     size = try_out(config, images, group, state, at)
@@ -154,7 +154,7 @@ def _distribute(run: Run) -> None:
 
 
 def _go_on(
-    run: Run, folder: Path, at: Standing, advance: Advance, tell: log.Log | None, aligned: dict[str, Block] | None
+    run: Run, folder: Path, at: Standing, advance: Advance, tell: log.Log | None, aligned: Alignment | None
 ) -> list[Row]:
     """Train from where the run stands to its end."""
     config, group = run.config, run.processes
@@ -212,7 +212,7 @@ def _save(run: Run, folder: Path, at: Standing) -> None:
         checkpoint.save(folder / run_folder.CHECKPOINT, state)
 
 
-def _keep_alignment(run: Run, at: Standing, epoch: int, measured: dict[str, Block], write: log.Log) -> None:
+def _keep_alignment(run: Run, at: Standing, epoch: int, measured: Alignment, write: log.Log) -> None:
     shown = {name: block.cosines.flatten() for name, block in measured.items() if block.cosines is not None}
     write({"alignment": shown}, epoch * run.steps)
     at.aligned = [*at.aligned, run_folder.alignment_entry(epoch, run.config.align_estimates, measured)]

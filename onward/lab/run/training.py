@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 import onward
-from onward.alignment import Block, measure
+from onward.alignment import Alignment, measure
 from onward.derivatives.directions import seed_of
 from onward.errors import UsageError, unknown
 from onward.lab import tasks
@@ -353,7 +353,7 @@ def _test(run: Run, x: Inputs, y: Tensor) -> list[Tensor]:
     return [loss, *(metric.measure(output, y) for metric in run.task.metrics)]
 
 
-def align(run: Run) -> dict[str, Block]:
+def align(run: Run) -> Alignment:
     """How the estimates of each block agree with its true gradient, on the same batch every time."""
     run.estimator.train()
     x, y = next(run.training_batches(1))

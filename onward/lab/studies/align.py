@@ -128,9 +128,11 @@ def _of_training(config: Align, folder: Path) -> tuple[list[Entry], list[str]]:
 def show(entry: Entry) -> None:
     """Print what was measured of one run at one epoch."""
     what = "estimate" if entry["estimates"] == 1 else "estimates"
+    descent = entry.get("descent")  # which measurements of older versions lack
+    worth = "" if descent is None else f"; a small step brings {descent:.3g} of what one along the gradient does"
     printed = Table(
         title=f"{entry['label']}, epoch {entry['epoch']}",
-        caption=f"against the true gradient, in units of its length; {entry['estimates']} {what} on one batch",
+        caption=f"against the true gradient, in units of its length; {entry['estimates']} {what} on one batch{worth}",
     )
     for column in ("block", "of its", *COLUMNS.values()):
         printed.add_column(column, justify="left" if column in ("block", "of its") else "right")
