@@ -102,6 +102,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
         raise UsageError(f"estimates={estimates}: compare at least 1 with the true gradient")
     cuts = tuple(estimator.cuts or (default_cuts(estimator.model) if cuts is None else cuts))
     learner = copy.deepcopy(estimator)
+    learner.kept = None  # gradients are compared
     again = Replay(estimator.model)
     try:
         with again:
@@ -110,7 +111,6 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
         parameters = [_Comparison(_row(truth.parameters, names)) for names in truth.blocks]
         with again:
             descent = _Descent(estimator.model, estimator.loss, x, y, truth.parameters)
-    learner.kept = None  # gradients are compared
         for _ in range(estimates):
             learner.zero_grad()
             with again, _observing(learner, cuts) as observed:
