@@ -18,13 +18,13 @@ from onward.estimators.feedback import DirectFeedback, Feedback
 from onward.estimators.feedback_alignment import FeedbackAlignment
 from onward.estimators.forward_gradient import ForwardGradient
 from onward.estimators.kolen_pollack import KolenPollack
-from onward.estimators.local import LocalLoss
 from onward.estimators.lean import Lean
+from onward.estimators.local import LocalLoss
 from onward.estimators.settings import AtLeast, OneOf
 from onward.estimators.sign_symmetry import BRSF, FRSF, USF
 from onward.estimators.signals import Known, SignalEstimator
-from onward.network.heads import make_heads
 from onward.estimators.spsa import SPSA
+from onward.network.heads import make_heads
 from onward.network.suggest import default_cuts, suggest_cuts
 from onward.network.validate import Problem, validate
 from onward.parallel.shards import ProcessLost, distribute
@@ -38,8 +38,8 @@ __all__ = [
     "DRTP",
     "FDFA",
     "FRSF",
-    "USF",
     "SPSA",
+    "USF",
     "AtLeast",
     "Backprop",
     "DirectFeedback",
@@ -49,9 +49,9 @@ __all__ = [
     "ForwardGradient",
     "Known",
     "KolenPollack",
+    "Lean",
     "LocalLoss",
     "OneOf",
-    "Lean",
     "Problem",
     "ProcessLost",
     "SignalEstimator",

@@ -14,8 +14,8 @@ from onward.estimators import (
     kolen_pollack,
     local,
     sign_symmetry,
-)
     spsa,
+)
 
 __all__ = [
     "backprop",
@@ -28,5 +28,5 @@ __all__ = [
     "kolen_pollack",
     "local",
     "sign_symmetry",
-]
     "spsa",
+]

@@ -127,8 +127,8 @@ class ForwardGradient(Rule, name="fg"):
         self.engine = engine
         # Every process draws the same directions of parameters, and makes the same estimate of slopes that it has exchanged.
         self.sums_samples = not (engine == "forward" and space == "avg-weight" and guess == "random" and not self.cuts)
-        if engine == "forward":
         self.can_be_lean = not self.sums_samples
+        if engine == "forward":
             self.engine += ", all blocks in one tangent" if passes == "one" else ", a tangent per block"
         frozen = guess in ("ntk", "fixed-ntk")
         trained = heads is not None and (not frozen or target in OF_TRAINED_HEADS)

@@ -75,8 +75,8 @@ def measure(
             one.enter(min(members, default=0))
             output = call(fg.model, x)
             loss = one.read(len(fg.cuts), fg.loss, output) if fg.ends_here else leaves(output)[0].new_zeros(())
-    for site in {site for slot in slots for site in slot if site.parameter is None} - slopes.keys():
         padding |= tangents.padding_rows() if not fg.cuts else {}  # of the parameters that have a tangent in this pass
+    for site in {site for slot in slots for site in slot if site.parameter is None} - slopes.keys():
         raise UsageError(
             f"no tangent reached the target's loss from cut {fg.cuts[site.block]!r}: something after it is invisible to "
             "forward mode, such as .detach(), NumPy, or a custom operation: replace it, or leave out the cuts before it"
