@@ -109,11 +109,8 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
             truth = _true_gradients(estimator.model, cuts, estimator.loss, x, y)
         signals = [_Comparison(signal.flatten(1)) for signal in truth.signals]
         parameters = [_Comparison(_row(truth.parameters, names)) for names in truth.blocks]
-<<<<<<< /tmp/e/m_a
-=======
         with again:
             descent = _Descent(estimator.model, estimator.loss, x, y, truth.parameters)
->>>>>>> /tmp/e/m_b
         for _ in range(estimates):
             learner.zero_grad()
             with again, _observing(learner, cuts) as observed:
