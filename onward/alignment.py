@@ -18,6 +18,7 @@ from onward.estimators.backprop import Backprop
 from onward.estimators.base import Estimator
 from onward.estimators.feedback import Feedback
 from onward.estimators.feedback_alignment import FeedbackAlignment
+from onward.estimators.signals import known_at
 from onward.network.cuts import cut_graph
 from onward.network.replay import Replay
 from onward.network.run import Loss, as_rows, call, compute_loss, leaves, output_error
@@ -124,7 +125,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
         feedback: list[Agreement | None] = [None] * len(cuts)
         if isinstance(matrices := getattr(learner, "feedback", None), Feedback):
             with again:
-                jacobians = _mean_jacobians(estimator, cuts, x, y)
+                jacobians = _mean_jacobians(estimator, matrices, cuts, x, y)
             feedback = [_compare(b.detach().view(1, -1), j.view(1, -1)) for b, j in zip(matrices, jacobians, strict=True)]
     finally:
         with again:
@@ -282,25 +283,32 @@ def _true_gradients(model: nn.Module, cuts: Sequence[str], loss: Loss, x: Any, y
     return _Truth(signals, parameters, blocks)
 
 
-def _mean_jacobians(estimator: Estimator, cuts: Sequence[str], x: Any, y: Any) -> list[Tensor]:
-    """The mean over samples of dz_n/dh_{k,n}, (C x d_k), at each cut: one backward pass for each output.
+def _mean_jacobians(estimator: Estimator, feedback: Feedback, cuts: Sequence[str], x: Any, y: Any) -> list[Tensor]:
+    """What each matrix stands for, at each cut: the mean over samples of dz_n/dh_{k,n} (C x d_k), or of one position's.
 
-    Random signs tell each sample's own derivative from what it does to others through batch statistics; of that, some noise is
-    left, a part in N of the whole.
+    One backward pass for each output. Random signs tell each sample's own derivative, and each token's, from what it does to
+    others through batch statistics and attention; of that, some noise is left, a part in their number of the whole.
     """
     outputs, output = _run(copy.deepcopy(estimator.model), cuts, x)
-    z, seed = as_rows(output_error(estimator.loss, output, y).at), estimator.seed
-    signs = draw(
-        (len(z), 1), seed=seed_of(seed, "jacobian"), step=0, block=0, noise="rademacher", dtype=z.dtype, device=z.device
-    )
-    rows: list[list[Tensor]] = [[] for _ in outputs]
-    for c in range(z.shape[1]):
+    found = output_error(estimator.loss, output, y)
+    known, z = known_at(estimator, x, y, found), as_rows(found.at)
+    layouts = [feedback.layout(k, h, known) for k, h in enumerate(outputs)]
+    jacobians = [z.new_zeros(layout.size) for layout in layouts]
+    for tokens in {layout.tokens for layout in layouts}:
+        here = [k for k, layout in enumerate(layouts) if layout.tokens is tokens]
         with torch.enable_grad():
-            signed = (z[:, c] * signs[:, 0]).sum()
-        found = torch.autograd.grad(signed, outputs, retain_graph=True, allow_unused=True)
-        for row, h, g in zip(rows, outputs, found, strict=True):
-            row.append((_or_zero(g, h).flatten(1) * signs.to(h.dtype)).mean(0))
-    return [torch.stack(row) for row in rows]
+            rows = layouts[here[0]].rows(z)
+        weights = known.weights if tokens else z.new_full((len(z), 1), 1 / len(z))
+        shape, seed = (len(rows), 1), seed_of(estimator.seed, "jacobian")
+        signs = draw(shape, seed=seed, step=0, block=0, noise="rademacher", dtype=z.dtype, device=z.device)
+        for c in range(rows.shape[1]):
+            with torch.enable_grad():
+                signed = (rows[:, c] * signs[:, 0]).sum()
+            gradients = torch.autograd.grad(signed, [outputs[k] for k in here], retain_graph=True, allow_unused=True)
+            for k, g in zip(here, gradients, strict=True):
+                columns = layouts[k].columns(_or_zero(g, outputs[k])).to(z.dtype)
+                jacobians[k][c] = (columns * signs * weights).sum(0)
+    return jacobians
 
 
 def _run(model: nn.Module, cuts: Sequence[str], x: Any) -> tuple[list[Tensor], Any]:

@@ -392,5 +392,5 @@ def _fingerprint(y: Any) -> int:
     """
     if not isinstance(y, Tensor):
         return 0
-    octets = y.detach().reshape(-1)[:1024].cpu().view(torch.uint8).long()
+    octets = y.detach().reshape(-1)[:1024].cpu().contiguous().view(torch.uint8).long()
     return 1 + int(octets @ torch.arange(1, 1 + len(octets)))

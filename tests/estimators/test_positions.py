@@ -14,7 +14,7 @@ from cases import DIRECT, normal
 from test_feedback import close
 from torch import Tensor, nn
 
-from onward import DFA, DRTP, FDFA, Known, UsageError, capture
+from onward import DFA, DRTP, FDFA, Known, UsageError, alignment, capture
 
 SAMPLES, TOKENS, CLASSES, SEED = 3, 4, 5, 11
 
@@ -295,3 +295,22 @@ def test_replay_and_resume() -> None:
         for eager, replayed, resumed in zip(*found, strict=True):
             assert torch.equal(eager, replayed)
             assert torch.equal(eager, resumed)
+
+
+def test_align_compares_with_the_mean_jacobian_of_positions() -> None:
+    """Exactly, where positions do not influence one another; the ignored one does not count."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
+    x, y = normal(SAMPLES, TOKENS, 3), torch.randint(CLASSES, (SAMPLES, TOKENS))
+    y[0, 1] = -100
+    estimator = DFA(model, ["1", "3"], loss=of_tokens)
+    found = alignment.measure(estimator, x, y)
+    estimator.initialize(x, y)
+    h = torch.tanh(model[0](x))
+    second = model[2].weight * (1 - torch.tanh(model[2](h)).square()).unsqueeze(3)  # dh_2/dh_1 at each position
+    exact = [(model[4].weight @ second)[y != -100].mean(0), model[4].weight]
+    for name, b, jacobian in zip(("1", "3"), estimator.feedback, exact, strict=True):
+        agreement = found[name].feedback
+        assert agreement is not None
+        assert agreement.cosine == pytest.approx(F.cosine_similarity(b.flatten(), jacobian.flatten(), dim=0).item())
+        assert agreement.norm_ratio == pytest.approx((b.norm() / jacobian.norm()).item())
