@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from onward.derivatives.fallback import by_forward_ad
 from onward.derivatives.graph import is_traced
+from onward.derivatives.operations import has_out, is_random, out_of_place
 from onward.derivatives.rules import RULES, Rule, constant
 from onward.errors import UsageError
 from onward.phases import during
@@ -168,7 +168,7 @@ class Tangents(TorchDispatchMode):
         named = [name for name, value in kwargs.items() if self._held_by(value) is not None]
         if any(entry is _UNKNOWN for entry in held) or any(self._held_by(kwargs[name]) is _UNKNOWN for name in named):
             return self._unfollowed(func, args, kwargs)
-        if (named or any(held)) and _has_out(func):
+        if (named or any(held)) and has_out(func):
             return self._into_out(func, types, args, kwargs)
         if named:
             raise UsageError(
@@ -184,7 +184,7 @@ class Tangents(TorchDispatchMode):
             rule = _view
         if rule is None and func._schema.is_mutable:
             return self._in_place(func, args, kwargs, held)
-        generator_state = torch.get_rng_state() if rule is None and _is_random(func) else None
+        generator_state = torch.get_rng_state() if rule is None and is_random(func) else None
         out = func(*args, **kwargs)
         tangents = self._apply(rule, func, args, kwargs, out, held, generator_state)
         if isinstance(out, Tensor):
@@ -274,7 +274,7 @@ class Tangents(TorchDispatchMode):
     def _into_out(self, func: Any, types: Sequence[type], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         """Compute without ``out=``, then write value and tangent into it."""
         out = kwargs.get("out")
-        value = self.__torch_dispatch__(_out_of_place(func), types, args, {n: a for n, a in kwargs.items() if n != "out"})
+        value = self.__torch_dispatch__(out_of_place(func), types, args, {n: a for n, a in kwargs.items() if n != "out"})
         if not isinstance(out, Tensor) or not isinstance(value, Tensor) or out.shape != value.shape:
             raise _writes(func)
         out.copy_(value)
@@ -299,7 +299,7 @@ class Tangents(TorchDispatchMode):
             return target
         if not name.endswith("_") or not isinstance(target, Tensor):
             raise _writes(func)
-        functional = _out_of_place(func)
+        functional = out_of_place(func)
         value = functional(*args, **kwargs)
         rule = RULES.get(functional.overloadpacket)
         tangents = self._apply(rule, functional, args, kwargs, value, held)
@@ -423,21 +423,6 @@ def _like(tensor: Tensor, tangent: Tensor) -> Tensor:
     return torch.empty_like(tensor).copy_(tangent)
 
 
-@lru_cache
-def _out_of_place(func: Any) -> Any:
-    """The operation that returns what ``func`` writes into its first argument, or into ``out``."""
-    packet = func.overloadpacket if _has_out(func) else getattr(torch.ops.aten, func.overloadpacket.__name__[:-1])
-    wanted = [str(argument.type) for argument in func._schema.arguments if not argument.is_out]
-    overloads = [getattr(packet, name) for name in packet.overloads()]
-    types = {o: [str(argument.type) for argument in o._schema.arguments] for o in overloads}
-    return next(o for o in overloads if types[o] == wanted and o._schema.arguments[0].alias_info is None)
-
-
-@lru_cache
-def _has_out(func: Any) -> bool:
-    return any(argument.is_out for argument in func._schema.arguments)
-
-
 def _writes(func: Any) -> UsageError:
     return UsageError(f"forward mode cannot follow {func}, which writes to an argument: use the form that returns its result")
 
@@ -449,7 +434,3 @@ def _same_view(view: Tensor, base: Tensor, tangent: Tensor) -> Tensor:
 
 def _view(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
     return func(t[0], *args[1:], **kwargs)
-
-
-def _is_random(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
