@@ -12,6 +12,7 @@ from onward.estimators.base import Estimator, Step
 from onward.network.cuts import cut_graph
 from onward.network.gradients import allocate_gradients, forget_unused
 from onward.network.heads import Heads
+from onward.network.padding import padding
 from onward.network.run import call, detached, leaves
 
 
@@ -59,7 +60,8 @@ class LocalLoss(Estimator, name="local"):
 
         def deliver(k: int, h: Tensor) -> Tensor:
             check(k, h)
-            signal, value, z = self.heads.differentiate(k, h, y, self.loss, self.mask_seed, self.step, learn=True)
+            real = padding(x, self.cuts[k], y)
+            signal, value, z = self.heads.differentiate(k, h, y, self.loss, self.mask_seed, self.step, learn=True, real=real)
             seen[self.cuts[k]] = value, z
             if h.requires_grad:
                 backward(h, self.observed(k, signal))

@@ -16,6 +16,7 @@ from onward.derivatives.graph import grad
 from onward.errors import UsageError, unknown
 from onward.network.cuts import check_names
 from onward.network.gradients import accumulate
+from onward.network.padding import without_padding
 from onward.network.run import Loss, as_rows, check_samples, compute_loss, detached, device_of
 from onward.network.shapes import outputs_at
 from onward.network.suggest import default_cuts
@@ -203,19 +204,20 @@ class Heads(nn.Module):
         return self.by_cut[k]
 
     def differentiate(
-        self, k: int, h: Tensor, y: Any, loss: Loss, seed: int, step: int, *, learn: bool
+        self, k: int, h: Tensor, y: Any, loss: Loss, seed: int, step: int, *, learn: bool, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """d l_k / d h_k, the loss l_k of head k at the output h of its block, and the head's output, without a graph.
 
-        With ``learn`` the head's own exact gradient is added to its ``.grad``.
+        With ``learn`` the head's own exact gradient is added to its ``.grad``. Where positions are not ``real`` (N x T), the
+        head sees zeros, and nothing comes back.
         """
-        leaf = h.detach().requires_grad_()
+        leaf = without_padding(h.detach(), real).requires_grad_()
         parameters = [p for p in self.by_cut[k].parameters() if p.requires_grad] if learn else []
         with torch.enable_grad(), self.randomness(k, seed, step):
             value, z = local_loss(self.by_cut[k], leaf, y, loss)
             signal, *gradients = grad(value, [leaf, *parameters], allow_unused=True, materialize_grads=True)
         accumulate(parameters, gradients)
-        return signal, value.detach(), detached(z)
+        return without_padding(signal, real), value.detach(), detached(z)
 
     @contextmanager
     def randomness(self, k: int, seed: int, step: int) -> Iterator[None]:

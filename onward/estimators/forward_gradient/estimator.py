@@ -26,6 +26,7 @@ from onward.estimators.forward_gradient.spaces import SPACES
 from onward.estimators.settings import AtLeast, OneOf
 from onward.network.gradients import as_asked
 from onward.network.heads import Heads
+from onward.network.padding import padding
 from onward.network.probe import Mixing
 
 ENGINES = {"forward": forward.estimate, "reverse": reverse.estimate}
@@ -207,7 +208,9 @@ class ForwardGradient(Rule, name="fg"):
                 self.frozen_heads.redraw(k, self.seed, self.step)
 
     def _estimate(self, x: Any, y: Any) -> Step:
+        self.real = [padding(x, cut, y) for cut in self.cuts]
         step = self._estimate_by(self, x, y)
+        self.real = ()
         as_asked(self.model)
         return step
 

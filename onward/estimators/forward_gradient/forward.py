@@ -226,7 +226,8 @@ def _block_by_block(
         check(k, h)
         local = None
         if fg.heads is not None:
-            local, value, z = fg.heads.differentiate(k, h, y, fg.loss, fg.mask_seed, fg.step, learn=True)
+            seed, real = fg.mask_seed, fg.real[k]
+            local, value, z = fg.heads.differentiate(k, h, y, fg.loss, seed, fg.step, learn=True, real=real)
             seen[fg.cuts[k]] = value, z
         if h.requires_grad:
             of_head = [local] if fg.guess == "local" and local is not None else None

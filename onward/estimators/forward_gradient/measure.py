@@ -16,6 +16,7 @@ from onward.errors import UsageError
 from onward.estimators.forward_gradient.rule import Rule
 from onward.network.cuts import cut_graph
 from onward.network.gradients import ParameterNames
+from onward.network.padding import without_padding
 from onward.network.replay import Replay
 from onward.network.run import Loss, as_rows, call, check_samples, leaves, output_error, without_graph
 
@@ -145,8 +146,8 @@ class _Pass:
     def at_head(self, k: int, h: Tensor, moved: Sequence[Tensor | None]) -> None:
         """Run the head of block k on its output, with these tangents."""
         assert self.fg.heads is not None
-        probe = h.detach()
-        self.give(probe, moved)
+        probe = without_padding(h.detach(), self.fg.real[k])
+        self.give(probe, [None if t is None else without_padding(t, self.fg.real[k]) for t in moved])
         with self.fg.heads.randomness(k, self.fg.mask_seed, self.fg.step):
             self.read(k, self.fg.loss, self.fg.heads[k](probe))
 

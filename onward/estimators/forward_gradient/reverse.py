@@ -76,7 +76,8 @@ def estimate(fg: Rule, x: Any, y: Any) -> Step:
         check(k, h)
         local, guesses = None, None
         if fg.heads is not None:
-            local, *of_head = fg.heads.differentiate(k, h, y, fg.loss, fg.mask_seed, fg.step, learn=True)
+            seed, real = fg.mask_seed, fg.real[k]
+            local, *of_head = fg.heads.differentiate(k, h, y, fg.loss, seed, fg.step, learn=True, real=real)
             seen[fg.cuts[k]] = (of_head[0], of_head[1])
         if fg.frozen_heads is not None:
             guesses = fg.guesses(k, h, y, None)

@@ -18,6 +18,7 @@ from onward.estimators.feedback import Feedback
 from onward.estimators.forward_gradient import spaces
 from onward.estimators.signals import Known
 from onward.network.heads import Heads
+from onward.network.padding import without_padding
 
 TARGETS = {
     "global": "the network's loss",
@@ -58,6 +59,8 @@ class Rule(Estimator):
     heads: Heads | None
     frozen_heads: Heads | None
     feedback: Feedback | None
+    real: Sequence[Tensor | None] = ()
+    """In a step, the mask of real tokens at the output of each block, where the batch tells of padding (N x T)."""
 
     @property
     def unbiased(self) -> bool:
@@ -69,19 +72,21 @@ class Rule(Estimator):
         match self.guess:
             case "random":
                 which = range(self.directions) if wanted is None else wanted
-                return [self.drawn(h.shape, k, h, i, noise=self.noise, offset=self.shard.first) for i in which]
+                drawn = [self.drawn(h.shape, k, h, i, noise=self.noise, offset=self.shard.first) for i in which]
+                return [without_padding(u, self.real[k]) for u in drawn]
             case "feedback":
                 assert self.feedback is not None
                 assert known is not None
                 with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
-                    return [self.feedback.carry(k, h.detach(), known.e, known).to(h.dtype)]
+                    return [without_padding(self.feedback.carry(k, h.detach(), known.e, known).to(h.dtype), self.real[k])]
         heads = self.heads if self.guess == "local" else self.frozen_heads
         assert heads is not None
-        return [heads.differentiate(k, h, y, self.loss, self.mask_seed, self.step, learn=False)[0]]
+        seed, step, real = self.mask_seed, self.step, self.real[k]
+        return [heads.differentiate(k, h, y, self.loss, seed, step, learn=False, real=real)[0]]
 
     def feedback_direction(self, k: int, h: Tensor) -> list[Tensor]:
         """What is added at the output of block k for the feedback to learn from."""
-        return [self.drawn(h.shape, k, h, noise=self.noise, offset=self.shard.first)]
+        return [without_padding(self.drawn(h.shape, k, h, noise=self.noise, offset=self.shard.first), self.real[k])]
 
     def drawn_weights(self, name: str, p: Tensor, i: int) -> Tensor:
         """The i-th direction of a parameter, one for the whole batch."""
