@@ -27,6 +27,8 @@ class Network:
     """Hidden layers of mlp, blocks of chain, layers of gpt."""
     heads: int = 4
     """Of attention, in gpt."""
+    lora: Annotated[int | None, tyro.conf.arg(aliases=["--lora"])] = None
+    """Of hf: the rank of adapters (peft) that are trained in place of the network's own weights."""
     pool_first: bool = False
     """Max-pool after the first convolution of cnn too."""
     downsample: Literal["conv", "avg-pool"] = "conv"
@@ -153,6 +155,12 @@ class Text:
     """What a token is: a character of the text, or a byte of it in UTF-8."""
     window: int = 64
     """Tokens that the network sees at once. A text is cut into such windows; rows of a table are cut, or filled up, to one."""
+    tokenizer: str | None = None
+    """In place of a unit: a tokenizer of transformers, by its name on the hub or its folder."""
+    column: str | None = None
+    """Of a table: the column of text. If not given: text, sentence, ..., or the only one that is text."""
+    label: str | None = None
+    """Of a table: the column of classes. If not given: label, class or target; without one, the text itself is predicted."""
 
 
 @dataclass(frozen=True)
@@ -357,7 +365,9 @@ class Bench(Setup):
     """Algorithms that `onward list` names, or variants such as fg:guess=local,engine=reverse; bp and bp:checkpoint=true are
     always measured."""
     classes: int = 10
-    """Outputs of the network."""
+    """Outputs of the network; of networks for tokens, how many of these there are."""
+    task: str = "auto"
+    """A task that `onward list` names, whose loss is computed; auto takes the one that the network is for."""
     turns: int = 7
     """Turns that the algorithms take."""
     steps: int | None = None

@@ -13,6 +13,7 @@ import pytest
 from onward.lab.data.bundled import BUNDLED
 from onward.lab.data.encoded import decode, from_table
 from onward.lab.data.sets import DATASETS, ON_HUB
+from onward.lab.data.text import TEXTS
 from tests.lab.fake_hub import serve
 from tests.lab.image_files import pictures, write_classes, write_parquet, write_parts
 
@@ -31,17 +32,25 @@ for name in sys.argv[1:]:
 """
 
 
-def load_elsewhere(home: Path, endpoint: str, *names: str, **environment: str) -> tuple[list[str], str]:
+TEXT_SCRIPT = """
+import sys
+from onward.lab.data import load
+data = load(sys.argv[1])
+print(data.task, len(data.train), len(data.test), data.tokens, *data.class_names)
+"""
+
+
+def load_elsewhere(home: Path, endpoint: str, *names: str, script: str = SCRIPT, **environment: str) -> tuple[list[str], str]:
     """Load in a process of its own, for the hub's client reads its settings when imported; gives lines and noise."""
     environment = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": endpoint, **environment}
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), *names]
+    command = [sys.executable, "-c", textwrap.dedent(script), *names]
     root = Path(__file__).parents[2]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True, timeout=60)
     return result.stdout.splitlines(), result.stderr
 
 
 def test_known_names_are_those_with_a_source():
-    assert list(DATASETS) == [*BUNDLED, *ON_HUB]
+    assert list(DATASETS) == [*BUNDLED, *TEXTS, *ON_HUB]
 
 
 def test_without_a_network_and_a_cache_one_sentence_comes_within_ten_seconds(tmp_path):
@@ -67,6 +76,19 @@ def test_a_data_set_comes_from_the_hub_once_and_from_its_cache_afterwards(tmp_pa
     lines, noise = load_elsewhere(home, "http://127.0.0.1:9", "someone/animals", HF_HUB_OFFLINE="1")
     assert lines == ["someone/animals (1, 5, 6) 9 3 cat dog owl"]
     assert noise == ""
+
+
+@pytest.mark.slow
+def test_text_comes_from_the_hub_with_classes_or_without(tmp_path):
+    rows = {"train": [("ab", "x"), ("ba", "y")] * 3, "test": [("b", "x")]}
+    files = {f"{part}.csv": "".join(",".join(row) + "\n" for row in [("text", "label"), *of]) for part, of in rows.items()}
+    with serve("someone/words", {name: text.encode() for name, text in files.items()}) as endpoint:
+        lines, _ = load_elsewhere(tmp_path / "a", endpoint, "someone/words", script=TEXT_SCRIPT)
+    assert lines == ["classification 6 1 3 x y"]
+    files = {f"{part}.txt": "abc\n" * 100 for part in ("train", "test")}
+    with serve("someone/book", {name: text.encode() for name, text in files.items()}) as endpoint:
+        lines, _ = load_elsewhere(tmp_path / "b", endpoint, "someone/book", script=TEXT_SCRIPT)
+    assert lines[0].startswith("next-character 6 6 4 ")
 
 
 def test_parts_of_the_hub_that_are_passed_over_or_not_used_are_told(tmp_path):

@@ -1,4 +1,4 @@
-"""Labelled images from the Hugging Face hub: from its cache if they are there, else over the network."""
+"""Data from the Hugging Face hub: from its cache if they are there, else over the network."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 PATIENCE = 4.0  # seconds for the hub to give any answer; its own client would retry for 24
 
 
-def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
-    """The samples of each split (train, and test unless there is none) of `owner/name` or `owner/name:subset`. Raises a
-    UsageError if the hub is needed and cannot be reached, there is no such data set, or it has no training part."""
+def fetch(name: str) -> dict[str, Any]:
+    """The parts of `owner/name` or `owner/name:subset`, as Arrow tables that stay on the disk. Raises a UsageError if the hub
+    is needed and cannot be reached, or there is no such data set."""
     with lab_extra():
         import datasets
     path, _, subset = name.partition(":")
@@ -41,11 +41,18 @@ def read(name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
             except Exception as error:  # whatever the client raises: the user needs the sentence, not the stack
                 why = f"data set {name} cannot be had from the Hugging Face hub ({reason_of(error)})"
                 raise UsageError(f"{why}: check it, {remedy}") from error
+    return {part: rows.with_format("arrow")[:] for part, rows in found.items()}
+
+
+def labelled(found: dict[str, Any], name: str) -> tuple[dict[str, list[Sample]], tuple[str, ...]]:
+    """The labelled images of each split (train, and test unless there is none). Raises a UsageError if there is no training
+    part, or no images."""
+    path = name.partition(":")[0]
     used: dict[str, str] = {}
     notes: list[str] = []
 
     def read_part(part: str) -> Labelled:
-        table, place = found[part].with_format("arrow")[:], f"{path} ({part})"
+        table, place = found[part], f"{path} ({part})"
         samples, names = from_table(table, place)
         if samples:
             used[place] = columns(table.schema, place)[1]

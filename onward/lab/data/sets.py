@@ -10,12 +10,13 @@ from pathlib import Path
 
 from onward.errors import UsageError, unknown
 from onward.lab import tasks
-from onward.lab.data import hub, own
+from onward.lab.data import hub, own, tables
+from onward.lab.data import text as text_files
 from onward.lab.data.bundled import BUNDLED
 from onward.lab.data.encoded import PATIENCE
 from onward.lab.data.images import decoded, from_folder
 from onward.lab.data.split import Data, subset
-from onward.lab.data.text import TEXTS, is_file, of_file, of_text
+from onward.lab.data.text import TEXTS, of_text
 from onward.lab.settings import Text
 from onward.lab.system.own import named
 
@@ -61,7 +62,8 @@ def load(
     not, each is decoded when a batch needs it. Both ways give the same batches. An image may take `patience` seconds.
 
     `path/to/file.py:function` is called, with the `seed` if it takes it, and returns (train, test), each a pair of tensors or a
-    Dataset of pairs. `path/to/file.txt` is text, cut into windows as `text` says. The `task` says what their targets are
+    Dataset of pairs. `path/to/file.txt` is text, cut into windows as `text` says; a table (csv, tsv, parquet, jsonl, or one on
+    the hub without images) has rows of text, with classes or without. The `task` says what their targets are
     for; `auto` finds it out from the targets.
 
     Raises:
@@ -88,8 +90,10 @@ def load(
         data = subset(BUNDLED[name](), asked)
     elif name in TEXTS:
         data = subset(of_text(name, TEXTS[name](), options), asked)
-    elif is_file(name):
-        data = subset(of_file(name, options), asked)
+    elif text_files.is_file(name):
+        data = subset(text_files.of_file(name, options), asked)
+    elif tables.is_file(name):
+        data = subset(tables.of_file(name, options), asked)
     else:
         if name not in ON_HUB and os.path.isdir(name.partition(":")[0]):  # noqa: PTH112 (no path may be made of some names)
             raise UsageError(f"data set {name} is a folder here: give it with --data-dir")
@@ -98,7 +102,11 @@ def load(
                 "data set", name, [*DATASETS, "owner/name on the Hugging Face hub, path/to/file.txt, path/to/file.py:function"]
             )
         on_hub = ON_HUB[name][0] if name in ON_HUB else name
-        data = decoded(name, *hub.read(on_hub), asked, patience)
+        found = hub.fetch(on_hub)
+        if all(tables.are_text(table, f"{name} ({part})") for part, table in found.items()):
+            data = subset(tables.of_parts(name, found, options), asked)
+        else:
+            data = decoded(name, *hub.labelled(found, on_hub), asked, patience)
     if task not in ("auto", data.task):
         raise UsageError(f"--task {task}: data set {data.name} is for {data.task}, leave it out")
     _refuse_of_text(options, data)

@@ -66,6 +66,8 @@ class Data:
     task: str = "classification"
     tokens: int | None = None
     """How many kinds of tokens the inputs are numbers of, where they are such."""
+    padding: int | None = None
+    """The token that fills up short rows, where there is one."""
     vocabulary: tuple[str, ...] = ()
     """What each token stands for, where outputs are something else."""
 

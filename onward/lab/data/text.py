@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from onward.errors import UsageError
 from onward.lab.data.split import Data, Split
 from onward.lab.settings import Text
-from onward.lab.system.extra import reason_of
+from onward.lab.system.extra import lab_extra, reason_of
 from onward.lab.tasks import NEXT
 
 
@@ -59,7 +59,7 @@ def of_text(name: str, text: str | bytes, options: Text, test: str | bytes | Non
     """Windows of a text, with what follows each of their tokens as targets; the test part is the last tenth if none is given.
 
     Windows follow one another without overlap; what is left at the end of a part is not used. The vocabulary is that of both
-    parts: the characters that occur, in their order, or all bytes.
+    parts: the characters that occur, in their order; all bytes; or that of a tokenizer.
 
     Raises:
         UsageError: a part is too short for a window.
@@ -71,29 +71,43 @@ def of_text(name: str, text: str | bytes, options: Text, test: str | bytes | Non
     if test is None:
         cut = len(text) * 9 // 10
         text, test = text[:cut], text[cut:]
-    vocabulary, numbers = numbered([text, test], options)
+    vocabulary, numbers, padding = numbered([text, test], options, special=False)
+    if padding == len(vocabulary) - 1 and options.tokenizer is None:
+        vocabulary = vocabulary[:-1]  # windows need no filling
     parts = [_windows(name, part, options.window, which) for which, part in zip(("training", "test"), numbers, strict=True)]
-    task = NEXT["byte" if options.unit == "bytes" else "character"].name
-    return Data(name, *parts, len(vocabulary), vocabulary, task, tokens=len(vocabulary))
+    unit = "token" if options.tokenizer else options.unit.removesuffix("s")
+    return Data(name, *parts, len(vocabulary), vocabulary, NEXT[unit].name, tokens=len(vocabulary))
 
 
-def numbered(texts: list[str | bytes], options: Text) -> tuple[tuple[str, ...], list[Tensor]]:
-    """What each number stands for, and the numbers of the tokens of each text."""
+def numbered(texts: Sequence[str | bytes], options: Text, *, special: bool) -> tuple[tuple[str, ...], list[Tensor], int]:
+    """What each token stands for, the numbers of the tokens of each text, and the token that fills up short rows: the last
+    one, which no text has, or that of a tokenizer, which with `special` also adds what marks beginnings and ends."""
+    if options.tokenizer is not None:
+        return _tokenized([text if isinstance(text, str) else text.decode() for text in texts], options.tokenizer, special)
     if options.unit == "bytes":
-        found = [text.encode() if isinstance(text, str) else text for text in texts]
-        return tuple(map(str, range(256))), [
-            torch.frombuffer(bytearray(text), dtype=torch.uint8).long() if text else torch.zeros(0, dtype=torch.int64)
-            for text in found
-        ]
-    characters = [text if isinstance(text, str) else text.decode() for text in texts]
-    points = [
-        torch.frombuffer(bytearray(text.encode("utf-32-le", "surrogatepass")), dtype=torch.int32)
-        if text
-        else torch.zeros(0, dtype=torch.int32)
-        for text in characters
-    ]
+        found = [_numbers(text.encode() if isinstance(text, str) else text, torch.uint8) for text in texts]
+        return (*map(str, range(256)), ""), found, 256
+    points = [_numbers(text.encode("utf-32-le", "surrogatepass"), torch.int32) for text in texts if isinstance(text, str)]
     kinds = torch.cat(points).unique()
-    return tuple(map(chr, kinds.tolist())), [torch.searchsorted(kinds, part) for part in points]
+    return (*map(chr, kinds.tolist()), ""), [torch.searchsorted(kinds, part) for part in points], len(kinds)
+
+
+def _numbers(raw: bytes, kind: torch.dtype) -> Tensor:
+    return torch.frombuffer(bytearray(raw), dtype=kind).long() if raw else torch.zeros(0, dtype=torch.int64)
+
+
+def _tokenized(texts: Sequence[str], source: str, special: bool) -> tuple[tuple[str, ...], list[Tensor], int]:
+    with lab_extra("hf"):
+        import transformers
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        found = tokenizer(list(texts), add_special_tokens=special, verbose=False)["input_ids"]
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, ImportError) as error:
+        why = f"--text.tokenizer {source} cannot be used ({reason_of(error)})"
+        raise UsageError(f"{why}: give a name on the hub, or a folder that transformers has saved") from error
+    fills = [number for number in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if number is not None]
+    vocabulary = tuple(map(str, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))))
+    return vocabulary, [torch.tensor(row, dtype=torch.int64) for row in found], fills[0]
 
 
 def _windows(name: str, tokens: Tensor, window: int, part: str) -> Split:

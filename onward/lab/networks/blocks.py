@@ -27,6 +27,8 @@ class Facts:
     """It takes nothing but images."""
     tokens: bool = False
     """It takes whole numbers, such as characters of a text, in place of real ones; its width is a number of features."""
+    task: str = "classification"
+    """What it is for if nothing else says it."""
     inputs: Shape = (3, 32, 32)
     """The shape of one input if neither data nor --input say it."""
     image_size: int | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ FEATURES = 128
 """Of a token, where the width says nothing."""
 
 
-@network("gpt", inputs=(64,), images=False, tokens=True)
+@network("gpt", inputs=(64,), images=False, tokens=True, task="next-token")
 def gpt(
     shape: Shape,
     outputs: int,
@@ -49,8 +49,28 @@ def gpt(
         raise UsageError(f"--network.width {width}: in gpt this is the number of features, use at most 100000")
     blocks: list[nn.Module] = [Layer(features, heads, layers) for _ in range(layers)]
     blocks[0] = nn.Sequential(OrderedDict(embed=Embed(vocabulary, shape[0], features), layer=blocks[0]))
-    pool: list[nn.Module] = [] if positions else [MeanOfPositions()]
-    return chain(blocks, nn.Sequential(*pool, nn.LayerNorm(features), _linear(features, outputs)))
+    output = nn.Sequential(nn.LayerNorm(features), _linear(features, outputs))
+    return Transformer(chain(blocks, output)._modules, pools=not positions)
+
+
+class Transformer(nn.Sequential):
+    """Blocks, and an output that reads every position or, with `pools`, the mean over those that are no padding."""
+
+    def __init__(self, parts: Mapping[str, nn.Module | None], *, pools: bool) -> None:
+        super().__init__(OrderedDict((name, part) for name, part in parts.items() if part is not None))
+        self.pools = pools
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        *blocks, output = self
+        h = input_ids
+        for block in blocks:
+            h = block(h)
+        if self.pools and attention_mask is None:
+            h = h.mean(1)
+        elif self.pools:
+            real = attention_mask.unsqueeze(2).to(h.dtype)
+            h = (h * real).sum(1) / real.sum(1)
+        return output(h)
 
 
 class Embed(nn.Module):
@@ -83,13 +103,6 @@ class Layer(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.attend(self.norm1(x)).chunk(3, -1))
         x = x + self.mix(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.narrow(F.gelu(self.widen(self.norm2(x))))
-
-
-class MeanOfPositions(nn.Module):
-    """The mean over the positions of a sequence."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(1)
 
 
 def _linear(inputs: int, outputs: int, std: float = 0.02) -> nn.Linear:

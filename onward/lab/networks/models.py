@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from onward.errors import UsageError, unknown
 from onward.lab.data.inputs import shape_of
+from onward.lab.networks import hugging_face
 from onward.lab.networks.blocks import FACTS, Facts, Shapes
 from onward.lab.networks.blocks import MODELS as MODELS
 from onward.lab.settings import Network
@@ -27,14 +28,18 @@ from onward.lab.system import own
 from onward.network.replay import frozen_statistics
 from onward.network.run import call, samples_of
 
+HUGGING_FACE = "hf:"
+"""Begins the name of a network of `transformers`: what follows is its name on the hub, or a folder."""
+FACTS[HUGGING_FACE] = Facts(images=False, inputs=(64,), tokens=True, task="next-token")
+
 for module in pkgutil.iter_modules([str(Path(__file__).parent)]):  # each names its networks
     importlib.import_module(f"{__package__}.{module.name}")
 
 
 def check(name: str) -> None:
     """Raise a UsageError if there is no network of that name, or no file where it says."""
-    if own.named("--model", name) is None and name not in MODELS:
-        raise unknown("model", name, MODELS)
+    if own.named("--model", name) is None and name not in MODELS and not name.startswith(HUGGING_FACE):
+        raise unknown("model", name, [*MODELS, f"{HUGGING_FACE}NAME_OR_FOLDER", "path/to/file.py:function"])
 
 
 def facts(name: str) -> Facts:
@@ -43,7 +48,7 @@ def facts(name: str) -> Facts:
     >>> facts("alexnet").image_size
     224
     """
-    return FACTS.get(name, Facts())
+    return FACTS.get(HUGGING_FACE if name.startswith(HUGGING_FACE) else name, Facts())
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
@@ -70,12 +75,13 @@ def build(
     *,
     vocabulary: int | None = None,
     positions: Sequence[int] = (),
+    padding: int | None = None,
 ) -> nn.Module:
     """The network of that name: one of `MODELS`, or `path/to/file.py:function`.
 
     The user's own network is called once, with the batch `example`, or with zeros of that shape if there is none. The
     `vocabulary` is how many tokens there are, where inputs are such; `positions` the sizes between samples and outputs, where
-    there are outputs for each position.
+    there are outputs for each position; `padding` the token that fills up short rows.
 
     Raises:
         UsageError: an unknown name, an option that this network does not have, inputs that it does not take; or the user's
@@ -91,11 +97,15 @@ def build(
         if entry.name not in takes and (value := getattr(options, entry.name)) != entry.default:
             raise UsageError(f"--network.{entry.name.replace('_', '-')} {value}: {name} has no such option, leave it out")
     sizes = shape if isinstance(shape, Mapping) else tuple(shape)
+    if facts(name).tokens and isinstance(sizes, Mapping) and "input_ids" in sizes:
+        sizes = sizes["input_ids"]
     known = {"shape": sizes, "classes": outputs, "outputs": outputs, **vars(options)}
-    known |= {"vocabulary": vocabulary, "positions": tuple(positions)}
+    known |= {"vocabulary": vocabulary, "positions": tuple(positions), "padding": padding}
     made = partial(make, **{parameter: known[parameter] for parameter in takes if parameter in known})
     if theirs := own.named("--model", name):
         return _tried(theirs, made, torch.zeros(2, *shape) if example is None else example, (*positions, outputs))
+    if name.startswith(HUGGING_FACE):
+        return made()
     one, images = all(isinstance(size, int) for size in sizes), facts(name).images
     if not one or not sizes or (images and len(sizes) != 3):
         wanted = "images, three sizes such as 3,32,32" if images else "tensors with a row of numbers for each input"
@@ -114,6 +124,8 @@ def options_of(name: str) -> set[str]:
 
 def _maker(name: str) -> Callable[..., nn.Module]:
     """The function that makes the network; a file of the user's own is run for it."""
+    if name.startswith(HUGGING_FACE):
+        return partial(hugging_face.make, name.removeprefix(HUGGING_FACE))
     theirs = own.named("--model", name)
     return own.load(theirs) if theirs else MODELS[name]
 

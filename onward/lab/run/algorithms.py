@@ -135,6 +135,13 @@ def _of_run(algorithm: type[onward.Estimator], settings: Mapping[str, Any], give
     return changes
 
 
+def with_cuts(config: Train, model: nn.Module, x: Any) -> Train:
+    """The configuration with the cuts that a trial run proposes, where none are given for a network of Hugging Face's."""
+    if config.cuts or not config.model.startswith(models.HUGGING_FACE):
+        return config
+    return dataclasses.replace(config, cuts=onward.suggest_cuts(model, x) or None)
+
+
 def build(model: nn.Module, config: Train, x: Any, loss: Any = nn.functional.cross_entropy) -> onward.Estimator:
     """The estimator that `config.algorithm` names, of `model`, whose inputs look like the batch `x`.
 

@@ -217,10 +217,13 @@ def prepare(config: Train, data: Data, group: Processes = ALONE) -> Run:
     owns = algorithms.files(config)
     code = algorithms.digest(config)  # before they are run
     _check_kind(config.model, example)
-    sizes = {"vocabulary": data.tokens, "positions": data.train.targets.shape[1:] if task.of_positions else ()}
+    sizes: dict[str, Any] = {"vocabulary": data.tokens, "padding": data.padding}
+    sizes["positions"] = data.train.targets.shape[1:] if task.of_positions else ()
     model = models.build(config.model, shape_of(example, start=1), data.outputs, config.network, example, **sizes).to(device)
-    estimator = algorithms.build(model, config, mapped(example, lambda tensor: tensor.to(device)), task.loss)
-    too_few = _leaves_too_few(data, config.batch_size, model, group.count)
+    example = mapped(example, lambda tensor: tensor.to(device))
+    config = algorithms.with_cuts(config, model, example)
+    estimator = algorithms.build(model, config, example, task.loss)
+    too_few = _leaves_too_few(data, config.batch_size, estimator, group.count)  # which has the heads
     drop_last = too_few or (config.drop_last and len(data.train) >= config.batch_size)
     if group.rank:
         generators.seed(seed_of(config.seed, "process", group.rank))  # for masks of its own

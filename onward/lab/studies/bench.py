@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from onward.lab.report.picture import draw, formats
 from onward.lab.report.picture import picture as draw_panels
 from onward.lab.run import algorithms, processes
 from onward.lab.run.loop import progress
-from onward.lab.settings import Bench, Setup, Train
-from onward.lab.studies.step import PHASES, Learner, Turn, memory_of, take_turn
+from onward.lab.settings import Bench, Setup, TaskSettings, Train
+from onward.lab.studies.step import PHASES, Learner, Turn, inputs_for, memory_of, take_turn, task_of
 from onward.lab.system import disk, memory, own
 
 Row = dict[str, Any]
@@ -161,7 +162,7 @@ def _failure_into(row: Row) -> Iterator[None]:
 def candidates(config: Bench) -> dict[str, Train]:
     """The two baselines and the algorithms asked for, by name."""
     shared = {entry.name: getattr(config, entry.name) for entry in dataclasses.fields(Setup)}
-    base = Train(**shared)
+    base = Train(**shared, task=TaskSettings(name=config.task))
     return {name: algorithms.variant(name, base) for name in dict.fromkeys((*BASELINES, *config.algorithms))}
 
 
@@ -169,7 +170,7 @@ def shape_of(config: Bench) -> tuple[int, ...]:
     """The shape of one input."""
     if config.input:
         return models.parse_shape(config.input)
-    if config.model not in MODELS:
+    if config.model not in MODELS and not models.facts(config.model).tokens:
         raise UsageError(f"--model {config.model}: say what its inputs look like, such as --input 3,32,32")
     return tuple(models.facts(config.model).inputs)
 
@@ -189,13 +190,15 @@ def _points(config: Bench) -> list[Bench]:
         if len({swept(point, what) for point in points}) < 2:
             raise UsageError(f"--sweep {' '.join(config.sweep)}: a slope takes at least two values, such as {what} 8 16 32 64")
     for point in points:
-        candidates(point)
+        run, *_ = candidates(point).values()
         shape = shape_of(point)
+        sizes = {"vocabulary": config.classes, "positions": shape[:1] if task_of(run).of_positions else ()}
         if config.model in MODELS:
             with torch.device("meta"):
-                models.build(config.model, shape, config.classes, point.network)
+                models.build(config.model, shape, config.classes, point.network, **sizes)
         elif point is points[0]:
-            models.build(config.model, shape, config.classes, point.network)
+            example = inputs_for(replace(run, batch_size=2), shape, config.classes)
+            models.build(config.model, shape, config.classes, point.network, example, **sizes)
     return points
 
 

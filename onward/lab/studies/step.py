@@ -1,6 +1,6 @@
 """What one training step costs: seconds, which phases they go to, memory and arithmetic.
 
-- A step is `zero_grad`, `estimate` and the step of the optimizers that `onward train` makes. Inputs are random. Labels are
+- A step is `zero_grad`, `estimate` and the step of the optimizers that `onward train` makes. Inputs are random. Targets are
   random and change every step, so that they cannot be learned: once gradients fade, Adam's averages fill with denormal numbers,
   which are slow. Freed memory is kept for the next step, as in a process that has loaded data (`memory.keep_freed`).
 - Memory: how far the largest resident size of a fresh process grows over three steps, as the median over three processes. This
@@ -37,10 +37,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 import onward
+from onward.lab import tasks
 from onward.lab.networks import models
 from onward.lab.run import algorithms, precision
 from onward.lab.run.optimizers import make_optimizers
-from onward.lab.settings import Heads, Network, Train
+from onward.lab.settings import Heads, Network, TaskSettings, Train
 from onward.lab.system import generators, interrupt, memory, own
 from onward.phases import phase, timed
 
@@ -65,9 +66,12 @@ class Learner(NamedTuple):
         """Build the network and the algorithm of a configuration, for random inputs of that shape."""
         precision.check(config, device)
         generators.seed(config.seed)
-        model = models.build(config.model, shape, classes, config.network).to(device)
-        x = torch.randn(config.batch_size, *shape, device=device)
-        estimator = algorithms.build(model, config, x[:2])
+        task = task_of(config)
+        x = inputs_for(config, shape, classes).to(device)
+        sizes = {"vocabulary": classes, "positions": shape[:1] if task.of_positions else ()}
+        model = models.build(config.model, shape, classes, config.network, x[:2].cpu(), **sizes).to(device)
+        config = algorithms.with_cuts(config, model, x[:2])
+        estimator = algorithms.build(model, config, x[:2], task.loss)
         estimator.check = False  # the first batch is examined once before training, which is no part of a step
         return cls(estimator, list(make_optimizers(config, estimator).values()), precision.inputs(config, x), classes, config)
 
@@ -83,7 +87,7 @@ class Learner(NamedTuple):
 
     def estimate(self) -> None:
         """Fill the gradients, for new labels."""
-        y = torch.randint(self.classes, (len(self.x),), device=self.x.device)
+        y = task_of(self.config).draw(self.x.shape, self.classes).to(self.x.device)
         with precision.autocast(self.config, self.x.device):
             self.estimator.estimate(self.x, y)
 
@@ -93,6 +97,19 @@ class Learner(NamedTuple):
         held += self.estimator.buffers()
         held += [t for o in self.optimizers for state in o.state.values() for t in state.values() if isinstance(t, Tensor)]
         return sum(t.numel() * t.element_size() for t in held)
+
+
+def task_of(config: Train) -> tasks.Task:
+    """What the network learns: what was asked for, or else what it is made for."""
+    name = config.task.name
+    return tasks.named(models.facts(config.model).task if name == "auto" else name)
+
+
+def inputs_for(config: Train, shape: Sequence[int], classes: int) -> Tensor:
+    """A random batch: numbers, or tokens."""
+    if task_of(config).of_positions or models.facts(config.model).tokens:
+        return torch.randint(classes, (config.batch_size, *shape))
+    return torch.randn(config.batch_size, *shape)
 
 
 class Turn(NamedTuple):
@@ -203,7 +220,16 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: torch.device
         torch.set_num_threads(threads)
     # Memory for what the first step in a process loads, or a file of the user's own imports, is not this network's.
     models.options_of(config.model)
-    tiny = replace(config, model="mlp", network=Network(width=0.01), heads=Heads(), input=None, cuts=None, batch_size=2)
+    tiny = replace(
+        config,
+        model="mlp",
+        network=Network(width=0.01),
+        heads=Heads(),
+        input=None,
+        cuts=None,
+        batch_size=2,
+        task=TaskSettings(),
+    )
     with suppress(Exception):  # a rule of the user's own may be for other networks
         Learner.of(tiny, (1, 2, 2), 2, device).step()
     memory.keep_freed()

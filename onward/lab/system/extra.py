@@ -9,8 +9,8 @@ from onward.errors import UsageError
 
 
 @contextmanager
-def lab_extra() -> Iterator[None]:
-    """Turn a missing import in the body into a sentence that says what to install.
+def lab_extra(name: str = "lab") -> Iterator[None]:
+    """Turn a missing import in the body into a sentence that says what to install: the lab, or another extra.
 
     >>> with lab_extra():
     ...     import no_such_module
@@ -20,7 +20,7 @@ def lab_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        raise UsageError(f"{error.name} is not installed: pip install onward[lab]") from error
+        raise UsageError(f"{error.name} is not installed: pip install onward[{name}]") from error
 
 
 def reason_of(error: BaseException) -> str:
