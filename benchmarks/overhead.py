@@ -101,7 +101,7 @@ def prepared(make: Make, problem: Problem, backend: str) -> Candidate:
     estimator = make(model, x)
     estimator.check = False  # the look at the first batch is no part of a step
     if backend != "eager":
-        onward.capture(estimator, backend)
+        onward.capture(estimator, backend=backend)
 
     def step() -> None:
         estimator.zero_grad()

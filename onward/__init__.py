@@ -4,7 +4,7 @@ What is listed here is public. Everything else may change from one version to th
 """
 
 from onward import alignment
-from onward.capture import capture
+from onward.capturing.capture import capture
 from onward.derivatives import directions
 from onward.derivatives import tangents as forward_mode
 from onward.errors import UsageError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import random
 import warnings
 from collections.abc import Callable
@@ -49,7 +48,7 @@ def trained(kind: str, case: Case, backend: str | None, steps: int) -> tuple[Any
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         if backend:
-            onward.capture(estimator, backend)
+            onward.capture(estimator, backend=backend)
         losses = []
         for _ in range(steps):
             optimizer.zero_grad()
@@ -104,7 +103,7 @@ X, Y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 1, 0])
 
 def both(model: nn.Module, make: Callable[[nn.Module], Estimator]) -> tuple[Estimator, Estimator]:
     """An eager estimator and a captured one of two equal networks."""
-    return make(model), onward.capture(make(copy.deepcopy(model)), "replay")
+    return make(model), onward.capture(make(copy.deepcopy(model)), backend="replay")
 
 
 def agree(eager: Estimator, captured: Estimator, *batch: Any) -> None:
@@ -257,7 +256,7 @@ def test_another_loss_is_taken() -> None:
 
 
 def test_batches_of_ever_other_shapes_run_eagerly_and_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("onward.capture"), "_KINDS", 2)
+    monkeypatch.setattr("onward.capturing.kinds.KINDS", 2)
     eager, captured = both(network(), partial(onward.FDFA, cuts=["2"]))
     for samples in (3, 4):
         for _ in range(3):
@@ -304,4 +303,4 @@ def test_a_gradient_inside_forward_is_followed_or_told() -> None:
 
 def test_an_unknown_backend_is_named() -> None:
     with pytest.raises(UsageError, match="unknown backend 'inductr': did you mean 'inductor'"):
-        onward.capture(onward.DFA(network(), ["2"]), "inductr")
+        onward.capture(onward.DFA(network(), ["2"]), backend="inductr")

@@ -19,7 +19,7 @@ LEVELS = [
     ["onward.derivatives"],
     ["onward.network"],
     ["onward.estimators"],
-    ["onward.parallel", "onward.alignment", "onward.capture"],
+    ["onward.parallel", "onward.alignment", "onward.capturing"],
     ["onward"],
     ["onward.lab.system"],
     ["onward.lab.settings"],

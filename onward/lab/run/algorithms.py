@@ -170,7 +170,7 @@ def build(model: nn.Module, config: Train, x: Any, loss: Any = nn.functional.cro
             why = f"{mine} cannot be made with (model, cuts, loss=, seed=, settings) ({error})"
             raise UsageError(f"{why}: give arguments of your own a default, and pass **options on to the parent") from error
     precision.laid_out(config, estimator)
-    return estimator if config.compile == "off" else onward.capture(estimator, config.compile)
+    return estimator if config.compile == "off" else onward.capture(estimator, backend=config.compile)
 
 
 def files(config: Train) -> tuple[own.Own | None, ...]:
