@@ -16,6 +16,7 @@ from onward.estimators.drtp import DRTP
 from onward.estimators.fdfa import FDFA
 from onward.estimators.feedback import DirectFeedback, Feedback
 from onward.estimators.feedback_alignment import FeedbackAlignment
+from onward.estimators.forward_forward import ForwardForward
 from onward.estimators.forward_gradient import ForwardGradient
 from onward.estimators.kolen_pollack import KolenPollack
 from onward.estimators.lean import Lean
@@ -46,6 +47,7 @@ __all__ = [
     "Estimator",
     "Feedback",
     "FeedbackAlignment",
+    "ForwardForward",
     "ForwardGradient",
     "Known",
     "KolenPollack",

@@ -58,6 +58,7 @@ def build(kind: str, **options: Any) -> onward.Estimator:
         "spsa": onward.SPSA,
         "brsf": onward.BRSF,
         "kp": onward.KolenPollack,
+        "ff": onward.ForwardForward,
         **DIRECT,
         "fg": onward.ForwardGradient,
     }[kind]
@@ -67,7 +68,7 @@ def build(kind: str, **options: Any) -> onward.Estimator:
 
 
 def plain() -> Iterator[tuple[str, Options]]:
-    for kind in ("bp", "bp-checkpoint", "local", "brsf", "kp", *DIRECT):
+    for kind in ("bp", "bp-checkpoint", "local", "brsf", "kp", "ff", *DIRECT):
         yield kind, {}
     for kind in DIRECT:
         yield kind, {"low_memory": True}
