@@ -169,6 +169,16 @@ def local() -> Marks:
     yield own_error()
 
 
+def ff() -> Marks:
+    yield from network()
+    for k in (0, 1):
+        x = cut_of(k)
+        yield from box(x - 34, 12, 68, 28, "|h|² &gt; θ ?", "small")
+        yield arrow(f"M{x + 8} {ROW - 4} V44", "pass")
+        yield arrow(f"M{x - 12} 42 Q{x - 20} {ROW - 40} {x - 44} {ROW - TALL / 2 - 3}", "error")
+    yield text(WIDTH / 2, ROW + 58, "each sample passes twice, with its label and with a wrong one written into it", "small")
+
+
 def fg() -> Marks:
     yield from network()
     yield from tangents("slopes along u₁, u₂")
@@ -187,6 +197,7 @@ PICTURES: dict[str, Callable[[], Marks]] = {
     "drtp": drtp,
     "fa": fa,
     "fdfa": fdfa,
+    "ff": ff,
     "fg": fg,
     "frsf": frsf,
     "kp": kp,
