@@ -51,6 +51,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         "studies.bench.bench",
         "studies.align.align",
         "report.page.report",
+        "studies.results.results",
     ):
         monkeypatch.setattr(f"onward.lab.{name}", found.append)
     monkeypatch.setattr("onward.lab.run.loop.resume", lambda folder, changes: found.append(folder))
@@ -67,12 +68,14 @@ def test_the_readmes_commands_can_be_parsed(asked: list[Any]) -> None:
         "Train",
         "Train",
         "Train",
+        "Train",
         "PosixPath",
         "Compare",
         "Compare",
         "Bench",
         "Align",
         "Report",
+        "Results",
     ]
 
 

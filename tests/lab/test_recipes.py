@@ -83,7 +83,7 @@ def test_the_command_trains_a_recipe_and_what_is_given_comes_before_it(
     Path("page.md").write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n")
     assert main(["results", "--keep", "kept", "--into", "page.md"]) == 0  # what is kept is enough
     page = Path("page.md").read_text()
-    assert page.startswith(f"above\n{BEGIN}\n#### cifar10\n| command | published | here |")
+    assert page.startswith(f"above\n{BEGIN}\n#### cifar10\n\n| command | published | here |")
     assert page.endswith(f"|\n{END}\nbelow\n")
     assert table([json.loads(path.read_text()) for path in sorted(Path("kept").iterdir())]) in page
 

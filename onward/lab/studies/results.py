@@ -142,7 +142,7 @@ def table(entries: Sequence[Entry]) -> str:
         for (other, changed), group in groups.items():
             if other == name:
                 rows.append(_row(f"onward train --recipe {name} {changed}", "", group))
-    head = "| command | published | here | seeds | epochs | on | since |\n|---|---|---|---|---|---|---|"
+    head = "\n| command | published | here | seeds | epochs | on | since |\n|---|---|---|---|---|---|---|"
     return "\n\n".join(f"#### {data}\n{head}\n" + "\n".join(rows) for data, rows in sorted(of_data.items()))
 
 
