@@ -20,6 +20,8 @@ from onward.estimators.feedback import Feedback
 from onward.estimators.feedback_alignment import FeedbackAlignment
 from onward.estimators.signals import known_at
 from onward.network.cuts import cut_graph
+from onward.network.hidden import hidden_state
+from onward.network.labels import divided
 from onward.network.replay import Replay
 from onward.network.run import Loss, as_rows, call, compute_loss, leaves, output_error
 from onward.network.suggest import default_cuts
@@ -78,7 +80,9 @@ class Alignment(dict[str, Block]):
         self.descent = descent
 
 
-def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: Sequence[str] | None = None) -> Alignment:
+def measure(
+    estimator: Estimator, x: Any, y: Any = None, *, estimates: int = 1, cuts: Sequence[str] | None = None
+) -> Alignment:
     """How so many estimates on one batch agree with the true gradient of the network's loss, for each block of the network.
 
     Blocks have the names of the cuts at their ends, the last is ``output``. ``cuts`` are those to look at where the estimator
@@ -101,6 +105,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
     """
     if estimates < 1:
         raise UsageError(f"estimates={estimates}: compare at least 1 with the true gradient")
+    x, y = divided(estimator.model, x, y)
     cuts = tuple(estimator.cuts or (default_cuts(estimator.model) if cuts is None else cuts))
     learner = copy.deepcopy(estimator)
     learner.kept = None  # gradients are compared
@@ -145,7 +150,7 @@ def measure(estimator: Estimator, x: Any, y: Any, *, estimates: int = 1, cuts: S
     return Alignment(blocks, descent.mean())
 
 
-def cosines(estimator: Estimator, x: Any, y: Any) -> dict[str, Tensor]:
+def cosines(estimator: Estimator, x: Any, y: Any = None) -> dict[str, Tensor]:
     """At each cut, each sample's cosine between its error signal and the true gradient dL/dh_k, of shape (N,).
 
     Raises :class:`onward.UsageError` for an estimator that delivers no error signals.
@@ -332,8 +337,9 @@ def _observing(learner: Estimator, cuts: Sequence[str]) -> Iterator[dict[int, Te
     def note(k: int, delta: Tensor) -> None:
         signals[k] = delta.detach().clone()
 
-    def watch(k: int, h: Tensor) -> None:
-        if h.requires_grad:
+    def watch(k: int, output: Any) -> None:
+        h, _ = hidden_state(output)
+        if h is not None and h.requires_grad:
             h.register_hook(lambda delta: note(k, delta))
 
     hooks = []

@@ -18,6 +18,7 @@ from torch.utils.hooks import BackwardHook, RemovableHandle
 
 from onward.errors import UsageError, unknown
 from onward.network import source
+from onward.network.hidden import hidden_state, walled
 from onward.phases import phase
 
 Deliver = Callable[[int, Tensor], Tensor]
@@ -73,8 +74,11 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
     (activation checkpointing) is left alone. Full backward hooks of a cut module see the error signal that is delivered to h;
     or what arrives at ``deliver``'s result, where that has a graph (``entered``).
 
-    Raises :class:`onward.UsageError` where a cut's output is not a tensor, where it runs hidden from autograd, or where a cut
-    module runs more than once, in another order than the cuts were named in, or not at all.
+    Of a module that returns more than one tensor the hidden state is cut (:mod:`onward.network.hidden`). The rest goes on, but
+    no gradient comes back through it to something that trains.
+
+    Raises :class:`onward.UsageError` where a cut's output has no hidden state, where it runs hidden from autograd, or where a
+    cut module runs more than once, in another order than the cuts were named in, or not at all.
 
     >>> import torch
     >>> from torch import nn
@@ -90,19 +94,20 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
     handles: list[RemovableHandle] = []
     watching: dict[str, BackwardHook] = {}
 
-    def hook(k: int, name: str) -> Callable[..., Tensor | None]:
-        def deliver_output(module: nn.Module, args: Any, output: Any) -> Tensor | None:
+    def hook(k: int, name: str) -> Callable[..., Any]:
+        def deliver_output(module: nn.Module, args: Any, output: Any) -> Any:
             if torch._C._current_graph_task_id() != -1:  # a backward pass recomputes the block
                 return None
-            _check_output(name, module, output, with_gradients)
+            h, put = _checked(name, module, output, with_gradients)
             _check_turn(name, module, order, done)
             done.append(name)
             watched = watching.pop(name, None)
-            h = output if watched is None or not output.requires_grad else watched.setup_output_hook(output)
+            h = h if watched is None or not h.requires_grad else watched.setup_output_hook(h)
             # Where the block runs under checkpointing, what is done about its output does not.
             saving = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
             with torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if saving else nullcontext(), phase("other"):
-                return deliver(k, h)
+                passed_on = deliver(k, h)
+            return passed_on if h is output else walled(model, name, put(passed_on))
 
         return deliver_output
 
@@ -159,13 +164,14 @@ def _check_turn(name: str, module: nn.Module, order: Sequence[str], done: Sequen
         raise UsageError(f"cut {name!r} ran before cut {order[len(done)]!r}: name the cuts in the order in which they run")
 
 
-def _check_output(name: str, module: nn.Module, output: Any, with_gradients: bool) -> None:
-    """Raise a :class:`onward.UsageError` where a cut's output cannot be cut, or runs where no cut can be made."""
+def _checked(name: str, module: nn.Module, output: Any, with_gradients: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
+    """The :func:`hidden_state` of a cut's output; raise a :class:`onward.UsageError` where it cannot be cut, or not there."""
     where = f"cut {name!r} ({type(module).__name__})"
-    if not isinstance(output, Tensor):
+    h, put = hidden_state(output)
+    if h is None:
         raise UsageError(
-            f"the output of {where} is a {type(output).__name__}, not a tensor: cut at a module that returns one tensor "
-            "(onward.suggest_cuts(model, x) finds some)"
+            f"the output of {where} is a {type(output).__name__} that does not begin with a tensor: cut at a module that "
+            "returns a tensor, alone or first (onward.suggest_cuts(model, x) finds some)"
         )
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UsageError(
@@ -173,7 +179,7 @@ def _check_output(name: str, module: nn.Module, output: Any, with_gradients: boo
             "cannot be cut: cut outside of it, or use Backprop"
         )
     if not with_gradients or torch.is_grad_enabled():
-        return
+        return h, put
     if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():  # so it is inside a Function's forward
         raise UsageError(
             f"{where} runs inside a torch.autograd.Function, which hides its graph and would backpropagate across the cut: if "
@@ -185,6 +191,7 @@ def _check_output(name: str, module: nn.Module, output: Any, with_gradients: boo
             f"{where} has parameters to train and runs with gradients off (torch.no_grad, torch.inference_mode), so none would "
             "reach them: take it out of that, or freeze it by requires_grad_(False) and leave out the cut"
         )
+    return h, put
 
 
 class _OpenCheckpoint:

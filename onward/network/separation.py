@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from onward.derivatives.graph import nodes_behind
 from onward.errors import UsageError
+from onward.network.hidden import Wall
 
 
 class Separation(TorchDispatchMode):
@@ -56,6 +57,8 @@ class Separation(TorchDispatchMode):
             if node is None or node in mine:
                 continue
             mine.add(node)
+            if isinstance(node, Wall._backward_cls):  # type: ignore[attr-defined]
+                raise UsageError(node.text)
             if hasattr(node, "variable"):
                 continue
             earlier = self._owner.setdefault(node, k)

@@ -275,19 +275,5 @@ def runs_in_turn(module: nn.Module) -> bool:
     return False
 
 
-def adds_its_input(module: nn.Module) -> bool:
-    """Whether a module is the end of a residual branch: it adds its input itself, or is given a second one to add."""
-    method = _method(module)
-    if method is None:
-        return False
-    first, *others = [arg.arg for arg in method.tree.args.args][1:] or [""]
-    if len(others) > len(method.tree.args.defaults):
-        return True
-    return any(
-        isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and first in (_name(node.left), _name(node.right))
-        for node in _own_nodes(method.tree)
-    )
-
-
 def _name(value: ast.expr) -> str | None:
     return value.id if isinstance(value, ast.Name) else None

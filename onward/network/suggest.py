@@ -56,7 +56,8 @@ def suggest_cuts(model: nn.Module, x: Any = None) -> tuple[str, ...]:
     """Propose cuts for a network: after its blocks, or else its non-linearities, or else its layers, but not after the last.
 
     Blocks are the layers in its lists, and modules that are made of several. Proposed is what can be cut: a module that runs
-    once, returns one tensor and is the only way forward, with something to train before it and behind it.
+    once, returns one tensor, or is a layer in a list that returns it first, and is the only way forward, with something to
+    train before it and behind it.
 
     With a batch ``x`` (one tensor, a tuple of positional inputs, or a dict of keyword inputs) that is certain, by a trial run
     that changes nothing but the sizes of lazy layers. Without one it is certain of networks that :mod:`torch.fx` can trace. Of
@@ -115,7 +116,7 @@ class _Part(NamedTuple):
     module: nn.Module | None = None
     is_block: bool = False
     ends: bool = False
-    """Whether it returns a tensor."""
+    """Whether it returns a tensor, or is a layer that returns several."""
     likely: bool = False
     """Whether it can be cut, as far as that can be read."""
 
@@ -196,14 +197,14 @@ def _parts(
     same = isinstance(module, nn.ModuleList) and _are_layers(module)
     for name, child, once in source.children(module):
         name = prefix + name
-        ends = source.returns_tensor(child) if seen is None else name in seen.ends
+        alone = source.returns_tensor(child) if seen is None else name in seen.ends and name not in seen.several
+        # Of what a layer in a list returns, the first is handed to the next layer.
+        ends = alone or (isinstance(module, nn.ModuleList) and _has_parts(child) and (seen is None or name in seen.ends))
         if not _is_open(child, ends, opened, is_list, within_layer):
             yield _Part(name, child, same or _is_block(child), ends, ends and once)
             continue
         is_layer = is_list and not ends and source.has_forward(child) and not source.is_chain(child) and not _lists(child)
-        parts = list(_parts(child, f"{name}.", opened, seen, within_layer=is_layer))
-        if is_layer:
-            parts = _with_last_only(parts)
+        parts = _parts(child, f"{name}.", opened, seen, within_layer=is_layer)
         unlikely = _hands_on_positions(child, name) if once and _trains(child) else (f"{name}.",)
         yield from (part._replace(likely=False) if f"{part.name}.".startswith(unlikely) else part for part in parts)
 
@@ -257,15 +258,6 @@ def _lists(module: nn.Module) -> list[tuple[str, nn.ModuleList]]:
         (name, child)
         for name, child in module.named_children()
         if isinstance(child, nn.ModuleList) and len({type(layer) for layer in child}) == 1 and _has_parts(child[0])
-    ]
-
-
-def _with_last_only(parts: list[_Part]) -> list[_Part]:
-    """The parts of a layer that returns several values: only the last can end it, if it is what closes the residual branch."""
-    last = max((i for i, part in enumerate(parts) if part.trains), default=0)
-    return [
-        part._replace(likely=part.likely and i == last and part.module is not None and source.adds_its_input(part.module))
-        for i, part in enumerate(parts)
     ]
 
 

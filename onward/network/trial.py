@@ -15,6 +15,7 @@ import torch.fx
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from onward.network.hidden import hidden_state
 from onward.network.replay import Replay, understudy
 from onward.network.run import batch_statistics, call, leaves, samples_of
 
@@ -23,7 +24,9 @@ class Pass(NamedTuple):
     """The graph of one pass."""
 
     ends: dict[str, Hashable]
-    """The node behind the output of each module that ran once and returned one tensor, in the order of time."""
+    """The node behind the hidden state of each module that ran once, in the order of time."""
+    several: Collection[str]
+    """Those of them that return more than one tensor."""
     outputs: list[Hashable]
     behind: Callable[[Any], Iterable[Hashable]]
     """The nodes that a node was computed from."""
@@ -80,16 +83,20 @@ def trial(model: nn.Module, x: Any) -> Pass:
     model = understudy(model)
     samples = samples_of(x)
     ended: list[tuple[str, Hashable | None]] = []
+    several: set[str] = set()
 
     def note(name: str) -> Callable[..., Any]:
         def end(module: nn.Module, args: Any, output: Any) -> Any:
-            fits = isinstance(output, Tensor) and output.requires_grad and output.is_floating_point()
-            if not fits or _within_derivative() or output.dim() == 0 or output.shape[0] != samples:
+            h, put = hidden_state(output)
+            fits = h is not None and h.requires_grad and h.is_floating_point()
+            if not fits or _within_derivative() or h.dim() == 0 or h.shape[0] != samples:
                 ended.append((name, None))
                 return None
-            marked = _Mark.apply(output)
+            if h is not output:
+                several.add(name)
+            marked = _Mark.apply(h)
             ended.append((name, (marked.grad_fn, marked.output_nr)))
-            return marked
+            return put(marked)
 
         return end
 
@@ -107,6 +114,7 @@ def trial(model: nn.Module, x: Any) -> Pass:
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     return Pass(
         _once(ended),
+        several,
         [(leaf.grad_fn, leaf.output_nr) for leaf in leaves(output) if leaf.grad_fn is not None],
         lambda node: [edge for edge in node[0].next_functions if edge[0] is not None],
         lambda node: hasattr(node[0], "variable"),
@@ -187,6 +195,7 @@ def traced(model: nn.Module, cuts: Collection[str]) -> Pass | None:
     (output,) = (node for node in graph.nodes if node.op == "output")
     return Pass(
         ends,
+        (),
         list(output.all_input_nodes),
         lambda node: [] if _is_constant(node) else node.all_input_nodes,
         lambda node: node.op == "get_attr",

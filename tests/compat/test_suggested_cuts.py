@@ -108,8 +108,8 @@ def with_adapters(model: nn.Module, task: str, targets: list[str]) -> nn.Module:
     return model
 
 
-def layers(path: str, count: int = 2, end: str = "") -> tuple[str, ...]:
-    return tuple(f"net.{path}.{i}{end}" for i in range(count))
+def layers(path: str, count: int = 2) -> tuple[str, ...]:
+    return tuple(f"net.{path}.{i}" for i in range(count))
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]], tuple[str, ...]]] = {
@@ -142,23 +142,23 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]],
     "MegatronBERT, whose layers return tuples": (
         lambda: made("MegatronBert", "ForMaskedLM", **sizes()),
         words,
-        ("net.bert.embeddings", "net.bert.encoder.layer.0.output", "net.bert.encoder.ln"),
+        ("net.bert.embeddings", "net.bert.encoder.layer.0", "net.bert.encoder.ln"),
     ),
     "ALBERT, whose layers are one": (lambda: classifier("Albert", embedding_size=8), words, ("net.albert.embeddings",)),
     "MPNet, with one table of positions": (
         lambda: made("MPNet", "ForMaskedLM", **sizes()),
         words,
-        ("net.mpnet.embeddings", "net.mpnet.encoder.layer.1.output"),
+        ("net.mpnet.embeddings", "net.mpnet.encoder.layer.1"),
     ),
     "GPT-2": (lambda: gpt2(use_cache=False), words, layers("transformer.h")),
     "Llama": (lambda: writer("Llama"), words, layers("model.layers")),
     "Bloom": (
         lambda: made("Bloom", "ForCausalLM", vocab_size=WORDS, hidden_size=16, n_layer=2, n_head=2, use_cache=False),
         words,
-        layers("transformer.h", end=".mlp"),
+        layers("transformer.h"),
     ),
-    "Falcon, whose layers nothing inside ends": (lambda: writer("Falcon"), words, ("net.transformer.ln_f",)),
-    "T5": (t5, sentences, ("net.encoder.final_layer_norm", "net.decoder.block.1.layer.2")),
+    "Falcon": (lambda: writer("Falcon"), words, layers("transformer.h")),
+    "T5": (t5, sentences, ("net.encoder.final_layer_norm", "net.decoder.block.1")),
     "BART": (lambda: bart("Bart"), sentences, (*layers("model.encoder.layers"), *layers("model.decoder.layers"))),
     "mBART, with a norm behind the encoder": (
         lambda: bart("MBart"),
@@ -176,6 +176,20 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], dict[str, Any]],
         lambda: with_adapters(gpt2(use_cache=False), "CAUSAL_LM", ["c_attn"]),
         words,
         ("net.base_model.model.transformer.h.0",),
+    ),
+    "LoRA in T5, whose table of positions is frozen": (
+        lambda: with_adapters(t5(), "SEQ_2_SEQ_LM", ["q", "v"]),
+        sentences,
+        (
+            "net.base_model.model.encoder.block.0",
+            "net.base_model.model.encoder.block.1",
+            "net.base_model.model.decoder.block.0",
+        ),
+    ),
+    "LoRA in ViT": (
+        lambda: with_adapters(patches("ViT"), "FEATURE_EXTRACTION", ["q_proj", "v_proj"]),
+        pictures,
+        ("net.base_model.model.vit.layers.0",),
     ),
     "LoRA in BERT": (
         lambda: with_adapters(classifier("Bert"), "SEQ_CLS", ["query", "value"]),

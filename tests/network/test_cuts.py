@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import reference
@@ -71,25 +73,25 @@ def test_a_cut_named_twice() -> None:
         DFA(Custom(), ["stem", "stem"])
 
 
-class Returns(nn.Module):
-    """A network whose first block returns what it is told to."""
-
-    def __init__(self, first: nn.Module) -> None:
+class Makes(nn.Module):
+    def __init__(self, of: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        self.first, self.head = first, Linear(3, 3)
+        self.inside, self.of = block(), of
+
+    def forward(self, x: Tensor) -> Any:
+        return self.of(self.inside(x))
+
+
+class Returns(nn.Module):
+    """A network whose first block returns several values: `of` makes them of its hidden state; `read` takes what goes on."""
+
+    def __init__(self, of: Callable[[Tensor], Any], read: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head, self.read = Makes(of), Linear(3, 3), read
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.first(x)
-        return self.head(out[0] if isinstance(out, tuple) else out["h"])
-
-
-class AsDict(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = Linear(3, 3)
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"h": self.linear(x)}
+        return self.head(self.read(self.first(x)))
 
 
 class Twice(nn.Module):
@@ -130,11 +132,53 @@ def refused(estimator: Callable[..., Estimator], model: nn.Module, cuts: list[st
     return message
 
 
+class Record(NamedTuple):
+    h: Tensor
+    more: Any
+
+
+@dataclass
+class Held:
+    last_hidden_state: Tensor
+    more: Any = None
+
+
+SEVERAL: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]] = {
+    "tuple": (lambda h: (h, None), lambda out: out[0]),
+    "tuple, with more that is not used": (lambda h: (h, 2 * h), lambda out: out[0]),
+    "named tuple": (lambda h: Record(h, "more"), lambda out: out.h),
+    "dict": (lambda h: {"h": h, "n": 1}, lambda out: out["h"]),
+    "dict, by name": (lambda h: {"n": 1, "hidden_states": h}, lambda out: out["hidden_states"]),
+    "dataclass": (lambda h: Held(h), lambda out: out.last_hidden_state),
+}
+
+
+@pytest.mark.parametrize("kind", SEVERAL)
+def test_of_several_values_the_hidden_state_is_cut(kind: str) -> None:
+    """As if the block returned it alone; and what is beside it gets no gradient."""
+    of, read = SEVERAL[kind]
+    for estimator in (DFA, partial(FDFA, low_memory=True), partial(ForwardGradient, engine="reverse", guess="global")):
+        found = []
+        for model in (Returns(of, read), Returns(lambda h: h, lambda h: h)):
+            estimator(model, ["first"]).estimate(X, Y)
+            found.append({name: p.grad for name, p in model.named_parameters()})
+        torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @EACH_SIGNAL
-@pytest.mark.parametrize("first", [lambda: nn.LSTM(3, 3), AsDict], ids=["tuple", "dict"])
-def test_output_that_is_not_a_tensor(estimator: Callable[..., Estimator], first: Callable[[], nn.Module]) -> None:
-    message = refused(estimator, Returns(first()), ["first"], "'first'.*not a tensor")
-    assert "tuple" in message or "dict" in message
+def test_what_goes_on_beside_the_hidden_state_must_not_carry_a_gradient(estimator: Callable[..., Estimator]) -> None:
+    refused(
+        estimator,
+        Returns(lambda h: (h, 2 * h), lambda out: out[0] + out[1]),
+        ["first"],
+        r"'first' \(Makes\) returns more than its hidden state, .*first.inside.0.weight.* would cross the cut. Freeze",
+    )
+
+
+@EACH_SIGNAL
+def test_output_without_a_hidden_state(estimator: Callable[..., Estimator]) -> None:
+    model = Returns(lambda h: {"n": 1, "h": h}, lambda out: out["h"])
+    refused(estimator, model, ["first"], "'first'.* is a dict that does not begin with a tensor")
 
 
 @EACH_SIGNAL

@@ -437,7 +437,7 @@ PROPOSED: dict[str, tuple[Callable[[], nn.Module], Any, tuple[str, ...]]] = {
     "stages": (Staged, X, ("stages.0", "stages.1")),
     "again": (Again, X, ("first",)),
     "groups": (Grouped, X, ("stem",)),
-    "several values": (Encoded, X, ("embed", "encoder.layers.0.output", "encoder.layers.1.output", "pooler")),
+    "several values": (Encoded, X, ("embed", "encoder.layers.0", "encoder.layers.1", "pooler")),
     "wrapped": (lambda: Wrapper(Custom()), X, ("inside.stem", "inside.stage.0", "inside.stage.1")),
     "wrapped twice": (lambda: Wrapper(Wrapper(Functional())), X, ("inside.inside.first", "inside.inside.second")),
     "in a list of its own": (lambda: Sequential(Custom()), X, ("0.stem", "0.stage.0", "0.stage.1")),
@@ -543,13 +543,6 @@ def test_a_network_that_differentiates_inside() -> None:
 
     assert onward.suggest_cuts(Forces(), X) == ("body",)
     DFA(Forces(), ["body"]).estimate(X, Y)
-
-
-def test_the_advice_on_a_cut_that_returns_several_values_can_be_followed() -> None:
-    model = Tagger()
-    with pytest.raises(UsageError, match=r"cut 'first' \(LSTM\) is a tuple, .* \(onward.suggest_cuts\(model, x\) finds some\)"):
-        DFA(model, ["first"]).estimate(WORDS, Y)
-    DFA(model, onward.suggest_cuts(model, WORDS)).estimate(WORDS, Y)
 
 
 def test_a_list_stands_for_its_layers() -> None:
