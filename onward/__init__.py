@@ -18,6 +18,7 @@ from onward.estimators.feedback import DirectFeedback, Feedback
 from onward.estimators.feedback_alignment import FeedbackAlignment
 from onward.estimators.forward_forward import ForwardForward
 from onward.estimators.forward_gradient import ForwardGradient
+from onward.estimators.grape import GrAPE
 from onward.estimators.kolen_pollack import KolenPollack
 from onward.estimators.lean import Lean
 from onward.estimators.local import LocalLoss
@@ -49,6 +50,7 @@ __all__ = [
     "FeedbackAlignment",
     "ForwardForward",
     "ForwardGradient",
+    "GrAPE",
     "Known",
     "KolenPollack",
     "Lean",

@@ -168,7 +168,7 @@ def _feedback_signal(*arguments: Any) -> Gradients:
 
 
 SIGNALS: dict[str, Callable[..., Gradients]] = {
-    **dict.fromkeys(("dfa", "dkp", "fdfa"), _feedback_signal),
+    **dict.fromkeys(("dfa", "dkp", "fdfa", "grape"), _feedback_signal),
     "drtp": target_projection,
 }
 """Parameter gradients by rule, given what its matrices are: ``(model, x, y, cuts, loss, feedback)``."""
@@ -196,6 +196,13 @@ def fdfa_feedback(
         for k, u in enumerate(us):
             total[k] += outer_sum(ydot, u.flatten(1)) / len(ydot) / count
     return [b.detach() - t for b, t in zip(feedback, total, strict=True)]
+
+
+def turned(b: Tensor, measured: Tensor) -> Tensor:
+    """The gradient of 1 - cos(b, measured) at b, by autograd."""
+    b = b.detach().flatten().requires_grad_()
+    (1 - torch.nn.functional.cosine_similarity(b, measured.flatten(), dim=0)).backward()
+    return b.grad.view(measured.shape)
 
 
 def full_jacobians(model: nn.Module, x: Any, cuts: Sequence[str]) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -163,6 +163,11 @@ def fdfa() -> Marks:
     yield from tangents("ẏ: the Bs learn from it")
 
 
+def grape() -> Marks:
+    yield from dfa()
+    yield from tangents("ẏ: the Bs turn towards it")
+
+
 def local() -> Marks:
     yield from network()
     yield from heads(into="∇ℓ")
@@ -200,6 +205,7 @@ PICTURES: dict[str, Callable[[], Marks]] = {
     "ff": ff,
     "fg": fg,
     "frsf": frsf,
+    "grape": grape,
     "kp": kp,
     "local": local,
     "spsa": spsa,

@@ -17,9 +17,14 @@ class RandomFeedback(Feedback):
     learns = False
 
     def initial(self, k: int, matrix: Tensor) -> None:
-        generator = torch.Generator(device=matrix.device).manual_seed(seed_of(self.seed, "feedback", k))
-        bound = math.sqrt(6 / matrix.shape[1])
-        matrix.uniform_(-bound, bound, generator=generator)
+        fill_at_random(matrix, self.seed, k)
+
+
+def fill_at_random(matrix: Tensor, seed: int, k: int) -> None:
+    """Draw B_k from U(-sqrt(6/d_k), sqrt(6/d_k))."""
+    generator = torch.Generator(device=matrix.device).manual_seed(seed_of(seed, "feedback", k))
+    bound = math.sqrt(6 / matrix.shape[1])
+    matrix.uniform_(-bound, bound, generator=generator)
 
 
 class DFA(DirectFeedback, name="dfa"):

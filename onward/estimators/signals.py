@@ -45,6 +45,7 @@ class SignalEstimator(Estimator):
     noise = "gaussian"
     reads_rows = True
     reads_outputs = False  # whether a signal depends on the values of the block's output, not only on its shape
+    in_one_piece = False  # whether some steps need all blocks in this process
 
     def __init__(
         self,
@@ -268,7 +269,7 @@ def known_at(
     def real(k: int | None) -> Tensor | None:
         return padding(x, None if k is None else estimator.cuts[k], y)
 
-    return Known(found.e, tangents, directions, y=y, loss=found.loss, axis=axis, real=real)
+    return Known(found.e, tangents, directions, y=y, loss=found.loss, axis=axis, real=real, mean=estimator.shard.mean)
 
 
 class Passed(NamedTuple):
@@ -303,7 +304,8 @@ class Known:
 
     ``outputs`` says what those rows are made of: the shapes of the output's tensors, and where their positions are (tokens,
     pixels). ``real(k)`` is the N x T mask of the real tokens at the output of block k, or of the network (k None); None where
-    the batch tells of no padding. ``counted`` are the output's positions that the loss depends on.
+    the batch tells of no padding. ``counted`` are the output's positions that the loss depends on. ``mean(tensors)`` makes
+    means over these samples means over those of all processes.
 
     >>> known = Known(torch.zeros(2, 3), [], lambda k, h: [], y=torch.tensor([2, 0]), loss=torch.tensor(1.1))
     >>> known.one_hot
@@ -322,6 +324,7 @@ class Known:
         share: float = 1.0,
         axis: int = LAST,
         real: Callable[[int | None], Tensor | None] = lambda k: None,
+        mean: Callable[[Sequence[Tensor]], list[Tensor]] = list,
     ) -> None:
         self.e = as_rows(e)
         self.outputs = Outputs(tuple(tuple(part.shape) for part in ([e] if isinstance(e, Tensor) else e)), axis)
@@ -329,7 +332,7 @@ class Known:
         self.directions = directions
         self.loss = loss
         self.share = share
-        self.real = real
+        self.real, self.mean = real, mean
         self._y = y
 
     @property

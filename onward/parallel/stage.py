@@ -25,6 +25,7 @@ from onward.estimators.local import LocalLoss
 from onward.estimators.signals import Known, Passed, SignalEstimator
 from onward.network.cuts import Elsewhere
 from onward.network.heads import Heads
+from onward.network.padding import IGNORED
 from onward.network.positions import feature_axis
 from onward.network.run import batch_statistics, device_of, output_error
 from onward.network.shard import Shard
@@ -194,6 +195,14 @@ class Stage:
         if not isinstance(passed.output, Tensor):
             raise UsageError(f"the network returns a {type(passed.output).__name__}: in a pipeline let it return one tensor")
         share = 1.0 if whole else len(passed.output) / len(y)
+        if not whole and isinstance(y, Tensor) and not y.is_floating_point():
+            counted, all_counted = (int((part != IGNORED).sum()) for part in (passed.y, y))
+            if counted * len(y) != all_counted * len(passed.output):
+                raise UsageError(
+                    f"microbatches={self.microbatches}: {counted} of the {all_counted} targets that are not {IGNORED} "
+                    f"are in {len(passed.output)} of {len(y)} samples, and a mean over targets is not the mean of its parts' "
+                    "means then: use microbatches=1, or batches whose samples have as many targets each"
+                )
         found = output_error(self.estimator.loss, passed.output, passed.y)
         axis = feature_axis([found.e[0].shape], passed.y, self.estimator.loss)
         signal = _Signal(found.loss * share, found.e[0] * share, _of_output(passed), axis)
@@ -296,6 +305,10 @@ def _check(estimator: Estimator, staleness: int, microbatches: int) -> None:
         case SignalEstimator():
             if estimator.low_memory:
                 raise UsageError("low_memory=True runs the network twice, which no stage can do by itself: leave it out")
+            if estimator.in_one_piece:
+                raise UsageError(
+                    f"{estimator.engine}: this needs the whole network in one process, so leave it out of a pipeline"
+                )
         case LocalLoss() | ForwardGradient():
             if isinstance(estimator, ForwardGradient):
                 for what, name, known in (("target", estimator.target, _LOCAL[:1]), ("guess", estimator.guess, _LOCAL)):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import CASES, DIRECT, Case, by_name
 from torch import Tensor, nn
 
-from onward import DFA, DRTP, FDFA, Backprop, UsageError
+from onward import DFA, DRTP, FDFA, Backprop, GrAPE, UsageError
 from onward.derivatives import directions
 
 SEED = 11
@@ -21,6 +21,7 @@ KINDS = {
     **{name: (kind, {}) for name, kind in DIRECT.items()},
     "fdfa-rademacher-3": (FDFA, {"noise": "rademacher", "directions": 3}),
 }
+RANDOM = (DFA, DRTP, GrAPE)
 LOW_MEMORY = pytest.mark.parametrize("low_memory", [False, True], ids=["", "low-memory"])
 
 
@@ -87,6 +88,8 @@ def test_gradients(case: Case, kind: str, train: bool, low_memory: bool) -> None
             case.build(seed=1).model.train(train), x, cuts, feedback, SEED, 0, options.get("directions", 1),
             options.get("noise", "gaussian"),
         )  # fmt: skip
+        if kind == "grape":
+            gradients = [reference.turned(b, b - gradient) for b, gradient in zip(feedback, gradients, strict=True)]
     for name, matrix, before, gradient in zip(cuts, estimator.feedback, feedback, gradients, strict=True):
         assert torch.equal(matrix, before)
         assert matrix.dtype == torch.float64
@@ -125,14 +128,14 @@ def test_initial_feedback(kind: type) -> None:
     assert [tuple(matrix.shape) for matrix in estimator.feedback] == [(10, 300), (10, 200)]
     for matrix in estimator.feedback:
         bound = math.sqrt(6 / matrix.shape[1])
-        if kind not in (DFA, DRTP):
+        if kind not in RANDOM:
             assert not matrix.any()
             continue
         assert matrix.abs().max() <= bound
         assert matrix.abs().max() > 0.98 * bound
         assert abs(matrix.mean()) < 4 * bound / math.sqrt(3 * matrix.numel())
         assert abs(matrix.var() / (bound**2 / 3) - 1) < 0.1
-    if kind in (DFA, DRTP):
+    if kind in RANDOM:
         same, other = (kind(model, seed=seed) for seed in (4, 5))
         for each in (same, other):
             each.initialize(torch.randn(3, 5))

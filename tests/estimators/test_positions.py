@@ -149,8 +149,9 @@ def test_loops_over_positions(name: str, kind: str, low_memory: bool) -> None:
             h = sites.laid(hidden[k])
             h = h / real.sum(1).view(-1, 1, 1) if sites.pooled else h
             close(matrix.grad, reference.token_products(e, h, real, mean=False), f"feedback {k}")
-        elif kind == "fdfa":
-            close(matrix.grad, b - reference.token_products(ydot, sites.laid(us[k]), counted, mean=True), f"feedback {k}")
+        elif kind in ("fdfa", "grape"):
+            measured = reference.token_products(ydot, sites.laid(us[k]), counted, mean=True)
+            close(matrix.grad, b - measured if kind == "fdfa" else reference.turned(b, measured), f"feedback {k}")
 
 
 @pytest.mark.parametrize("name", SITES)
@@ -273,7 +274,7 @@ def test_refusals() -> None:
 
 def test_replay_and_resume() -> None:
     """A captured step is bit for bit the eager one; a resumed estimator goes on with the same numbers."""
-    for kind in ("drtp", "fdfa"):
+    for kind in ("drtp", "grape"):
         found = []
         for how in ("eager", "replay", "resumed"):
             estimator, x, y, _ = build(SITES["tokens"], kind)

@@ -14,7 +14,7 @@ import onward
 
 SAMPLES, TOKENS, CLASSES = 6, 4, 5
 CUTS = ("0", "1", "2")
-KINDS = ("drtp", "fdfa")
+KINDS = ("drtp", "grape")
 
 
 class Mix(nn.Module):

@@ -81,6 +81,16 @@ def _fdfa(trial: Trial) -> list[Tensor]:
     return _direct(trial) + [matrix - z.T @ u / len(u) for matrix, u in learned]
 
 
+def _grape(trial: Trial) -> list[Tensor]:
+    found = _fdfa(trial)
+    for k, b in enumerate(trial.estimator.feedback, start=len(found) - len(trial.estimator.feedback)):
+        measured, leaf = b.detach() - found[k].detach(), b.detach().clone().requires_grad_()
+        with torch.enable_grad():
+            cosine = torch.cosine_similarity(leaf.flatten(), measured.flatten(), 0)
+        (found[k],) = torch.autograd.grad(-cosine, leaf)
+    return found
+
+
 def _along(trial: Trial, guesses: list[Tensor], *, normalised: bool) -> list[Tensor]:
     """The true gradient at h1 and h2, of each sample projected on its guess."""
     found = []
@@ -109,6 +119,7 @@ REFERENCES: dict[str, Callable[[Trial], list[Tensor]]] = {
     "drtp": _drtp,
     "fdfa": _fdfa,
     "fg:guess=local": _guess_local,
+    "grape": _grape,
     "fg:space=avg-weight": _weights_drawn,
     "local": lambda trial: trial.gradients(trial.local()),
 }
