@@ -86,8 +86,8 @@ def _grape(trial: Trial) -> list[Tensor]:
     for k, b in enumerate(trial.estimator.feedback, start=len(found) - len(trial.estimator.feedback)):
         measured, leaf = b.detach() - found[k].detach(), b.detach().clone().requires_grad_()
         with torch.enable_grad():
-            cosine = torch.cosine_similarity(leaf.flatten(), measured.flatten(), 0)
-        (found[k],) = torch.autograd.grad(-cosine, leaf)
+            angle = 1 - torch.cosine_similarity(leaf.flatten(), measured.flatten(), 0)
+        (found[k],) = torch.autograd.grad(angle, leaf)
     return found
 
 
