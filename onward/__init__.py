@@ -7,6 +7,7 @@ from onward import alignment
 from onward.capturing.capture import capture
 from onward.derivatives import directions
 from onward.derivatives import tangents as forward_mode
+from onward.derivatives.jvp import jvp
 from onward.errors import UsageError
 from onward.estimators.backprop import Backprop
 from onward.estimators.base import Estimator, Step
@@ -68,6 +69,7 @@ __all__ = [
     "directions",
     "distribute",
     "forward_mode",
+    "jvp",
     "make_heads",
     "suggest_cuts",
     "validate",

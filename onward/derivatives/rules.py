@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onward.errors import UsageError
+from onward.derivatives.attention import FUSED, attention
 
 aten = torch.ops.aten
 
@@ -189,49 +189,6 @@ def _native_dropout(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out:
     return (t[0] * out[1] / ((1 - probability) or 1) if training else t[0]), None
 
 
-def _by_name(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name: dispatch leaves out the last ones where they equal their defaults."""
-    parameters = func._schema.arguments
-    defaults = {p.name: p.default_value for p in parameters if p.has_default_value()}
-    return defaults | {p.name: a for p, a in zip(parameters, args, strict=False)} | kwargs
-
-
-def _attention(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
-    """Fused attention, softmax(scale q k^T + mask) v, whose kernels have no forward derivative, written out for the tangent."""
-    given, moving = _by_name(func, args, kwargs), _by_name(func, t, {})
-    if given["dropout_p"]:
-        raise UsageError(
-            f"forward mode cannot differentiate {func} with dropout: run the step within "
-            "torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
-        )
-    q, tq = args[0], t[0]
-    # Heads of keys and of values may each serve several heads of queries.
-    k, tk, v, tv = (
-        a if a is None or a.shape[-3] == q.shape[-3] else a.repeat_interleave(q.shape[-3] // a.shape[-3], -3)
-        for a in (args[1], t[1], args[2], t[2])
-    )
-    scale = q.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-    mask, moving_mask = (names.get("attn_mask", names.get("attn_bias")) for names in (given, moving))
-    scores = (q @ k.transpose(-2, -1)) * scale
-    if mask is not None:
-        scores = scores + mask
-    if given["is_causal"]:
-        scores = scores.masked_fill(scores.new_ones(scores.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
-    weights = aten._safe_softmax(scores, -1)  # zero, as in the kernels, where the mask lets nothing through
-    moved = None if tq is None else tq @ k.transpose(-2, -1)
-    if tk is not None:
-        moved = _plus(moved, q @ tk.transpose(-2, -1))
-    moved = None if moved is None else moved * scale
-    if moving_mask is not None:
-        moved = moving_mask.expand(scores.shape) if moved is None else moved + moving_mask
-    tangent = None
-    if moved is not None:
-        tangent = aten._softmax_backward_data(moved.contiguous(), weights, -1, weights.dtype) @ v
-    if tv is not None:
-        tangent = _plus(tangent, weights @ tv)
-    return (tangent, *[None] * (len(out) - 1))
-
-
 def _where(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, t: list[Any]) -> Any:
     zero = torch.zeros((), dtype=out.dtype, device=out.device)
     return torch.where(args[0], zero if t[1] is None else t[1], zero if t[2] is None else t[2])
@@ -393,15 +350,7 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.native_batch_norm, aten.cudnn_batch_norm), _batch_norm),
     **dict.fromkeys((aten.max_pool2d_with_indices, aten.adaptive_max_pool2d, aten.fractional_max_pool2d), _gathered(2)),
     **dict.fromkeys((aten.max_pool3d_with_indices, aten.adaptive_max_pool3d), _gathered(3)),
-    **dict.fromkeys(
-        (
-            aten._scaled_dot_product_flash_attention_for_cpu,
-            aten._scaled_dot_product_flash_attention,
-            aten._scaled_dot_product_efficient_attention,
-            aten._scaled_dot_product_cudnn_attention,
-        ),
-        _attention,
-    ),
+    **dict.fromkeys(FUSED, attention),
     aten.add: _add,
     aten.sub: _sub,
     aten.div: _div,

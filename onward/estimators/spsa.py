@@ -91,11 +91,12 @@ class SPSA(Estimator, name="spsa"):
         model = understudy(self.model)
         settle(model, x)
         again = Replay(model)
-        outputs = []
-        for _ in range(2):
+
+        def run() -> list[Tensor]:
             with again.unseen(), without_graph(model):
-                outputs.append([leaf.clone() for leaf in leaves(call(model, x, any_output=True))])
-        check_same_output(*outputs, "use Backprop")
+                return [leaf.clone() for leaf in leaves(call(model, x, any_output=True))]
+
+        check_same_output(run(), run(), "use Backprop")
 
     def _estimate(self, x: Any, y: Any) -> Step:
         if is_traced():
