@@ -22,7 +22,7 @@ FROM_1 = {
     "align_estimates",
 }
 FROM_1 |= {"network.heads", "network.lora", "text.window"}
-FROM_1 |= {"schedule.step_size", "subset.train", "subset.test", "lr_epochs", "turns", "steps", "classes"}
+FROM_1 |= {"schedule.step_size", "subset.train", "subset.test", "lr_epochs", "jobs", "turns", "steps", "classes"}
 FROM_0 = {
     "lr",
     "heads.lr",

@@ -89,11 +89,17 @@ class Feedback:
 class Heads:
     """The auxiliary networks that give hidden blocks a loss of their own; they learn as the network does."""
 
-    kind: Literal["cnn", "mlp", "linear", "predsim"] | None = None
+    kind: Literal["cnn", "mlp", "linear", "predsim", "auglocal", "pieces"] | None = None
     """If not given: cnn, or linear where a hidden block's output is no image: an mlp would cost more than such a block."""
     width: int | None = None
     """Hidden channels of cnn (if not given: 32), features of mlp (1024), half of that beyond 8 hidden blocks; multiplied by
     network.width."""
+    depth: int | None = None
+    """Copied blocks in the first head of auglocal; if not given: 2. Later ones have fewer."""
+    groups: int | None = None
+    """Groups of channels of pieces; if not given: 1."""
+    patches: int | None = None
+    """Patches along each side of an image (or of a sequence) of pieces; if not given: 1."""
     lr: float | None = None
     """Their learning rate; if not given, that of the network."""
     decay: float | None = None
@@ -300,6 +306,8 @@ class Compare(Recipe):
     held-out fifth of the training samples is taken."""
     lr_epochs: int | None = None
     """Epochs of such a trial; those of the runs if not given."""
+    jobs: int = 1
+    """Runs at once, each in a process of its own with its share of the threads."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,9 @@ import csv
 import json
 import signal
 import statistics
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from PIL import Image
 
 from onward.errors import UsageError
 from onward.lab.data import load
+from onward.lab.run import checkpoint
 from onward.lab.run import loop as training
 from onward.lab.run.loop import load_data, train
 from onward.lab.settings import Compare, Heads, Network, Subset, Train
@@ -249,6 +253,43 @@ def test_a_request_to_stop_between_two_runs_is_heeded(
     assert not (tmp_path / "bp-s1").exists()
     monkeypatch.undo()
     assert compare(config)[0]["runs"] == 2
+
+
+def test_several_runs_at_once_are_the_same_runs(config: Compare, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = compare(replace(config, epochs=1))
+    beside = compare(replace(config, epochs=1, jobs=3, out=str(tmp_path / "beside")))
+    assert [row["accuracy"] for row in alone] == [row["accuracy"] for row in beside]
+    assert "\n4/4  " in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_runs_at_once_are_all_saved_when_asked_to_stop(tmp_path: Path) -> None:
+    """And a run that failed in its process stops none of the others."""
+    size = ["--model", "mlp", "--data", "digits", "--epochs", "500", "--seeds", "1", "--device", "cpu"]
+    command = ["compare", "--algorithms", "bp", "dfa", "bp:lr=1e38", *size, "--out", str(tmp_path), "--jobs", "3"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "onward", *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as asked:
+        for name in ("bp", "dfa"):
+            wait_for(tmp_path / f"{name}-s0" / "checkpoint.pt", asked)
+        asked.send_signal(signal.SIGTERM)
+        said, _ = asked.communicate(timeout=120)
+    assert asked.returncode == 130
+    assert "bp:lr=1e38, seed 0: the training loss is" in said
+    assert said.strip().endswith("SIGTERM; the same command goes on with the runs that are missing")
+    for name in ("bp", "dfa"):
+        state = checkpoint.load(tmp_path / f"{name}-s0" / "checkpoint.pt")
+        assert state is not None
+        assert state["progress"]["step"] or state["progress"]["epoch"] > 1
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a file is there that a process writes."""
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_a_single_run_has_no_deviation(config: Compare) -> None:

@@ -53,9 +53,9 @@ def compare(config: Compare) -> list[dict[str, Any]]:
             for label in {} if config.overwrite else runs:
                 for run in runs[label]:  # before the trials, but for the rate that they choose
                     record.check(folder_of(run), run, but=["lr"] if label in trials else ())
-            found = train_all(trials, "lr", config.overwrite, rates.data_for(data, folder))
+            found = train_all(trials, "lr", config.overwrite, rates.data_for(data, folder), config.jobs)
             runs = rates.with_best(config, runs, found, folder, task_of(trials, data).main)
-        results = train_all(runs, "seed", config.overwrite, data)
+        results = train_all(runs, "seed", config.overwrite, data, config.jobs)
         task = task_of(runs | trials, data)
     complete = {label: [rows for rows in same.values() if isinstance(rows, list)] for label, same in results.items()}
     table = []

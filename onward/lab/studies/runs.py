@@ -1,17 +1,18 @@
-"""Several runs: each algorithm with every seed, in folders of their own, trained one after the other."""
+"""Several runs: each algorithm with every seed, in folders of their own, trained one after the other or several at once."""
 
 from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from onward.errors import UsageError
 from onward.lab import tasks
@@ -20,9 +21,10 @@ from onward.lab.data.own import depend_on_seed
 from onward.lab.run import algorithms, record
 from onward.lab.run import folder as run_folder
 from onward.lab.run.failure import TrainingFailed
-from onward.lab.run.loop import progress, resume, train
+from onward.lab.run.loop import resume, train
 from onward.lab.run.training import Row, load_data, try_out
 from onward.lab.settings import Recipe, Train
+from onward.lab.studies.jobs import together
 from onward.lab.system import interrupt, own
 
 Outcome = list[Row] | str
@@ -99,14 +101,14 @@ def task_of(runs: Mapping[str, Sequence[Train]], data: Callable[[Train], Data]) 
 
 
 def train_all(
-    runs: Mapping[str, Sequence[Train]], differ: str, overwrite: bool, data: Callable[[Train], Data]
+    runs: Mapping[str, Sequence[Train]], differ: str, overwrite: bool, data: Callable[[Train], Data], jobs: int = 1
 ) -> dict[str, dict[Any, Outcome]]:
-    """Train what is not there yet, under one progress bar. Returns for each label what became of its runs, by the setting that
-    they `differ` in. A run that fails does not stop the others.
+    """Train what is not there yet, `jobs` at once, with a progress bar for each label. Returns for each label what became of
+    its runs, by the setting that they `differ` in. A run that fails does not stop the others.
 
     Raises:
         UsageError: a run with other settings or of other data is in the way; nothing has been trained then.
-        KeyboardInterrupt: a signal asked to stop; the run at hand is saved, and the message says how to go on.
+        KeyboardInterrupt: a signal asked to stop; the runs at hand are saved, and the message says how to go on.
     """
     done: dict[str, dict[Any, Outcome]] = {label: {} for label in runs}
     missing: list[tuple[str, Train]] = []
@@ -129,21 +131,27 @@ def train_all(
             run_folder.check_data(folder_of(run), found)
     steps = [run.epochs * -(-len(data(run).train) // run.batch_size) for _, run in missing]
     again = f"the same command{' without --overwrite' if overwrite else ''} goes on with the runs that are missing"
-    with progress(console, sum(steps)) as advance, interrupt.requests() as asked_to_stop:
-        for number, ((label, run), left) in enumerate(zip(missing, steps, strict=True), start=1):
-            name = f"{number}/{len(missing)}  {label}, {differ} {getattr(run, differ):g}"
-            steps_taken = _Steps(name, advance, asked_to_stop)
-            try:
-                outcome = _outcome(run, data(run), steps_taken, overwrite)
-            except KeyboardInterrupt as stopped:
-                raise KeyboardInterrupt(f"{stopped}; {again}".removeprefix("; ")) from None
-            metric = tasks.named(data(run).task).main
-            said = outcome if isinstance(outcome, str) else f"{metric.title} {metric.text(outcome[-1][metric.key])}"
-            console.print(f"{name}: {said}")
-            advance(name, left - steps_taken.count)
-            done[label][getattr(run, differ)] = outcome
-            if request := asked_to_stop():
-                raise KeyboardInterrupt(f"{request} after run {number} of {len(missing)}; {again}")
+    every = [run for _, run in missing]
+    with _board(console, missing, steps) as advance, interrupt.requests() as asked_to_stop:
+        if jobs > 1:
+            work = partial(_load_and_train, overwrite)
+            ended = together(every, min(jobs, len(every)), work, advance, asked_to_stop)
+        else:
+            ended = _one_by_one(every, data, advance, asked_to_stop, overwrite)
+        count = 0
+        try:
+            for place, outcome in ended:
+                label, run = missing[place]
+                metric = tasks.named(data(run).task).main
+                said = outcome if isinstance(outcome, str) else f"{metric.title} {metric.text(outcome[-1][metric.key])}"
+                count += 1
+                console.print(f"{count}/{len(missing)}  {label}, {differ} {getattr(run, differ):g}: {said}")
+                advance(place, steps[place], "")
+                done[label][getattr(run, differ)] = outcome
+                if (request := asked_to_stop()) and jobs == 1:
+                    raise KeyboardInterrupt(f"{request} after run {count} of {len(missing)}")  # noqa: TRY301 (told below)
+        except KeyboardInterrupt as stopped:
+            raise KeyboardInterrupt(f"{stopped}; {again}".removeprefix("; ")) from None
     return {label: {getattr(run, differ): done[label][getattr(run, differ)] for run in same} for label, same in runs.items()}
 
 
@@ -165,17 +173,53 @@ def _outcome(run: Train, data: Data, step: Callable[[str], None], overwrite: boo
         return str(error)
 
 
-class _Steps:
-    """Called after each step of a run: moves the bar, counts, and passes on a request to stop, which the run then heeds."""
+def _load_and_train(overwrite: bool, run: Train, step: Callable[[str], None]) -> Outcome:
+    """The same in a process of its own, which has loaded nothing yet."""
+    return _outcome(run, _loader(run)(run), step, overwrite)
 
-    def __init__(self, name: str, advance: Callable[..., None], asked_to_stop: Callable[[], str | None]) -> None:
-        self.name, self.advance, self.asked_to_stop, self.count = name, advance, asked_to_stop, 0
 
-    def __call__(self, text: str) -> None:
-        self.count += 1
-        self.advance(f"{self.name}: {text}")
-        if request := self.asked_to_stop():  # it came before the run began to listen
+def _one_by_one(
+    runs: Sequence[Train],
+    data: Callable[[Train], Data],
+    advance: Callable[[int, int, str], None],
+    asked_to_stop: Callable[[], str | None],
+    overwrite: bool,
+) -> Iterator[tuple[int, Outcome]]:
+    """Train the runs here, one after the other; yields each one's place and what became of it."""
+
+    def step(place: int, text: str) -> None:
+        advance(place, 1, text)
+        if request := asked_to_stop():  # it came before the run began to listen
             signal.raise_signal(signal.Signals[request])
+
+    for place, run in enumerate(runs):
+        yield place, _outcome(run, data(run), partial(step, place), overwrite)
+
+
+@contextmanager
+def _board(
+    console: Console, missing: Sequence[tuple[str, Train]], steps: Sequence[int]
+) -> Iterator[Callable[[int, int, str], None]]:
+    """A row for each label, with its runs' steps and the time that they still take, and one for all. Yields a function that
+    takes the place of a run, how many steps it has taken since, and what to say of it; no run is counted beyond its steps."""
+    said = TextColumn("{task.fields[said]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), said)
+    left, of_label = list(steps), dict[str, int]()
+    for (label, _), count in zip(missing, steps, strict=True):
+        of_label[label] = of_label.get(label, 0) + count
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        total = bar.add_task("all", total=sum(steps), said="")
+        rows = {label: bar.add_task(label, total=count, said="", start=False) for label, count in of_label.items()}
+
+        def advance(place: int, count: int, said: str) -> None:
+            count = min(count, left[place])
+            left[place] -= count
+            row = rows[missing[place][0]]
+            bar.start_task(row)
+            bar.update(row, advance=count, said=said)
+            bar.update(total, advance=count)
+
+        yield advance
 
 
 def failures(outcomes: Mapping[str, Mapping[Any, Outcome]], differ: str) -> list[str]:
