@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import CASES, DIRECT, Case, by_name
 from torch import Tensor, nn
 
-from onward import DFA, DRTP, FDFA, Backprop, GrAPE, UsageError
+from onward import DFA, DKP, DRTP, FDFA, Backprop, GrAPE, UsageError
 from onward.derivatives import directions
 
 SEED = 11
@@ -21,6 +21,7 @@ KINDS = {
     **{name: (kind, {}) for name, kind in DIRECT.items()},
     "fdfa-rademacher-3": (FDFA, {"noise": "rademacher", "directions": 3}),
 }
+STARTS: list[tuple[Any, dict[str, str]]] = [(DKP, {"start": "random"}), (DFA, {})]
 RANDOM = (DFA, DRTP, GrAPE)
 LOW_MEMORY = pytest.mark.parametrize("low_memory", [False, True], ids=["", "low-memory"])
 
@@ -142,6 +143,17 @@ def test_initial_feedback(kind: type) -> None:
         assert torch.equal(estimator.feedback[0], same.feedback[0])
         assert not torch.equal(estimator.feedback[0], other.feedback[0])
         assert not torch.equal(estimator.feedback[0][:, :200], estimator.feedback[1])
+
+
+def test_dkp_may_start_as_its_authors_code_does() -> None:
+    model, x, _, cuts, loss = by_name("mlp").build()
+    started, random = (kind(copy.deepcopy(model), cuts, loss=loss, seed=4, **options) for kind, options in STARTS)
+    for each in (started, random):
+        each.initialize(x)
+    assert all(torch.equal(a, b) for a, b in zip(started.feedback, random.feedback, strict=True))
+    assert all(matrix.requires_grad for matrix in started.feedback)
+    with pytest.raises(UsageError, match="unknown start 'ones'"):
+        DKP(model, cuts, start="ones")
 
 
 @LOW_MEMORY
