@@ -90,15 +90,10 @@ def _complain(error: object, code: int) -> int:
 
 
 def _run(argv: Sequence[str]) -> None:
+    asked = _asked(argv)
     with lab_extra():
-        import tyro
-
-        from onward.lab.plain import flat
-        from onward.lab.recipes.recipe import asked_for
         from onward.lab.report.page import report
-        from onward.lab.run import processes
-        from onward.lab.run.folder import MAY_CHANGE
-        from onward.lab.run.loop import resume, train
+        from onward.lab.run.loop import train
         from onward.lab.settings import Align, Bench, Compare, Doctor, Report, Results, Train
         from onward.lab.studies.align import align
         from onward.lab.studies.bench import bench
@@ -106,33 +101,9 @@ def _run(argv: Sequence[str]) -> None:
         from onward.lab.studies.doctor import doctor
         from onward.lab.studies.results import results
 
-    recipe = asked_for(argv)
-    commands = [
-        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=default, description=kind.__doc__)]
-        for kind in (Train, Compare, Align, Bench, Report, Results, List, Doctor)
-        for default in [recipe.config if recipe and kind is Train else kind()]
-    ]
-    kinds: Any = Union[tuple(commands)]  # noqa: UP007 (made at run time)
-    asked = tyro.cli(
-        kinds,
-        prog="onward",
-        description="Train PyTorch networks without backpropagating through them. `onward --version` says which one this is.",
-        args=argv,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
-    if (left := os.environ.get("WORLD_SIZE", "1")) != "1" and processes.asked_for() == 1 and isinstance(asked, Train):
-        print(f"WORLD_SIZE={left} is not from torchrun: this process trains alone", file=sys.stderr)
-    if processes.asked_for() > 1 and not isinstance(asked, Train):
-        raise UsageError(f"onward {type(asked).__name__.lower()} is one process's work: start it without torchrun")
     match asked:
-        case Train(resume=str(folder), recipe=str()):
-            raise UsageError(f"--resume {folder} keeps what decides the result of the run: leave out --recipe")
-        case Train(resume=str(folder)):
-            given, defaults = flat(replace(asked, resume=None)), flat(Train())
-            changes = {name: value for name, value in given.items() if value != defaults[name]}
-            if others := " ".join(f"--{name.replace('_', '-')}" for name in changes if name not in MAY_CHANGE):
-                raise UsageError(f"--resume {folder} keeps what decides the result of the run: leave out {others}")
-            resume(Path(folder), changes=changes)
+        case Train(resume=str()):
+            _resume(asked)
         case Train():
             train(asked)
         case Compare():
@@ -149,6 +120,55 @@ def _run(argv: Sequence[str]) -> None:
             _list()
         case Doctor():
             doctor(asked)
+
+
+def _asked(argv: Sequence[str]) -> Any:
+    """What the command line asks for, as the settings of a command."""
+    with lab_extra():
+        import tyro
+
+        from onward.lab.recipes.recipe import asked_for
+        from onward.lab.run import processes
+        from onward.lab.settings import Align, Bench, Compare, Doctor, Report, Results, Train
+
+    recipe = asked_for(argv)
+    commands = [
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=default, description=kind.__doc__)]
+        for kind in (Train, Compare, Align, Bench, Report, Results, List, Doctor)
+        for default in [recipe.config if recipe and kind is Train else kind()]
+    ]
+    kinds: Any = Union[tuple(commands)]  # noqa: UP007 (made at run time)
+    asked = tyro.cli(
+        kinds,
+        prog="onward",
+        description="Train PyTorch networks without backpropagating through them. `onward --version` says which one this is.",
+        args=argv,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    if isinstance(asked, Train) and asked.recipe != (recipe and recipe.name):
+        raise UsageError(f"--recipe {asked.recipe} comes too late, or twice: give one, right behind onward train")
+    if (left := os.environ.get("WORLD_SIZE", "1")) != "1" and processes.asked_for() == 1 and isinstance(asked, Train):
+        print(f"WORLD_SIZE={left} is not from torchrun: this process trains alone", file=sys.stderr)
+    if processes.asked_for() > 1 and not isinstance(asked, Train):
+        raise UsageError(f"onward {type(asked).__name__.lower()} is one process's work: start it without torchrun")
+    return asked
+
+
+def _resume(asked: Any) -> None:
+    """Go on with a run, with the settings that may change for the rest of it."""
+    from onward.lab.plain import flat
+    from onward.lab.run.folder import MAY_CHANGE
+    from onward.lab.run.loop import resume
+    from onward.lab.settings import Train
+
+    keeps = f"--resume {asked.resume} keeps what decides the result of the run: leave out"
+    if asked.recipe:
+        raise UsageError(f"{keeps} --recipe")
+    given, defaults = flat(replace(asked, resume=None)), flat(Train())
+    changes = {name: value for name, value in given.items() if value != defaults[name]}
+    if others := " ".join(f"--{name.replace('_', '-')}" for name in changes if name not in MAY_CHANGE):
+        raise UsageError(f"{keeps} {others}")
+    resume(Path(asked.resume), changes=changes)
 
 
 def _list() -> None:
