@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from onward.derivatives.directions import draw, seed_of
 from onward.derivatives.graph import parameters_behind
@@ -179,6 +180,8 @@ class _Descent:
     def __init__(self, model: nn.Module, loss: Loss, x: Any, y: Any, gradients: dict[str, Tensor]) -> None:
         self.model = copy.deepcopy(model)
         self.again = Replay(self.model)
+        if any(is_lazy(p) for p in self.model.parameters()):
+            call(self.model, x)  # gives them their sizes
         self.fall: list[float] = []
         parameters = dict(self.model.named_parameters())
         self.parameters = {name: parameters[name] for name in gradients}

@@ -318,6 +318,12 @@ def test_descent_of_a_small_step_is_the_cosine_of_all_parameters(monkeypatch: py
     assert found == pytest.approx(F.cosine_similarity(estimate, true, dim=0).item(), rel=1e-4)
 
 
+def test_descent_of_lazy_layers() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.Tanh(), nn.LazyLinear(3))
+    found = measure(onward.Backprop(model), torch.randn(6, 4), torch.tensor([0, 1, 2, 1, 0, 1]), cuts=["0"])
+    assert found.descent == pytest.approx(1, abs=1e-4)
+
+
 def test_descent_is_a_mean_over_estimates_with_the_same_masks() -> None:
     """Dropout and batch statistics are those of the step; an estimate of nothing brings nothing; nothing is moved."""
     model, x, y = deep()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -32,6 +33,8 @@ KEPT: dict[str, type | tuple[type, ...]] = {
 }
 KEPT |= {"metric": str, "value": (int, float), "best": (int, float), "device": str, "onward": str, "torch": str, "date": str}
 """What is kept of a run, and of which type."""
+LONGEST = 120
+"""Characters of a file's name, before a digest tells it from others."""
 Entry = dict[str, Any]
 
 
@@ -117,7 +120,10 @@ def _once(entries: Iterable[Entry]) -> list[Entry]:
 
 def _file_name(entry: Entry) -> str:
     changed = "".join(f"-{name}={' '.join(map(str, _values(value)))}" for name, value in entry["changed"].items())
-    return folder_name(f"{Path(entry['recipe']).stem}-s{entry['seed']}{changed}".replace("/", "-")) + ".json"
+    name = folder_name(f"{Path(entry['recipe']).stem}-s{entry['seed']}{changed}".replace("/", "-"))
+    if len(name) > LONGEST:
+        name = f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{name}.json"
 
 
 def _values(value: Any) -> Sequence[Any]:
@@ -147,6 +153,7 @@ def table(entries: Sequence[Entry]) -> str:
 
 
 def _row(command: str, published: str, group: Sequence[Entry]) -> str:
+    command = command.replace("|", "\\|")  # which would end the cell
     if not group:
         return f"| `{command}` | {published} | not run | | | | |"
     metric = TASKS[group[0]["task"]].main
