@@ -166,7 +166,8 @@ def cross_entropy(output: Any, y: Any) -> Tensor:
 class OwnLoss:
     """``loss(output, y)``: what a network of transformers computes as its loss when it is given its labels, from its output.
 
-    y is the labels, or a dict of all that it takes for its loss; label -100 is left out.
+    y is the labels, or a dict of all that it takes for its loss; label -100 is left out. With ``num_items_in_batch`` the loss
+    is not a mean but a sum divided by that number, so that accumulated batches add up to the mean over all of them.
     """
 
     def __init__(self, core: nn.Module) -> None:
@@ -175,38 +176,52 @@ class OwnLoss:
         """Whether it is the cross entropy in the precision of the logits, where the functions of transformers take float32."""
 
     def __call__(self, output: Any, y: Any) -> Tensor:
-        name = type(self.core).__name__
+        given = self._given(y)
+        items = given.pop("num_items_in_batch", None)
+        value = self._mean(output, given)
+        return value if items is None else value * (self._counted(given) / items)
+
+    def _given(self, y: Any) -> dict[str, Any]:
         if y is None:
-            raise UsageError(f"{name} has no labels to compute its loss from: give 'labels' in the batch, or loss= of your own")
-        given = dict(y) if isinstance(y, Mapping) else {"labels": y}
-        items = {"num_items_in_batch": given["num_items_in_batch"]} if "num_items_in_batch" in given else {}
-        own = self.core.loss_function
-        if "start_positions" in given:
-            places = given["start_positions"], given["end_positions"]
-            return own(output["start_logits"], output["end_logits"], *places, **items)
-        if not isinstance(labels := given.get("labels"), Tensor):
+            raise UsageError(
+                f"{type(self.core).__name__} has no labels to compute its loss from: give 'labels' in the batch, or loss= of "
+                "your own"
+            )
+        return dict(y) if isinstance(y, Mapping) else {"labels": y}
+
+    def _mean(self, output: Any, given: Mapping[str, Any]) -> Tensor:
+        own, name = self.core.loss_function, type(self.core).__name__
+        if given.keys() == {"start_positions", "end_positions"}:
+            return own(output["start_logits"], output["end_logits"], given["start_positions"], given["end_positions"])
+        labels = given.get("labels")
+        if not isinstance(labels, Tensor) or not given.keys() <= {"labels", "shift_labels"}:
             raise UsageError(f"the labels of {name} are {', '.join(given)}, of which its loss is not known here: give loss=")
         z, config = logits_of(output), self.core.config
         if not isinstance(z, Tensor):
             raise UsageError(f"{name} returns no logits: give loss=, a function of all that it returns and the labels")
         kind = getattr(self.core, "loss_type", None) or ""
-        of_decoder = getattr(config, "is_encoder_decoder", False) and kind == "ForConditionalGeneration"
         of_classes = not labels.is_floating_point() and labels.numel() == z.numel() // z.shape[-1]
-        if of_decoder or (self.plain and of_classes):
+        if self._of_decoder or (self.plain and of_classes):
             return F.cross_entropy(z.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
         if kind == "ForTokenClassification":
-            return own(z, labels, config, **items)
+            return own(z, labels, config)
         if kind.endswith("Classification"):
-            return own(labels, z, config, **items)
+            return own(labels, z, config)
         if z.dim() == 3:
-            return own(logits=z, labels=labels, vocab_size=z.shape[-1], **items)
+            return own(logits=z, vocab_size=z.shape[-1], **given)
         return F.cross_entropy(z, labels)
+
+    @property
+    def _of_decoder(self) -> bool:
+        kind = getattr(self.core, "loss_type", None)
+        return kind == "ForConditionalGeneration" and getattr(self.core.config, "is_encoder_decoder", False)
 
     def check(self, model: nn.Module, x: Any, y: Any) -> None:
         """Take the network's own precision; raise :class:`onward.UsageError` where it computes another loss from this batch."""
-        given = dict(y) if isinstance(y, Mapping) else {"labels": y}
+        given = self._given(y)
+        given.pop("num_items_in_batch", None)
         name = type(self.core).__name__
-        with torch.no_grad():
+        with torch.no_grad(), without_cache(model, x):
             output = model(**x, **given) if isinstance(x, Mapping) else model(*(x if isinstance(x, tuple) else (x,)), **given)
             theirs = output.get("loss") if isinstance(output, Mapping) else None
             if theirs is None:
@@ -214,7 +229,7 @@ class OwnLoss:
             found = {}
             try:
                 for self.plain in (True, False):
-                    ours = self(output, y)
+                    ours = self._mean(output, given)
                     found[self.plain] = (ours.double() - theirs.double()).abs().item(), ours.item()
             except (RuntimeError, TypeError, KeyError) as error:
                 raise UsageError(
@@ -235,15 +250,22 @@ class OwnLoss:
 
         Raises :class:`onward.UsageError` where it is a sum that is divided by a number that was given.
         """
-        labels = y.get("labels") if isinstance(y, Mapping) else y
-        if isinstance(y, Mapping) and "num_items_in_batch" in y:
+        given = self._given(y)
+        if "num_items_in_batch" in given:
             raise UsageError(
                 "num_items_in_batch divides a sum over all processes, which the mean over processes is divided by again: leave "
                 "it out of the batch"
             )
-        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
-            return None
+        labels = given.get("labels")
+        of_positions = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+        return self._counted(given) if of_positions else None
+
+    def _counted(self, given: Mapping[str, Any]) -> float:
+        """How many labels the mean is over: of classes those that count, else one for each sample."""
+        labels: Tensor = given.get("shift_labels", next(iter(given.values())))
+        if labels.is_floating_point():
+            return float(len(labels))
         shifts = getattr(self.core, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration")
-        if shifts and not getattr(self.core.config, "is_encoder_decoder", False):
+        if labels.dim() == 2 and shifts and not self._of_decoder and "shift_labels" not in given:
             labels = labels[:, 1:]
         return float((labels != IGNORED).sum())
