@@ -25,8 +25,9 @@ class Trial(NamedTuple):
     x: Tensor
     h: list[Tensor]
     """h1 and h2."""
+    y: Tensor
     targets: Tensor
-    """One-hot rows."""
+    """The same as one-hot rows."""
     e: Tensor
     """dL/dz of the mean cross entropy."""
 
@@ -112,16 +113,85 @@ def _weights_drawn(trial: Trial) -> list[Tensor]:
     return [slope * v for v in drawn]
 
 
+def _carried(trial: Trial, carriers: list[Tensor]) -> list[Tensor]:
+    """The reverse sweep with other weights than W2 and W3 to carry the error back."""
+    at_h2 = trial.e @ carriers[2]
+    return trial.gradients([(at_h2 * (1 - trial.h[1] ** 2)) @ carriers[1], at_h2])
+
+
+def _fa(trial: Trial) -> list[Tensor]:
+    return _carried(trial, list(trial.estimator.feedback))
+
+
+def _kp(trial: Trial) -> list[Tensor]:
+    found = _fa(trial)
+    return [*found, *found[::2]]
+
+
+def _signs(trial: Trial, sizes: list[Tensor]) -> list[Tensor]:
+    return _carried(trial, [size * w.sign() for size, w in zip(sizes, trial.weights[::2], strict=True)])
+
+
+def _usf(trial: Trial) -> list[Tensor]:
+    return _signs(trial, [w.square().mean().sqrt() for w in trial.weights[::2]])
+
+
+def _brsf(trial: Trial) -> list[Tensor]:
+    named = [(name, p) for name, p in trial.estimator.model.named_parameters() if p.dim() == 2]
+    drawn = [trial.estimator.drawn(p.shape, f"feedback {name}", p).abs() for name, p in named]
+    return _signs(trial, [r * p.square().mean().sqrt() for r, (_, p) in zip(drawn, named, strict=True)])
+
+
+def _spsa(trial: Trial) -> list[Tensor]:
+    estimator, losses = trial.estimator, []
+    drawn = [estimator.drawn(p.shape, name, p, 0, noise="gaussian") for name, p in estimator.model.named_parameters()]
+    for sign in (1, -1):
+        moved = [w + sign * estimator.eps * v for w, v in zip(trial.weights, drawn, strict=True)]
+        losses.append(-(torch.log_softmax(_outputs(moved, trial.x)[-1], 1) * trial.targets).sum() / len(trial.x))
+    return [(losses[0] - losses[1]) / (2 * estimator.eps) * v for v in drawn]
+
+
+def _ff(trial: Trial) -> list[Tensor]:
+    estimator, count = trial.estimator, len(trial.x)
+    rows = torch.cat([trial.x, trial.x])
+    wrong = estimator._wrong(trial.x, trial.y, 3)
+    rows[:, :3] = torch.eye(3, dtype=rows.dtype, device=rows.device)[torch.cat([trial.y, wrong])]
+    side = rows.new_tensor([-1.0] * count + [1.0] * count).unsqueeze(1)
+    found = []
+    for weight, bias in (trial.weights[:2], trial.weights[2:4]):
+        h = torch.tanh(rows @ weight.T + bias)
+        g = h.square().mean(1, keepdim=True)
+        delta = torch.sigmoid(side * (g - estimator.threshold)) * side / (2 * count) * 2 * h / h.shape[1]
+        inner = delta * (1 - h**2)
+        found += [inner.T @ rows, inner.sum(0)]
+        rows = h / g.sqrt()
+    return [*found, *(torch.zeros_like(w) for w in trial.weights[4:])]
+
+
+def _outputs(weights: list[Tensor], x: Tensor) -> list[Tensor]:
+    """h1, h2 and z."""
+    h1 = torch.tanh(x @ weights[0].T + weights[1])
+    h2 = torch.tanh(h1 @ weights[2].T + weights[3])
+    return [h1, h2, h2 @ weights[4].T + weights[5]]
+
+
 REFERENCES: dict[str, Callable[[Trial], list[Tensor]]] = {
     "bp": lambda trial: trial.gradients(trial.true),
+    "brsf": _brsf,
     "dfa": _direct,
     "dkp": _dkp,
     "drtp": _drtp,
+    "fa": _fa,
     "fdfa": _fdfa,
+    "ff": _ff,
     "fg:guess=local": _guess_local,
-    "grape": _grape,
     "fg:space=avg-weight": _weights_drawn,
+    "frsf": lambda trial: _signs(trial, list(trial.estimator.feedback)),
+    "grape": _grape,
+    "kp": _kp,
     "local": lambda trial: trial.gradients(trial.local()),
+    "spsa": _spsa,
+    "usf": _usf,
 }
 """By entry, the gradients of the network's parameters, and of the feedback matrices where these learn."""
 
@@ -147,17 +217,16 @@ def deviation(entry: str, *, device: str = "cpu", seed: int = 0) -> float:
     if algorithm.needs_heads(**settings):
         heads = {cut: nn.Linear(size[1], 3, dtype=x.dtype) for cut, size in zip("01", sizes, strict=False)}
         settings["heads"] = {cut: head.to(device) for cut, head in heads.items()}
-    options: dict[str, Any] = {} if entry == "fg:space=avg-weight" else {"cuts": ("0", "1")}
-    estimator = algorithm(model, seed=seed, **options, **settings)
+    cuts = None if entry == "fg:space=avg-weight" else ("0", "1")
+    estimator = algorithm(model, cuts, seed=seed, **settings)
     trial = run(estimator, x, y, generator)
     with torch.no_grad():
         expected = REFERENCES[entry](trial)
     estimator.estimate(x, y)
-    learned = estimator.feedback if algorithm.learns_feedback(**settings) else ()
-    found = [p.grad for p in (*model.parameters(), *learned)]
-    pairs = list(zip(found, expected, strict=True))
+    learned = [p for p in getattr(estimator, "feedback", None) or () if p.requires_grad]
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in (*model.parameters(), *learned)]
     scale = max(float(one.abs().max()) for one in expected)
-    return max(float("inf") if a is None else float((a - b).abs().max()) for a, b in pairs) / scale
+    return max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)) / scale
 
 
 @torch.no_grad()
@@ -168,8 +237,6 @@ def run(estimator: Any, x: Tensor, y: Tensor, generator: torch.Generator) -> Tri
         for matrix in estimator.feedback:
             matrix.copy_(torch.randn(matrix.shape, generator=generator, dtype=matrix.dtype))
     weights = [p.detach().clone() for p in estimator.model.parameters()]
-    h1 = torch.tanh(x @ weights[0].T + weights[1])
-    h2 = torch.tanh(h1 @ weights[2].T + weights[3])
-    z = h2 @ weights[4].T + weights[5]
+    *hidden, z = _outputs(weights, x)
     targets = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)[y]
-    return Trial(estimator, weights, x, [h1, h2], targets, (torch.softmax(z, 1) - targets) / len(z))
+    return Trial(estimator, weights, x, hidden, y, targets, (torch.softmax(z, 1) - targets) / len(z))
