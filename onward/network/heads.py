@@ -16,14 +16,24 @@ from onward.derivatives.graph import grad
 from onward.errors import UsageError, unknown
 from onward.network.cuts import check_names
 from onward.network.gradients import accumulate
+from onward.network.later import auglocal
 from onward.network.padding import without_padding
+from onward.network.pieces import Pieces
 from onward.network.run import Loss, as_rows, check_samples, compute_loss, detached, device_of
 from onward.network.shapes import outputs_at
 from onward.network.suggest import default_cuts
 
 
 def make_heads(
-    model: nn.Module, x: Any, kind: str = "cnn", *, cuts: Sequence[str] | None = None, width: int | None = None
+    model: nn.Module,
+    x: Any,
+    kind: str = "cnn",
+    *,
+    cuts: Sequence[str] | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    groups: int | None = None,
+    patches: int | None = None,
 ) -> dict[str, nn.Module]:
     """One head for each cut, by cut name: a module from the block's output h to as many outputs as the network has.
 
@@ -31,7 +41,9 @@ def make_heads(
     Image outputs are (N, C, H, W), flat ones (N, d), and of sequences (N, T, d) the mean over T is used. Where the network's
     output is (N, T, V), numbers for each position, so is that of a ``linear`` head, from that position alone: layer norm and a
     linear layer, shared by the positions. ``width`` is the number of hidden channels or features (default: 32 for ``cnn``,
-    1024 for ``mlp``, half of it beyond 8 cuts). Initial weights come from PyTorch's global generator.
+    1024 for ``mlp``, half of it beyond 8 cuts), ``depth`` that of copied blocks in the first ``auglocal`` head (default: 2),
+    ``groups`` of channels and ``patches`` along each side are those of ``pieces`` (default: 1). Initial weights come from
+    PyTorch's global generator.
 
     Raises :class:`onward.UsageError` for an unknown kind, or one that does not fit a block's output, and where the network
     cannot run on that batch.
@@ -44,8 +56,7 @@ def make_heads(
     """
     if kind not in HEADS:
         raise unknown("head", kind, HEADS)
-    if width is not None and width < 1:
-        raise UsageError(f"heads of width {width}: use at least 1")
+    _check_sizes(kind, width=width, depth=depth, groups=groups, patches=patches)
     cuts = default_cuts(model) if cuts is None else check_names(model, cuts)
     device = device_of(model)
     outputs, output = outputs_at(model, x, cuts)
@@ -57,20 +68,32 @@ def make_heads(
     samples, classes = as_rows(output).shape
     own = next((p for p in model.parameters() if p.is_floating_point()), None)
     made = {}
-    for name, h in zip(cuts, outputs, strict=True):
+    for k, (name, h) in enumerate(zip(cuts, outputs, strict=True)):
         if not h.is_floating_point():
             raise UsageError(f"the output of cut {name!r} is {h.dtype}: a head needs floating-point numbers")
         check_samples(name, h.shape, samples, "a head")
         # Under autocast a block's output has less precision than what is to be trained.
         dtype = own.dtype if own is not None and torch.is_autocast_enabled(device.type) else h.dtype
         try:
-            size = width or default_width(kind, len(cuts)) or 1
-            by_position = h.dim() == output.dim() == 3 and h.shape[:2] == output.shape[:2]
-            head = _of_positions(kind, h, output) if by_position else _shaped(HEADS[kind](h, classes, size), output)
+            if kind == "auglocal":
+                head = auglocal(model, cuts, outputs, k, depth or 2)
+            elif h.dim() == output.dim() == 3 and h.shape[:2] == output.shape[:2]:
+                head = _of_positions(kind, h, output)
+            else:
+                sizes = (groups or 1, patches or 1) if kind == "pieces" else (width or default_width(kind, len(cuts)) or 1,)
+                head = _shaped(HEADS[kind](h, classes, *sizes), output)
             made[name] = head.to(device, dtype)
         except UsageError as error:
             raise UsageError(f"a {kind} head at cut {name!r}: {error}") from None
     return made
+
+
+def _check_sizes(kind: str, **sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UsageError(f"heads of {name} {size}: use at least 1")
+        if size is not None and name != "width" and kind != _OWNERS[name]:
+            raise UsageError(f"heads of {name} {size}: {kind} heads have none, it is for kind={_OWNERS[name]!r}")
 
 
 def _of_positions(kind: str, h: Tensor, output: Tensor) -> nn.Module:
@@ -87,10 +110,10 @@ def _shaped(head: nn.Module, output: Tensor) -> nn.Module:
     """A head whose rows have the shape of the network's."""
     if output.dim() == 2:
         return head
-    if hasattr(head, "local_loss"):
+    if hasattr(head, "local_loss") or isinstance(head, Pieces):
         raise UsageError(
-            f"the network's output has shape {tuple(output.shape)}, and this head compares labels of whole samples: use "
-            "another kind of head"
+            f"the network's output has shape {tuple(output.shape)}, and this head is for classes of whole samples: use another "
+            "kind of head"
         )
     return nn.Sequential(head, nn.Flatten(0) if output.dim() == 1 else nn.Unflatten(1, output.shape[1:]))
 
@@ -161,7 +184,16 @@ class PredSim(nn.Module):
         return 0.99 * F.mse_loss(_similarities(f), wanted) + 0.01 * compute_loss(loss, z, y), z
 
 
-HEADS: dict[str, Callable[[Tensor, int, int], nn.Module]] = {"cnn": cnn, "mlp": mlp, "linear": linear, "predsim": PredSim}
+HEADS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": cnn,
+    "mlp": mlp,
+    "linear": linear,
+    "predsim": PredSim,
+    "auglocal": auglocal,
+    "pieces": Pieces,
+}
+_OWNERS = {"depth": "auglocal", "groups": "pieces", "patches": "pieces"}
+"""The kind of head that a size is for."""
 _WIDTHS = {"cnn": 32, "mlp": 1024}
 
 

@@ -63,7 +63,7 @@ def test_a_head_of_positions_reads_its_own_position() -> None:
 
 
 def test_the_kinds() -> None:
-    assert set(HEADS) == set(KINDS)
+    assert set(HEADS) == {*KINDS, "auglocal", "pieces"}  # which test_more_heads.py is for
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

@@ -60,7 +60,9 @@ def _activations(fg: Rule, x: Any, y: Any, again: Replay, known: Known | None) -
 
         measured = measure(fg, x, y, again, slots, at_output=inject)
         slopes = measured.slopes
-        slopes = {site: slope * _sign(fg, site, slope.shape) for site, slope in slopes.items()}
+        for site, slope in slopes.items():
+            sign = _sign(fg, site, slope.shape[:1])
+            slopes[site] = slope * (sign if slope.dim() == 1 else sign.unsqueeze(1))
     of_samples = fg.comparison.in_samples
     recording: AbstractContextManager[list[Use]] = record_uses(fg.model) if of_samples else nullcontext([])
 
@@ -79,11 +81,12 @@ def _activations(fg: Rule, x: Any, y: Any, again: Replay, known: Known | None) -
             arrived = through(h, guesses[0], [use.output for use in ran])
             estimate_samples(fg, k, h, ran, signals, [arrived] * len(signals))
             return
-        weights = fg.row_weights([slopes[Site(k, None, i)] for i in range(fg.directions)], guesses)
+        inner = [slopes[Site(k, None, i)] for i in range(fg.directions)]
         if fg.space == "activation-2":
-            accumulate_rows(h, ran, guesses, [through(h, u, [use.output for use in ran]) for u in guesses], weights)
+            arrived_at = [through(h, u, [use.output for use in ran]) for u in guesses]
+            accumulate_rows(h, ran, guesses, arrived_at, fg.row_weights(inner, guesses))
         else:
-            backward(h, fg.observed(k, weighted_sum(guesses, weights)))
+            backward(h, fg.observed(k, fg.weighted(k, inner, guesses)))
 
     with recording as uses:
         step = _block_by_block(fg, x, y, again, known, learn, after=uses.clear)

@@ -149,15 +149,21 @@ class _Pass:
         probe = without_padding(h.detach(), self.fg.real[k])
         self.give(probe, [None if t is None else without_padding(t, self.fg.real[k]) for t in moved])
         with self.fg.heads.randomness(k, self.fg.mask_seed, self.fg.step):
-            self.read(k, self.fg.loss, self.fg.heads[k](probe))
+            pieces = self.fg.pieces(k)
+            parts = None if pieces is None else pieces.parts(probe)
+            output = self.fg.heads[k](probe) if pieces is None or parts is None else parts.sum(1) + pieces.classify.bias
+            self.read(k, self.fg.loss, output, parts)
 
     def give(self, tensor: Tensor, moved: Sequence[Tensor | None]) -> None:
         """Let a tensor have these tangents."""
         if any(t is not None for t in moved):
             self.tangents.set(tensor, *(torch.zeros_like(tensor) if t is None else t.clone() for t in moved))
 
-    def read(self, point: int, criterion: Loss, output: Any) -> Tensor:
-        """The loss of an output; its derivative along each slot's tangent counts for the sites whose target it is part of."""
+    def read(self, point: int, criterion: Loss, output: Any, parts: Tensor | None = None) -> Tensor:
+        """The loss of an output; its derivative along each slot's tangent counts for the sites whose target it is part of.
+
+        ``parts`` (N x M x C) add up to an output that is taken in pieces: each then has a derivative of its own, (N, M).
+        """
         fg = self.fg
         with self.tangents.aside():
             found = output_error(criterion, output, self.y, lambda value: self.tangents.get(value) is not None)
@@ -166,7 +172,11 @@ class _Pass:
             moved = [(e, t) for z, e in pairs if (t := self.tangents.get(z, j)) is not None]
             if not moved:
                 continue
-            slope = _slope(moved, by_sample=slot[0].parameter is None)
+            along = None if parts is None else self.tangents.get(parts, j)
+            if along is not None:
+                slope = (found.e[0].to(along.dtype).unsqueeze(1) * along).sum(2)
+            else:
+                slope = _slope(moved, by_sample=slot[0].parameter is None)
             for site in slot:
                 if _reads(fg.target, site.block, point, len(fg.cuts)):
                     if site.parameter is None and site.block in self.shapes:  # a cut that did not run is told of later

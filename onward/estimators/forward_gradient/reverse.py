@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from onward.derivatives.directions import without_row
 from onward.derivatives.graph import backward, grad, padding_rows, parameters_behind
 from onward.derivatives.layers import Use, per_sample_gradients, record_uses
-from onward.derivatives.per_sample import Drawn, PerSample, dots, weighted_sum
+from onward.derivatives.per_sample import Drawn, PerSample, dots
 from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
 from onward.estimators.base import Step, check_last_block
@@ -192,17 +192,18 @@ def _learn(fg: Rule, k: int, block: Block, sweep: Sweep, known: Known | None, y:
         weights = fg.row_weights([dots(target, u) for u in guesses], guesses)
         accumulate_rows(h, uses, guesses, at_guesses, weights)
     else:
-        backward(h, fg.observed(k, _estimate_signal(fg, target, guesses)), inputs=parameters)
+        backward(h, fg.observed(k, _estimate_signal(fg, k, target, guesses)), inputs=parameters)
         return
     if not drawn_in_weights:
         fg.observed(k, guesses[0])
 
 
-def _estimate_signal(fg: Rule, target: Tensor, guesses: Sequence[Tensor]) -> Tensor:
+def _estimate_signal(fg: Rule, k: int, target: Tensor, guesses: Sequence[Tensor]) -> Tensor:
     """The estimate in the spaces of each sample's rows of activations."""
     if fg.comparison.spans:
         return torch.stack([spaces.span_rows(target, fg.shard.gather(u)) for u in guesses]).mean(0)
-    return weighted_sum(guesses, fg.row_weights([dots(target, u) for u in guesses], guesses))
+    inner = [dots(fg.compared(k, target), fg.compared(k, u)) for u in guesses]
+    return fg.weighted(k, inner, guesses)
 
 
 def accumulate_rows(

@@ -19,6 +19,7 @@ from onward.estimators.forward_gradient import spaces
 from onward.estimators.signals import Known
 from onward.network.heads import Heads
 from onward.network.padding import without_padding
+from onward.network.pieces import Pieces
 
 TARGETS = {
     "global": "the network's loss",
@@ -137,6 +138,23 @@ class Rule(Estimator):
             return [(i, j) for j in range(self.directions) for i in range(j + 1)]
         scaled = not self.unbiased and self.comparison.projects
         return [(i, i) for i in range(self.directions)] if scaled else []
+
+    def pieces(self, k: int) -> Pieces | None:
+        """The head of block k, if its loss is taken piece by piece and so is what rows of activations are compared over."""
+        whole = self.heads is None or self.target != "local" or self.comparison.of != "rows" or self.comparison.in_samples
+        head = None if whole or self.heads is None else self.heads[k]
+        return head if isinstance(head, Pieces) and not self.comparison.spans else None
+
+    def compared(self, k: int, rows: Tensor) -> Tensor:
+        """Rows of activations at the output of block k as they are compared: one for each sample, or for each of its pieces."""
+        pieces = self.pieces(k)
+        return rows if pieces is None else pieces.rows(rows)
+
+    def weighted(self, k: int, inner: Sequence[Tensor], guesses: Sequence[Tensor]) -> Tensor:
+        """The error signal of block k: guesses weighted by <t, u_i> of what is compared."""
+        rows, pieces = [self.compared(k, u) for u in guesses], self.pieces(k)
+        found = weighted_sum(rows, self.row_weights([one.flatten() for one in inner], rows))
+        return found if pieces is None else pieces.whole(found, guesses[0])
 
     def row_weights(self, inner: Sequence[Tensor], guesses: Sequence[Tensor]) -> list[Tensor]:
         """The weight of each sample's row of activations in each direction."""

@@ -17,6 +17,7 @@ from onward.lab.networks.blocks import scaled
 from onward.lab.settings import Train
 from onward.network.cuts import check_names
 from onward.network.heads import PredSim, default_width, local_loss
+from onward.network.pieces import Pieces
 from onward.network.run import Loss
 from onward.network.shapes import outputs_at
 
@@ -53,7 +54,8 @@ def _drawn(model: nn.Module, config: Train, x: Tensor, kind: str, ends: list[str
     width = default_width(kind, len(ends)) if config.heads.width is None else config.heads.width
     factor = 1.0 if models.facts(config.model).tokens else config.network.width
     try:
-        made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, factor))
+        sizes = {"depth": config.heads.depth, "groups": config.heads.groups, "patches": config.heads.patches}
+        made = onward.make_heads(model, x, kind, cuts=ends, width=width and scaled(width, factor), **sizes)
     except UsageError as error:
         raise UsageError(re.sub(r"use kind=('mlp' or )?'linear'", "use --heads.kind linear", str(error))) from error
     if initialize := models.facts(config.model).initialize:
@@ -74,6 +76,8 @@ def end_in_head(model: nn.Module, config: Train, x: Tensor) -> None:
 
 def _behind(block: nn.Module, head: nn.Module) -> nn.Module:
     """A head that starts with a block, and has a loss of its own only if the head behind the block does."""
+    if isinstance(head, Pieces):
+        raise UsageError("--heads.kind pieces: a head of this network starts with a copy of a block, take another kind")
     return (_OwnLoss if hasattr(head, "local_loss") else nn.Sequential)(block, head)
 
 
