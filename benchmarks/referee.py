@@ -166,7 +166,7 @@ def judge(name: str, task: str, folder: str, budget: float | None, options: argp
     if learns and not options.memory_alone:
         data = data_of(task, options)
         row["bits"], row["steps"], row["seconds"] = train(config, data, options.batch_size, options)
-        fits = max(0, min(LARGEST, round((budget - rest) / each, 3) // 1 if each else LARGEST))
+        fits = max(0, min(LARGEST, int(round((budget - rest) / each, 3)) if each else LARGEST))
         row["fits"] = fits
         if fits >= 1:
             row["bits fitting"], *_ = train(config, data, fits, options)
@@ -176,10 +176,11 @@ def judge(name: str, task: str, folder: str, budget: float | None, options: argp
 def isolated(function: Any, *arguments: Any, **named: Any) -> Any:
     """What a function returns in a process that is forked for it."""
     context = multiprocessing.get_context("fork")
-    answer = context.SimpleQueue()
-    process = context.Process(target=lambda: answer.put(function(*arguments, **named)))
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: send.send(function(*arguments, **named)))
     process.start()
-    found = answer.get()
+    send.close()  # so that a process which dies ends the waiting
+    found = receive.recv()
     process.join()
     return found
 

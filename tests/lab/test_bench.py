@@ -59,6 +59,20 @@ def learner(config: Bench, name: str) -> Learner:
     return Learner.of(run, bench.shape_of(config), config.classes, CPU)
 
 
+@pytest.mark.parametrize(("task", "shape"), [("next-token", (4, 6, 5)), ("regression", (4, 5)), ("classification", (4, 5))])
+def test_a_step_of_any_task(config: Bench, task: str, shape: tuple[int, ...]) -> None:
+    """Of a network for tokens what it is for, unless another task is named."""
+    model = "mlp" if task == "regression" else "gpt"
+    asked = {"model": model, "input": "6", "classes": 5, "task": "auto" if task == "next-token" else task}
+    made = learner(replace(config, **asked, network=Network(width=4 if model == "gpt" else 0.01)), "fdfa")
+    made.step()
+    assert step.task_of(made.config).name == task
+    assert made.x.is_floating_point() == (model == "mlp")
+    assert tuple(made.estimator(made.x).shape) == shape
+    with pytest.raises(UsageError, match="unknown task 'chess'"):
+        learner(replace(config, task="chess"), "bp")
+
+
 @pytest.mark.usefixtures("in_this_process")
 def test_every_algorithm_has_its_row(config: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ("local:heads.kind=linear", "fdfa:low_memory=true", "fg:space=avg-weight")

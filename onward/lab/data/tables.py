@@ -69,10 +69,10 @@ def of_file(name: str, options: Text) -> Data:
 def of_parts(name: str, found: dict[str, Any], options: Text) -> Data:
     """The data of a table in parts, by the hub's names for these."""
     chosen = {
-        split: next((part for part in parts if _is_labelled(found[part], options)), None)
+        split: [part for part in parts if split == "train" or _is_labelled(found[part], options)]
         for split, parts in choose_splits(found, f"data set {name}").items()
     }
-    return of_tables(name, {split: found[part] for split, part in chosen.items() if part or split == "train"}, options)
+    return of_tables(name, {split: found[parts[0]] for split, parts in chosen.items() if parts}, options)
 
 
 def of_tables(name: str, tables: dict[str, pyarrow.Table], options: Text) -> Data:
@@ -87,8 +87,8 @@ def of_tables(name: str, tables: dict[str, pyarrow.Table], options: Text) -> Dat
     columns = {split: _columns(table, f"{name} ({split})", options) for split, table in tables.items()}
     texts = {split: _texts(table, columns[split][0], f"{name} ({split})") for split, table in tables.items()}
     if columns["train"][1] is None:
-        whole = {split: "\n".join(rows) for split, rows in texts.items()}
-        return of_text(name, whole["train"], options, whole.get("test"))
+        lines = {split: "\n".join(rows) for split, rows in texts.items()}
+        return of_text(name, lines["train"], options, lines.get("test"))
     if "test" in tables and columns["test"][1] is None:
         raise Unlabelled(f"{name} (test) has no column of labels: name the one with the classes {columns['train'][1]!r}")
     classes = _classes(tables["train"], str(columns["train"][1]), f"{name} (train)")
@@ -104,9 +104,10 @@ def of_tables(name: str, tables: dict[str, pyarrow.Table], options: Text) -> Dat
             raise UsageError(f"{name} has no test part, and no class of 5 rows to hold one out of: add one")
         log.warning("data set %s has no test part: %d of its %d rows are held out for it", name, len(parts[1]), cut)
     inputs, vocabulary, padding = _filled(rows, options)
-    whole_split = Split(inputs, torch.tensor(labelled), pixels=False)
+    whole = Split(inputs, torch.tensor(labelled), pixels=False)
+    train, test = (whole.part(part) for part in parts)
     shared: dict[str, Any] = {"tokens": len(vocabulary), "vocabulary": vocabulary, "padding": padding}
-    return Data(name, *(whole_split.part(part) for part in parts), len(classes), tuple(classes.values()), **shared)
+    return Data(name, train, test, len(classes), tuple(classes.values()), **shared)
 
 
 def _filled(rows: Sequence[str], options: Text) -> tuple[dict[str, Tensor], tuple[str, ...], int]:

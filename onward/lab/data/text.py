@@ -27,6 +27,9 @@ ENDINGS = (".txt", ".md", ".text", ".rst")
 """Of names that can be nothing but a file of text."""
 
 
+PARTS = ("training", "test")
+
+
 def is_file(name: str) -> bool:
     """Whether the name of data can be nothing but that of a file of text.
 
@@ -74,9 +77,9 @@ def of_text(name: str, text: str | bytes, options: Text, test: str | bytes | Non
     vocabulary, numbers, padding = numbered([text, test], options, special=False)
     if padding == len(vocabulary) - 1 and options.tokenizer is None:
         vocabulary = vocabulary[:-1]  # windows need no filling
-    parts = [_windows(name, part, options.window, which) for which, part in zip(("training", "test"), numbers, strict=True)]
+    train, held = (_windows(name, part, options.window, which) for which, part in zip(PARTS, numbers, strict=True))
     unit = "token" if options.tokenizer else options.unit.removesuffix("s")
-    return Data(name, *parts, len(vocabulary), vocabulary, NEXT[unit].name, tokens=len(vocabulary))
+    return Data(name, train, held, len(vocabulary), vocabulary, NEXT[unit].name, tokens=len(vocabulary))
 
 
 def numbered(texts: Sequence[str | bytes], options: Text, *, special: bool) -> tuple[tuple[str, ...], list[Tensor], int]:

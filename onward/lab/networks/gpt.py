@@ -65,12 +65,12 @@ class Transformer(nn.Sequential):
         h = input_ids
         for block in blocks:
             h = block(h)
-        if self.pools and attention_mask is None:
-            h = h.mean(1)
-        elif self.pools:
-            real = attention_mask.unsqueeze(2).to(h.dtype)
-            h = (h * real).sum(1) / real.sum(1)
-        return output(h)
+        if not self.pools:
+            return output(h)
+        if attention_mask is None:
+            return output(h.mean(1))
+        real = attention_mask.unsqueeze(2).to(h.dtype)
+        return output((h * real).sum(1) / real.sum(1))
 
 
 class Embed(nn.Module):

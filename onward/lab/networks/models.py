@@ -96,9 +96,9 @@ def build(
     for entry in dataclasses.fields(options):
         if entry.name not in takes and (value := getattr(options, entry.name)) != entry.default:
             raise UsageError(f"--network.{entry.name.replace('_', '-')} {value}: {name} has no such option, leave it out")
+    if facts(name).tokens and isinstance(shape, Mapping) and "input_ids" in shape:
+        shape = shape["input_ids"]
     sizes = shape if isinstance(shape, Mapping) else tuple(shape)
-    if facts(name).tokens and isinstance(sizes, Mapping) and "input_ids" in sizes:
-        sizes = sizes["input_ids"]
     known = {"shape": sizes, "classes": outputs, "outputs": outputs, **vars(options)}
     known |= {"vocabulary": vocabulary, "positions": tuple(positions), "padding": padding}
     made = partial(make, **{parameter: known[parameter] for parameter in takes if parameter in known})

@@ -33,7 +33,7 @@ from onward.lab.report.picture import picture as draw_panels
 from onward.lab.run import algorithms, processes
 from onward.lab.run.loop import progress
 from onward.lab.settings import Bench, Setup, TaskSettings, Train
-from onward.lab.studies.step import PHASES, Learner, Turn, inputs_for, memory_of, take_turn, task_of
+from onward.lab.studies.step import PHASES, Learner, Turn, memory_of, network_for, take_turn
 from onward.lab.system import disk, memory, own
 
 Row = dict[str, Any]
@@ -111,8 +111,8 @@ def _files(config: Bench) -> tuple[Path | None, Path | None]:
 
 def measure(config: Bench, device: torch.device, console: Console) -> list[Row]:
     """One row for each algorithm of the configuration."""
-    runs = candidates(config)
     shape = shape_of(config)
+    runs = _with_cuts(candidates(config), shape, config.classes)
     place = {"sweep": config.sweep[0], "value": swept(config, config.sweep[0])} if config.sweep else {}
     rows: dict[str, Row] = {name: {"algorithm": name, "error": None, **place} for name in runs}
     turns: dict[str, list[Turn]] = {name: [] for name in runs}
@@ -166,6 +166,15 @@ def candidates(config: Bench) -> dict[str, Train]:
     return {name: algorithms.variant(name, base) for name in dict.fromkeys((*BASELINES, *config.algorithms))}
 
 
+def _with_cuts(runs: dict[str, Train], shape: Sequence[int], classes: int) -> dict[str, Train]:
+    """The runs with cuts, where a trial run has to propose them: that is no part of what is measured."""
+    first = next(iter(runs.values()))
+    if first.cuts or not first.model.startswith(models.HUGGING_FACE):
+        return runs
+    model, x = network_for(replace(first, batch_size=2), shape, classes)
+    return {name: replace(run, cuts=algorithms.with_cuts(first, model, x).cuts) for name, run in runs.items()}
+
+
 def shape_of(config: Bench) -> tuple[int, ...]:
     """The shape of one input."""
     if config.input:
@@ -192,13 +201,11 @@ def _points(config: Bench) -> list[Bench]:
     for point in points:
         run, *_ = candidates(point).values()
         shape = shape_of(point)
-        sizes = {"vocabulary": config.classes, "positions": shape[:1] if task_of(run).of_positions else ()}
         if config.model in MODELS:
             with torch.device("meta"):
-                models.build(config.model, shape, config.classes, point.network, **sizes)
+                network_for(run, shape, config.classes)
         elif point is points[0]:
-            example = inputs_for(replace(run, batch_size=2), shape, config.classes)
-            models.build(config.model, shape, config.classes, point.network, example, **sizes)
+            network_for(replace(run, batch_size=2), shape, config.classes)
     return points
 
 

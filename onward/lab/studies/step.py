@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -66,12 +66,9 @@ class Learner(NamedTuple):
         """Build the network and the algorithm of a configuration, for random inputs of that shape."""
         precision.check(config, device)
         generators.seed(config.seed)
-        task = task_of(config)
-        x = inputs_for(config, shape, classes).to(device)
-        sizes = {"vocabulary": classes, "positions": shape[:1] if task.of_positions else ()}
-        model = models.build(config.model, shape, classes, config.network, x[:2].cpu(), **sizes).to(device)
-        config = algorithms.with_cuts(config, model, x[:2])
-        estimator = algorithms.build(model, config, x[:2], task.loss)
+        model, x = network_for(config, shape, classes)
+        model, x = model.to(device), x.to(device)
+        estimator = algorithms.build(model, algorithms.with_cuts(config, model, x[:2]), x[:2], task_of(config).loss)
         estimator.check = False  # the first batch is examined once before training, which is no part of a step
         return cls(estimator, list(make_optimizers(config, estimator).values()), precision.inputs(config, x), classes, config)
 
@@ -103,6 +100,13 @@ def task_of(config: Train) -> tasks.Task:
     """What the network learns: what was asked for, or else what it is made for."""
     name = config.task.name
     return tasks.named(models.facts(config.model).task if name == "auto" else name)
+
+
+def network_for(config: Train, shape: Sequence[int], classes: int) -> tuple[nn.Module, Tensor]:
+    """The network of a configuration, and a random batch for it."""
+    x = inputs_for(config, shape, classes)
+    sizes: dict[str, Any] = {"vocabulary": classes, "positions": shape[:1] if task_of(config).of_positions else ()}
+    return models.build(config.model, shape, classes, config.network, x[:2], **sizes), x
 
 
 def inputs_for(config: Train, shape: Sequence[int], classes: int) -> Tensor:
@@ -220,6 +224,9 @@ def peak(config: Train, shape: Sequence[int], classes: int, device: torch.device
         torch.set_num_threads(threads)
     # Memory for what the first step in a process loads, or a file of the user's own imports, is not this network's.
     models.options_of(config.model)
+    if config.model.startswith(models.HUGGING_FACE):
+        with torch.device("meta"), suppress(Exception):  # it imports, at least
+            network_for(config, shape, classes)
     tiny = replace(
         config,
         model="mlp",
