@@ -194,28 +194,6 @@ def fg() -> Marks:
     yield own_error()
 
 
-def grape() -> Marks:
-    yield from dfa()
-    yield from tangents("ẏ: the Bs turn towards it")
-
-
-def ff() -> Marks:
-    for y, label in ((ROW - 46, "right label"), (ROW + 46, "wrong label")):
-        for start, name in zip(BLOCKS[:2], ("block 1", "block 2"), strict=True):
-            yield from box(start, y - TALL / 2, BOX, TALL, name)
-        yield text(64, y, label, "small")
-        for left, right in ((104, BLOCKS[0]), (BLOCKS[0] + BOX, BLOCKS[1])):
-            yield arrow(f"M{left + 2} {y} H{right - 4}", "pass")
-        yield arrow(f"M{BLOCKS[1] + BOX + 2} {y} H{BLOCKS[2]}", "pass")
-    for start, k in zip(BLOCKS[:2], "₁₂", strict=True):
-        x = start + BOX / 2
-        yield arrow(f"M{x} {ROW - 8} V{ROW - 46 + TALL / 2 + 3}", "error")
-        yield arrow(f"M{x} {ROW + 8} V{ROW + 46 - TALL / 2 - 3}", "error")
-        yield text(x, ROW, f"g{k}: more, less", "said")
-    yield text(BLOCKS[2] + 90, ROW, "the goodness of all blocks", "small")
-    yield text(BLOCKS[2] + 90, ROW + 16, "tells the label", "small")
-
-
 PICTURES: dict[str, Callable[[], Marks]] = {
     "bp": bp,
     "brsf": brsf,
@@ -225,10 +203,8 @@ PICTURES: dict[str, Callable[[], Marks]] = {
     "fa": fa,
     "fdfa": fdfa,
     "ff": ff,
-    "ff": ff,
     "fg": fg,
     "frsf": frsf,
-    "grape": grape,
     "grape": grape,
     "kp": kp,
     "local": local,
