@@ -35,7 +35,7 @@ FROM_0 = {
     "align_every",
 }
 FROM_0 |= {"schedule.patience", "schedule.start", "schedule.end", "seed"}
-POSITIVE = {"network.width", "data_timeout", "schedule.gamma", "lr_grid"}
+POSITIVE = {"network.width", "watch", "data_timeout", "schedule.gamma", "lr_grid"}
 """The numbers among the settings, by the least that they may be; each may be None or a tuple too."""
 
 

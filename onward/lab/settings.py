@@ -24,7 +24,7 @@ class Network:
     width: float = 1.0
     """Multiplies the width of every hidden layer; of gpt, the features of a token (128 if left at 1)."""
     layers: int = 2
-    """Hidden layers of mlp, blocks of chain, layers of gpt."""
+    """Hidden layers of mlp, blocks of chain and local-mixer, layers of gpt."""
     heads: int = 4
     """Of attention, in gpt."""
     lora: Annotated[int | None, tyro.conf.arg(aliases=["--lora"])] = None
@@ -339,9 +339,12 @@ class Report:
     """Run folders, or folders with run folders somewhere below them."""
     out: str = "report.html"
     """The page."""
+    watch: float | None = None
+    """Write the page anew every so many seconds, while runs go on, until Ctrl-C; an open page reloads itself."""
 
     def __post_init__(self) -> None:
         at_home(self)
+        check_number("watch", self.watch, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)

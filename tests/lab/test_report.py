@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
@@ -135,6 +136,26 @@ def test_a_page_has_tables_figures_and_commands(write: Write, tmp_path: Path) ->
     assert maps[0]["x"] == [0, 1, 2]
     assert page.figures[6]["layout"]["yaxis"]["ticktext"] == ["block1", "0.conv"]
     assert "Nothing but the algorithm differs." in page.text
+
+
+def test_a_page_that_is_watched_is_written_until_asked_to_stop(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write("bp-s0")
+    out, naps = tmp_path / "page.html", []
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 1:
+            write("dfa-s0", algorithm="dfa")
+        if "2 runs" in capsys.readouterr().out:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr("onward.lab.report.page.time.sleep", nap)
+    assert report(Report(runs=(str(tmp_path),), out=str(out), watch=0.05)) == out
+    assert '<meta http-equiv="refresh" content="0.05">' in out.read_text()
+    with pytest.raises(UsageError, match="--watch 0: use a positive number"):
+        Report(watch=0)
 
 
 def test_it_needs_no_network(write: Write, tmp_path: Path) -> None:

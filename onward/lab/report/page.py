@@ -6,6 +6,7 @@ import re
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from importlib.resources import files
@@ -22,7 +23,7 @@ from onward.lab.report.figures import LOSSES, Looks, Panel, last, spread, total
 from onward.lab.report.groups import Group, find, grouped, headline, read, remarks
 from onward.lab.run.record import Record
 from onward.lab.settings import Report, Train
-from onward.lab.system import disk
+from onward.lab.system import disk, interrupt
 from onward.lab.system.extra import lab_extra
 from onward.lab.tasks import Metric, Task
 
@@ -35,6 +36,19 @@ def report(config: Report) -> Path:
         raise UsageError(f"--out {out}: a page has a name that ends in .html")
     if not config.runs:
         raise UsageError("no run folders are given: name them, or a folder of them, as in onward report runs")
+    if not config.watch:
+        return _write(config, out)
+    with interrupt.requests() as asked_to_stop:
+        while not asked_to_stop():
+            _write(config, out)
+            until = time.monotonic() + config.watch
+            while time.monotonic() < until and not asked_to_stop():
+                time.sleep(min(0.2, config.watch))
+    return _write(config, out)
+
+
+def _write(config: Report, out: Path) -> Path:
+    """Read what there is now, and write the page."""
     runs, skipped = [], []
     for folder in {found.resolve(): found for given in config.runs for found in find(Path(given))}.values():
         try:
@@ -45,7 +59,7 @@ def report(config: Report) -> Path:
         raise UsageError(f"there is no run to report: {'; '.join(skipped)}")
     for sentence in (*(f"{reason}: skipped" for reason in skipped), *remarks(runs)):
         print(f"warning: {sentence}", file=sys.stderr)
-    text = page(runs, skipped)
+    text = page(runs, skipped, config.watch)
     try:
         with disk.writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -53,12 +67,13 @@ def report(config: Report) -> Path:
     except OSError as error:
         raise UsageError(f"--out {error}") from error
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    print(f"{count} on one page of {out.stat().st_size / 1e6:.1f} MB: {out}")
+    print(f"{count} on one page of {out.stat().st_size / 1e6:.1f} MB: {out}", flush=True)
     return out
 
 
-def page(runs: Sequence[Record], skipped: Sequence[str] = ()) -> str:
-    """The page, as HTML. Whatever comes from files is escaped by the template, or is data in JSON."""
+def page(runs: Sequence[Record], skipped: Sequence[str] = (), watch: float | None = None) -> str:
+    """The page, as HTML, which loads itself anew every `watch` seconds. Whatever comes from files is escaped by the template, or
+    is data in JSON."""
     with lab_extra():
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup, escape
@@ -75,6 +90,7 @@ def page(runs: Sequence[Record], skipped: Sequence[str] = ()) -> str:
     looks = figures.styles([group.label for found in groups.values() for group in found])
     return environment.from_string(files("onward.lab.report").joinpath("report.html").read_text(encoding="utf-8")).render(
         plotly=get_plotlyjs(),
+        watch=watch,
         sections=[section(title, found, names, looks) for title, found in groups.items()],
         skipped=skipped,
         notes=remarks(runs),
