@@ -72,8 +72,8 @@ def _write(config: Report, out: Path) -> Path:
 
 
 def page(runs: Sequence[Record], skipped: Sequence[str] = (), watch: float | None = None) -> str:
-    """The page, as HTML, which loads itself anew every `watch` seconds. Whatever comes from files is escaped by the template, or
-    is data in JSON."""
+    """The page, as HTML, which loads itself anew every `watch` seconds. Whatever comes from files is escaped by the template,
+    or is data in JSON."""
     with lab_extra():
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup, escape
