@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import onward
 from onward.errors import UsageError
@@ -273,7 +273,7 @@ def test_a_chain_is_of_equal_blocks() -> None:
 
 OWN = """\
 import torch
-from torch import nn
+from torch import Tensor, nn
 from sibling import SIZE
 
 def make_model(shape, classes):
@@ -407,3 +407,41 @@ def test_shapes() -> None:
     for text in ("", "3x32", "3,0,32", "3,,2"):
         with pytest.raises(UsageError, match=f"--input {text}: give positive sizes"):
             parse_shape(text)
+
+
+def test_local_mixer_by_its_formulas() -> None:
+    """Patch by patch and group by group; the loss of pieces is one for each of them."""
+    torch.manual_seed(0)
+    model = build("local-mixer", (2, 8, 8), 3, Network(width=0.125, layers=2)).double()
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+
+    def norm(v: Tensor) -> Tensor:
+        return (v - v.mean()) / (v.var(correction=0) + 1e-5).sqrt()
+
+    def grouped(layer: nn.Module, h: Tensor) -> Tensor:
+        groups = [
+            norm(layer.weight[2 * g : 2 * g + 2, :, 0] @ norm(h[2 * g : 2 * g + 2]) + layer.bias[2 * g : 2 * g + 2])
+            for g in range(16)
+        ]
+        return torch.cat(groups)
+
+    for n in range(2):
+        cut = [x[n, :, 2 * a : 2 * a + 2, 2 * b : 2 * b + 2].permute(1, 2, 0).flatten() for a in range(4) for b in range(4)]
+        first, second, out = model.block1, model.block2, model.output[2]
+        h = []
+        for patch in cut:
+            inside = norm(first[1][1].weight @ norm(patch) + first[1][1].bias).relu()
+            h.append(grouped(first[2].linear, inside).relu())
+        torch.testing.assert_close(model.block1(x)[n], torch.stack(h))
+        normed = torch.stack([norm(v) for v in h])
+        over = torch.stack([norm(second.patches.weight @ column + second.patches.bias).relu() for column in normed.T], 1)
+        dense = second.channels[1]
+        after = [
+            (v + grouped(second.groups.linear, norm(dense.weight @ norm(mixed) + dense.bias).relu())).relu()
+            for v, mixed in zip(h, over, strict=True)
+        ]
+        torch.testing.assert_close(model(x)[n], out.weight @ norm(torch.stack(after).mean(0)) + out.bias)
+    heads = onward.make_heads(model, x, "pieces", groups=16, patches=16)
+    assert heads["block1"].parts(model.block1(x)).shape == (2, 256, 3)
+    with pytest.raises(UsageError, match="sides have to be multiples of 4"):
+        build("local-mixer", (1, 9, 8), 3, Network())
