@@ -55,7 +55,8 @@ SEEDLESS = (
     "fg-local-reverse",
     "local",
 )
-LEARNED_FEEDBACK = ("dkp", "dkp-low-memory", "fdfa", "fdfa-low-memory", "fg-feedback", "fg-feedback-reverse")
+LEARNED = [f"{name}{form}" for name in ("dkp", "fdfa", "grape") for form in ("", "-low-memory")]
+LEARNED_FEEDBACK = (*LEARNED, "fg-feedback", "fg-feedback-reverse")
 HEADED = ("fg-local", "fg-local-one", "fg-local-reverse", "fg-above-ntk", "local")
 NEEDS_OUTPUTS = ("dkp", "fg-feedback-reverse")
 ALL = pytest.mark.parametrize("kind", KINDS)
