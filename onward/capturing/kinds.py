@@ -19,6 +19,7 @@ from onward.capturing.optimizers import Updates
 from onward.capturing.requests import Request, noting
 from onward.capturing.trace import Traced, trace
 from onward.estimators.base import Estimator, Step
+from onward.network.replay import Replay
 from onward.network.shard import Shard
 
 EAGER = "eager"
@@ -176,11 +177,13 @@ class Capture:
 
     def _replayed(self, traced: Traced, run: Run, x: Any, y: Any, leaves: Sequence[Any]) -> Step:
         batch = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        inputs = traced.inputs(batch, self.estimator.step)
         with torch.no_grad():
             try:
-                found = run(*traced.inputs(batch, self.estimator.step))
+                found = run(*inputs)
             except (RuntimeError, IndexError):  # of a label, for example, which the eager step names
-                self.estimator._estimate(x, y)
+                with torch.enable_grad(), Replay(self.estimator.model).unseen():
+                    self.estimator._estimate(x, y)
                 raise
             count = len(traced.trained)
             for p, gradient in zip(traced.trained, found, strict=False):

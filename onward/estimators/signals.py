@@ -357,7 +357,10 @@ class Known:
         fits = isinstance(y, Tensor) and not y.is_floating_point() and classes > 1
         if fits and positions == (1,) and y.shape == (samples,):
             y = y.unsqueeze(1)
-        if fits and y.shape == (samples, *positions) and (is_traced() or int(y.max()) < classes):
+        numbered = fits and y.shape == (samples, *positions)
+        if numbered and is_traced():  # then it is looked at in every run
+            torch._assert_async(y.max() < classes, "a target is no class below the number of outputs")
+        if numbered and (is_traced() or int(y.max()) < classes):
             found = (y.unsqueeze(-1) == torch.arange(classes, device=y.device)).to(self.e.dtype)
             return self.outputs.joined(found.flatten(1, -2)) if positions else found
         if isinstance(y, Tensor) and y.numel() == self.e.numel():
