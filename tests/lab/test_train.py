@@ -18,6 +18,7 @@ from onward.errors import UsageError
 from onward.lab.data import Data
 from onward.lab.data.batches import batches
 from onward.lab.networks import models
+from onward.lab.plain import from_dict
 from onward.lab.run import folder as run_folder
 from onward.lab.run import loop as training
 from onward.lab.run import record
@@ -31,7 +32,6 @@ from onward.lab.settings import (
     Schedule,
     Train,
     Transform,
-    from_dict,
 )
 from onward.lab.system import memory
 
