@@ -6,6 +6,7 @@ One matrix leads to all positions of a block's output, or is shared by them: :cl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Annotated, Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from onward.errors import UsageError
 from onward.estimators.settings import OneOf
 from onward.estimators.signals import Known, SignalEstimator, known_at
+from onward.network.labels import logits_of
 from onward.network.positions import FIRST, LAST, Layout, positions_of
 from onward.network.run import LossGradient, check_samples
 from onward.network.shapes import outputs_at
@@ -73,7 +75,7 @@ class Feedback(nn.ParameterList):
                 )
         if self.positions == "auto":
             return whole
-        if any(len(shape) > 2 for shape in outputs.shapes):
+        if any(prod(positions_of(shape, outputs.axis)) > 1 for shape in outputs.shapes):
             raise UsageError(
                 f"positions='shared': the output of cut {name!r} has shape {tuple(h.shape)}, and the network's outputs "
                 f"{', '.join(map(str, outputs.shapes))} are not all at the same positions: cut where they are, or use "
@@ -197,6 +199,7 @@ class DirectFeedback(SignalEstimator):
         The targets ``y`` are looked at only where an output has positions: their shape says which dimension has the classes.
         """
         shapes, output = outputs_at(self.model, x, self.cuts)
+        output = logits_of(output)
         if not isinstance(output, Tensor):
             raise UsageError(
                 f"the network returns a {type(output).__name__}, and only its loss tells which of it has errors: call estimate "

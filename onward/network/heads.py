@@ -16,6 +16,7 @@ from onward.derivatives.graph import grad
 from onward.errors import UsageError, unknown
 from onward.network.cuts import check_names
 from onward.network.gradients import accumulate
+from onward.network.labels import logits_of
 from onward.network.later import auglocal
 from onward.network.padding import without_padding
 from onward.network.pieces import Pieces
@@ -60,6 +61,7 @@ def make_heads(
     cuts = default_cuts(model) if cuts is None else check_names(model, cuts)
     device = device_of(model)
     outputs, output = outputs_at(model, x, cuts)
+    output = logits_of(output)
     if not isinstance(output, Tensor):
         raise UsageError(
             f"the network returns a {type(output).__name__}, and heads are made for one tensor of outputs: give heads of your "

@@ -190,7 +190,8 @@ class OwnLoss:
         return dict(y) if isinstance(y, Mapping) else {"labels": y}
 
     def _mean(self, output: Any, given: Mapping[str, Any]) -> Tensor:
-        own, name = self.core.loss_function, type(self.core).__name__
+        own: Any = self.core.loss_function
+        name = type(self.core).__name__
         if given.keys() == {"start_positions", "end_positions"}:
             return own(output["start_logits"], output["end_logits"], given["start_positions"], given["end_positions"])
         labels = given.get("labels")
@@ -224,6 +225,8 @@ class OwnLoss:
         with torch.no_grad(), without_cache(model, x):
             output = model(**x, **given) if isinstance(x, Mapping) else model(*(x if isinstance(x, tuple) else (x,)), **given)
             theirs = output.get("loss") if isinstance(output, Mapping) else None
+            if isinstance(output, tuple):
+                raise UsageError(f"{name} returns a tuple: leave out return_dict=False, so that its loss and logits have names")
             if theirs is None:
                 raise UsageError(f"{name} computes no loss from {', '.join(given)}: give loss=, a function of its output and y")
             found = {}

@@ -33,18 +33,23 @@ def padding(x: Any, cut: str | None = None, y: Any = None) -> Tensor | None:
             y = None  # labels are of the decoder's positions
         else:
             name = "decoder_attention_mask"
-    labels = y.get("labels") if isinstance(y, Mapping) else y
-    of_positions = isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point()
+    labels = _of_positions(y)
     mask = x.get(name)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
         # There is none, or one of pairs of positions, or of numbers to be added to scores.
-        return (labels != IGNORED).flip(1).cummax(1).values.flip(1) if decodes and of_positions else None
-    real = mask != 0
-    if of_positions and labels.shape == real.shape:
-        counts = labels != IGNORED
+        return None if labels is None or not decodes else labels.ne(IGNORED).flip(1).cummax(1).values.flip(1)
+    real = mask.ne(0)
+    if labels is not None and labels.shape == real.shape:
+        counts = labels.ne(IGNORED)
         real = real | counts
         real[:, :-1] |= counts[:, 1:]
     return real
+
+
+def _of_positions(y: Any) -> Tensor | None:
+    """The labels in targets, if they are class numbers of positions (N x T)."""
+    labels = y.get("labels") if isinstance(y, Mapping) else y
+    return labels if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point() else None
 
 
 def without_padding(h: Tensor, real: Tensor | None) -> Tensor:

@@ -57,8 +57,8 @@ class Separation(TorchDispatchMode):
             if node is None or node in mine:
                 continue
             mine.add(node)
-            if isinstance(node, Wall._backward_cls):  # type: ignore[attr-defined]
-                raise UsageError(node.text)
+            if isinstance(node, Wall._backward_cls):
+                raise UsageError(getattr(node, "text"))  # noqa: B009 (an attribute that only this kind of node has)
             if hasattr(node, "variable"):
                 continue
             earlier = self._owner.setdefault(node, k)
@@ -88,6 +88,7 @@ class Separation(TorchDispatchMode):
             f"{'is' if len(reached) == 1 else 'are'} also reached from {self._end(k)} by another path (a skip connection?), so "
             "gradients would be backpropagated around the cut. Cut where everything passes, such as at the end of the "
             f"residual block{self._remedy}"
+            + ("" if k < len(self._cuts) else ", or return less (output_hidden_states=False, output_attentions=False)")
             + (". What is compiled as a whole has one graph: compile its blocks instead" if compiled else "")
         )
 

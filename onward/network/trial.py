@@ -88,8 +88,8 @@ def trial(model: nn.Module, x: Any) -> Pass:
     def note(name: str) -> Callable[..., Any]:
         def end(module: nn.Module, args: Any, output: Any) -> Any:
             h, put = hidden_state(output)
-            fits = h is not None and h.requires_grad and h.is_floating_point()
-            if not fits or _within_derivative() or h.dim() == 0 or h.shape[0] != samples:
+            fits = h is not None and h.requires_grad and h.is_floating_point() and h.dim() > 0 and h.shape[0] == samples
+            if not fits or _within_derivative():
                 ended.append((name, None))
                 return None
             if h is not output:
