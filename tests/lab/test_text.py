@@ -16,7 +16,7 @@ from onward.lab.data.split import held_out
 from onward.lab.data.text import of_text
 from onward.lab.networks.models import build
 from onward.lab.run.loop import train
-from onward.lab.settings import Network, Text, Train
+from onward.lab.settings import Heads, Network, TaskSettings, Text, Train
 from onward.lab.tasks import NEXT
 
 SONG = "row, row, row your boat, gently down the stream; "
@@ -79,6 +79,28 @@ def test_pythons_reference_comes_with_python() -> None:
     assert len(data.train) // 9 - 1 <= len(data.test) <= len(data.train) // 9 + 1
     held = held_out(data)
     assert torch.equal(torch.cat([held.train.targets, held.test.targets]), data.train.targets)  # the end of it is held out
+
+
+def test_tokens_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import torch\ndef make():\n    x = torch.arange(60).view(10, 6) % 7\n    return (x, (x + 1) % 7), (x, (x + 1) % 7)\n"
+    )
+    data = load(f"{path}:make", task="next-token")
+    assert (data.task, data.outputs, data.tokens) == ("next-token", 7, 7)
+    with pytest.raises(
+        UsageError, match=r"look like no task's .*next-token: the token that follows.*say which it is with --task"
+    ):
+        load(f"{path}:make")
+    config = Train(
+        model="gpt", data=f"{path}:make", algorithm="fdfa:low_memory=true", lr=1e-2, epochs=12, batch_size=5, device="cpu",
+        task=TaskSettings("next-token"), network=Network(width=16), out=str(tmp_path / "run"),
+    )  # fmt: skip
+    assert train(config, advance=lambda _: None)[-1]["test_token_accuracy"] > 90
+    with pytest.raises(
+        UsageError, match=r"a mlp head at cut 'block1': .*reads all positions at once.*: use --heads.kind linear"
+    ):
+        train(replace(config, algorithm="local", heads=Heads("mlp"), out=str(tmp_path / "other")), advance=lambda _: None)
 
 
 def test_losses_and_metrics_are_means_over_tokens() -> None:

@@ -50,9 +50,11 @@ def read(owner: own.Own, task: str = "auto", seed: int = 0) -> Data:
         chosen = tasks.of_targets(given[0].targets, task)
         train, test = (_for_task(split, chosen) for split in given)
         outputs = _outputs(train, test, chosen)
+        tokens = _tokens(train, test)
+        outputs = max(outputs, tokens or 0) if chosen.of_positions else outputs
     except UsageError as error:
         raise UsageError(f"{owner}: {error}") from None
-    return Data(f"{owner.path}:{owner.name}", train, test, outputs, tuple(map(str, range(outputs))), chosen.name)
+    return Data(f"{owner.path}:{owner.name}", train, test, outputs, tuple(map(str, range(outputs))), chosen.name, tokens)
 
 
 def _takes_seed(make: Any) -> bool:
@@ -119,9 +121,21 @@ def _for_task(split: Split, task: tasks.Task) -> Split:
     return replace(split, inputs=inputs, targets=task.read(split.targets))
 
 
+def _tokens(train: Split, test: Split) -> int | None:
+    """How many kinds of tokens the inputs are numbers of, where they are rows of whole numbers from 0."""
+    parts = [split.inputs for split in (train, test)]
+    if not all(isinstance(part, Tensor) and part.dim() == 2 and part.dtype == torch.int64 for part in parts):
+        return None
+    if min(int(part.min()) for part in parts) < 0:  # type: ignore[union-attr]
+        return None
+    return max(int(part.max()) for part in parts) + 1  # type: ignore[union-attr]
+
+
 def _outputs(train: Split, test: Split, task: tasks.Task) -> int:
     """How many outputs the network needs."""
     outputs, of_test = (task.count(split.targets) for split in (train, test))
+    if task.of_positions:
+        return max(outputs, of_test)
     if task.name != tasks.CLASSIFICATION.name:
         if outputs != of_test:
             raise UsageError(f"a training sample has {outputs} {task.outputs}, a test sample {of_test}: give both as many")
