@@ -54,7 +54,7 @@ ACCUMULATED: dict[str, Callable[..., onward.Estimator]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("bert", marks=pytest.mark.slow), "t5"])
 def test_accumulated_batches_are_one_large_batch(name: str) -> None:
     """Where labels are counted over all of them, as the Trainer does; the shorter sentences have fewer labels."""
     model, batch, cuts = built(name)
@@ -125,3 +125,19 @@ def test_what_is_in_the_batch_twice_or_too_much_is_said() -> None:
     estimator = onward.Backprop(model)
     step = estimator.estimate(batch)
     assert step.loss == step.output.logits.square().mean()
+
+
+def test_a_factor_on_the_loss_reaches_all_but_the_matrices_that_follow_a_jacobian() -> None:
+    """As FDFA's docstring says; DKP's learn from the error."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    for kind, factor in ((onward.FDFA, 1), (onward.DKP, 1 / 4)):
+        found = []
+        for k in (1, 4):
+            torch.manual_seed(1)
+            model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+            estimator = kind(model, loss=lambda z, y, k=k: nn.functional.cross_entropy(z, y) / k)
+            estimator.estimate(x, y)
+            found.append((estimator.feedback[0].grad, model[2].weight.grad))
+        torch.testing.assert_close(found[1][0], found[0][0] * factor)
+        torch.testing.assert_close(found[1][1], found[0][1] / 4)

@@ -187,7 +187,7 @@ ESTIMATORS: dict[str, Callable[..., onward.Estimator]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["gpt2", "bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_padded_tokens_change_no_gradient(name: str) -> None:
     """Not in any estimator, in two steps (the second with feedback that has learned)."""
     model, batch, cuts = built(name)
