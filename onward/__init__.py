@@ -23,6 +23,7 @@ from onward.estimators.grape import GrAPE
 from onward.estimators.kolen_pollack import KolenPollack
 from onward.estimators.lean import Lean
 from onward.estimators.local import LocalLoss
+from onward.estimators.node import NodePerturbation
 from onward.estimators.settings import AtLeast, OneOf
 from onward.estimators.sign_symmetry import BRSF, FRSF, USF
 from onward.estimators.signals import Known, SignalEstimator
@@ -56,6 +57,7 @@ __all__ = [
     "KolenPollack",
     "Lean",
     "LocalLoss",
+    "NodePerturbation",
     "OneOf",
     "Problem",
     "ProcessLost",

@@ -143,6 +143,13 @@ def dfa() -> Marks:
     yield text(LOSS + 40, 60, "e = dL/dz", "said")
 
 
+def node() -> Marks:
+    yield from network()
+    yield from broadcast(LOSS, ("c u₁", "c u₂"))
+    yield own_error()
+    yield text(WIDTH / 2, ROW + 58, "c: the loss with noise σu₁, σu₂ at the cuts, less the loss without, over σ", "small")
+
+
 def dkp() -> Marks:
     yield from dfa()
     yield text(WIDTH / 2, ROW + 58, "each B learns from e and the block's output, as the last weights do", "small")
@@ -208,6 +215,7 @@ PICTURES: dict[str, Callable[[], Marks]] = {
     "grape": grape,
     "kp": kp,
     "local": local,
+    "node": node,
     "spsa": spsa,
     "usf": usf,
 }

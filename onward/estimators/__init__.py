@@ -15,6 +15,7 @@ from onward.estimators import (
     grape,
     kolen_pollack,
     local,
+    node,
     sign_symmetry,
     spsa,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "grape",
     "kolen_pollack",
     "local",
+    "node",
     "sign_symmetry",
     "spsa",
 ]

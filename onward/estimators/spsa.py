@@ -51,7 +51,8 @@ class SPSA(Estimator, name="spsa"):
         eps: how far the weights are moved, in units of the direction.
         noise: what directions are drawn from.
         directions: how many are averaged in each step; each takes one or two passes.
-        sided: two evaluations for each direction, or one, and one for all at the weights as they are.
+        sided: two evaluations for each direction (the antithetic pairs of evolution strategies), or one, and one for all at
+            the weights as they are.
 
     >>> import onward
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

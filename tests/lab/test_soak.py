@@ -25,6 +25,7 @@ from tests.lab.test_resume import FAMILIES
 ESTIMATORS: dict[str, dict[str, Any]] = {
     **FAMILIES,
     "drtp": {"algorithm": "drtp"},
+    "node": {"algorithm": "node"},
     "bp-checkpoint": {"algorithm": "bp:checkpoint=true"},
     "dfa-low-memory": {"algorithm": "dfa:low_memory=true"},
     "fg-local": {"algorithm": "fg:guess=local", "heads": Heads("mlp")},

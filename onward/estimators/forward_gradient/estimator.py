@@ -59,7 +59,10 @@ class ForwardGradient(Rule, name="fg"):
 
     Fournier, Rivaud, Belilovsky, Eickenberg and Oyallon, "Can Forward Gradient Match Backpropagation?", 2023; Ren et al.,
     "Scaling Forward Gradient with Local Losses", 2023, eq. 3 (global or local, random, activation); Baydin et al.,
-    "Gradients without Backpropagation", 2022 (global, random, avg-weight).
+    "Gradients without Backpropagation", 2022 (global, random, avg-weight); Flügel, Coquelin, Weiel, Streit and Götz, "Beyond
+    Backpropagation: Optimization with Multi-Tangent Forward Gradients", 2024 (random, orthogonal). The antithetic pairs of
+    evolution strategies (Salimans et al., 2017) bring nothing here, where -u gives the estimate of u: they are ``SPSA``,
+    two-sided.
 
     Raises :class:`onward.UsageError` for unknown names, and for combinations with no meaning.
 
@@ -75,7 +78,8 @@ class ForwardGradient(Rule, name="fg"):
         noise: what random guesses are drawn from.
         scaling: of random guesses u, <g,u> u or that divided by |u|^2.
         directions: random guesses averaged in each step.
-        orthogonal: project on the span of the random guesses instead of averaging over them.
+        orthogonal: project on the span of the random guesses instead of averaging over them (the multi-tangent forward
+            gradients of Flügel et al., 2024).
         eps: added to squared lengths that are divided by.
 
     >>> import onward
