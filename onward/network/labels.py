@@ -208,6 +208,8 @@ class OwnLoss:
             return own(z, labels, config)
         if kind.endswith("Classification"):
             return own(labels, z, config)
+        if z.dim() == 3 and labels.dim() == 2 and (more := z.shape[1] - labels.shape[1]) > 0:  # tokens of a learned prompt
+            given = {**given, "labels": F.pad(labels, (more, 0), value=IGNORED)}
         if z.dim() == 3:
             return own(logits=z, vocab_size=z.shape[-1], **given)
         return F.cross_entropy(z, labels)
@@ -234,7 +236,9 @@ class OwnLoss:
                 for self.plain in (True, False):
                     ours = self._mean(output, given)
                     found[self.plain] = (ours.double() - theirs.double()).abs().item(), ours.item()
-            except (RuntimeError, TypeError, KeyError) as error:
+            except UsageError:
+                raise
+            except (RuntimeError, TypeError, KeyError, ValueError) as error:
                 raise UsageError(
                     f"the loss of {name} is not known here ({str(error).splitlines()[0]}): give loss=, a function of all that "
                     "it returns and y"
