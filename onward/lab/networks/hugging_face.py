@@ -15,6 +15,8 @@ from onward.errors import UsageError
 from onward.lab.networks.blocks import Shapes
 from onward.lab.system.extra import lab_extra, reason_of
 
+ALIKE = 0.9
+"""A tokenizer that has less than this part of a network's tokens is another network's."""
 CONFIGURATION, WEIGHTS = "config.json", ("*.safetensors", "*.bin")
 
 
@@ -61,8 +63,10 @@ def make(
         config = transformers.AutoConfig.from_pretrained(source, **known)
         config.use_cache = False  # for generating text alone
         network = kind.from_config(config) if drawn else kind.from_pretrained(source, config=config)
-    if vocabulary and vocabulary > (size := network.get_input_embeddings().num_embeddings):
-        raise UsageError(f"--model hf:{source} knows {size} tokens, and the data have {vocabulary}: give its --text.tokenizer")
+    size = network.get_input_embeddings().num_embeddings
+    if vocabulary and not ALIKE * size <= vocabulary <= size:
+        why = f"--model hf:{source} knows {size} tokens, and there are {vocabulary} (of the data, or by --classes)"
+        raise UsageError(f"{why}: give its --text.tokenizer, or a folder with its {CONFIGURATION} alone")
     length = getattr(config, "max_position_embeddings", None)
     if isinstance(shape, Sequence) and length and len(shape) == 1 and isinstance(shape[0], int) and shape[0] > length:
         raise UsageError(f"--model hf:{source} has {length} positions, and the inputs {shape[0]}: use a shorter --text.window")
