@@ -260,6 +260,10 @@ def test_refusals() -> None:
     estimator = DFA(down, ["0", "1"])
     estimator.estimate(x, y)
     assert [tuple(matrix.shape) for matrix in estimator.feedback] == [(80, 12), (5, 3)]
+    squeezed = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, CLASSES, 1)).double()
+    estimator = FDFA(squeezed, ["0"], positions="shared")  # outputs at one position have none
+    estimator.estimate(x, y[:, :1, :1])
+    assert tuple(estimator.feedback[0].shape) == (CLASSES, 3)
     with pytest.raises(UsageError, match="unknown positions 'mine'"):
         DFA(down, positions="mine")
 
