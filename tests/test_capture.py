@@ -76,6 +76,12 @@ def test_replay_is_bit_for_bit_the_eager_step(name: str, kind: str) -> None:
     check(kind, by_name(name), steps=4)
 
 
+@pytest.mark.parametrize("kind", ["fdfa-low-memory", "fg-weight", "fg-local"])
+def test_large_directions_are_drawn_where_they_are_used(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onward.capturing.requests._LARGE", 0)
+    check(kind, by_name("mlp-batch-norm"), steps=3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in QUICK], ids=lambda case: case.name)

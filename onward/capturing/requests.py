@@ -1,4 +1,4 @@
-"""The random directions of a captured step: asked for in advance, and drawn outside of the trace, all in one go."""
+"""The random directions of a captured step: small ones are drawn before it, in one go, large ones where they are used."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from onward.derivatives.directions import _NUMBERS, _SAMPLES, NOISES, draw, seed_of
 from onward.estimators.base import Estimator
 from onward.phases import phase
+
+_LARGE = _NUMBERS
 
 
 class Request(NamedTuple):
@@ -30,6 +32,13 @@ class Request(NamedTuple):
         """What the estimator's own call draws."""
         return draw(step=step, **self._asdict())
 
+    def within(self, step: Tensor) -> Tensor:
+        """The same as an operation of a graph."""
+        name, number = (self.block, 0) if isinstance(self.block, str) else ("", self.block)
+        rest = (self.direction, self.seed, self.offset, self.noise, self.dtype, self.device)
+        drawn: Tensor = torch.ops.onward.direction(step, self.shape, name, number, *rest)
+        return drawn
+
 
 class Piece(NamedTuple):
     """Numbers that come from one seed: where they lie in the flat tensor, their shape, and what the seed is of."""
@@ -39,25 +48,50 @@ class Piece(NamedTuple):
     number: int
 
 
-class Directions:
-    """The directions of a kind of step: large ones one by one, small ones of one type side by side in a flat tensor.
+@torch.library.custom_op("onward::direction", mutates_args=())
+def _direction(
+    step: Tensor,
+    shape: Sequence[int],
+    name: str,
+    number: int,
+    direction: int,
+    seed: int,
+    offset: int,
+    noise: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    request = Request(tuple(shape), name or number, direction, seed, offset, noise, dtype, device)
+    return request.drawn(int(step)).clone()  # the operation must own what it returns, and a part of a batch is a view
 
-    They are the numbers of :func:`onward.derivatives.directions.draw`. What that spends on each of many small tensors (a
-    generator, slices, calls) is spent once, and the graph has one input for all of them, which it takes apart itself.
+
+@_direction.register_fake
+def _(step: Tensor, shape: Sequence[int], *rest: Any) -> Tensor:
+    *_, dtype, device = rest
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+class Directions:
+    """The directions of a kind of step.
+
+    They are the numbers of :func:`onward.derivatives.directions.draw`. Small ones of one type lie side by side in a flat
+    tensor, which is an input of the graph: what ``draw`` spends on each of them (a generator, slices, calls) is spent once.
+    Large ones are drawn within the graph, where the eager step draws them, so that they are there no longer than in it.
     """
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self.large = [request for request in requests if _numbers(request) > _NUMBERS]
-        small = [request for request in requests if _numbers(request) <= _NUMBERS]
+        small = [request for request in requests if _numbers(request) <= _LARGE]
         self.kinds = list(dict.fromkeys((request.dtype, request.device) for request in small))
         self.small = [[r for r in small if (r.dtype, r.device) == kind] for kind in self.kinds]
         self.pieces = [[piece for request in requests for piece in _pieces(request)] for requests in self.small]
         self.sizes = [[_product(piece.shape) for piece in pieces] for pieces in self.pieces]
         self.generators = [torch.Generator(device) for _, device in self.kinds]
+        self.count = 1 + len(self.kinds)
+        """Of inputs."""
 
     def draw(self, step: int) -> list[Tensor]:
-        """The inputs of the graph."""
-        inputs = [request.drawn(step) for request in self.large]
+        """The inputs of the graph: the number of the step, and the small directions."""
+        inputs = [torch.tensor(step, device="cpu")]
         if not self.kinds:
             return inputs
         with phase("tangent"), torch.no_grad():
@@ -65,21 +99,28 @@ class Directions:
                 self.kinds, self.pieces, self.sizes, self.generators, strict=True
             ):
                 flat = torch.empty(sum(sizes), dtype=dtype, device=device)
-                for (_, of, index), part in zip(pieces, flat.split_with_sizes(sizes), strict=True):
-                    NOISES[of.noise](part, generator.manual_seed(seed_of(of.seed, step, of.block, of.direction, index)))
+                for (_, of, number), part in zip(pieces, flat.split_with_sizes(sizes), strict=True):
+                    NOISES[of.noise](part, generator.manual_seed(seed_of(of.seed, step, of.block, of.direction, number)))
                 inputs.append(flat)
         return inputs
 
-    def of(self, inputs: Sequence[Tensor]) -> dict[Request, Tensor]:
-        """The directions in what :meth:`draw` gave, within the traced function."""
-        found = dict(zip(self.large, inputs, strict=False))
-        for flat, requests in zip(inputs[len(self.large) :], self.small, strict=True):
+    def of(self, inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+        """A function that takes the place of :func:`onward.derivatives.directions.draw` within the traced step."""
+        step, *flats = inputs
+        found: dict[Request, Tensor] = {}
+        for flat, requests in zip(flats, self.small, strict=True):
             at = 0
             for request in requests:
                 first = at + _before(request) * _product(request.shape[1:])
                 found[request] = flat[first : first + _product(request.shape)].view(request.shape)
                 at += _numbers(request)
-        return found
+
+        def drawn(**asked: Any) -> Tensor:
+            del asked["step"]
+            request = Request(**asked)
+            return found[request] if request in found else request.within(step)
+
+        return drawn
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -69,12 +69,11 @@ def trace(
         for i in at:
             whole[i] = next(given)
         rest = list(given)
-        drawn = directions.of(rest[: len(directions.large) + len(directions.kinds)])
-        with _swapped(estimator, mine), replaced(estimator, lambda *, step, **asked: drawn[Request(**asked)]):
+        with _swapped(estimator, mine), replaced(estimator, directions.of(rest[: directions.count])):
             done = estimator._estimate(*tree_unflatten(whole, structure))
         gradients = [mine[p].grad for p in trained]
         if updates is not None:
-            updates.follow(mine, rest[len(directions.large) + len(directions.kinds) :])
+            updates.follow(mine, rest[directions.count :])
         seen, spec = tree_flatten((done.loss, done.output, dict(done.heads)))
         shape[:] = [spec]
         return [*gradients, *seen]
