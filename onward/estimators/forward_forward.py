@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onward.derivatives.directions import seed_of
-from onward.derivatives.graph import backward
+from onward.derivatives.graph import backward, is_traced
 from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step
 from onward.estimators.settings import AtLeast
@@ -130,13 +130,18 @@ class ForwardForward(Estimator, name="ff"):
     def labelled(self, x: Tensor, y: Tensor, classes: int) -> Tensor:
         """The inputs with these labels in the place of their first numbers."""
         rows = x.flatten(1).clone()
-        rows[:, :classes] = (y.unsqueeze(1) == torch.arange(classes, device=y.device)).to(x.dtype) * self.amplitude
+        rows[:, :classes] = x.new_zeros(len(x), classes).scatter(1, y.long().unsqueeze(1), self.amplitude)
         return rows.view(x.shape)
 
     def _wrong(self, x: Tensor, y: Any, classes: int) -> Tensor:
         """A wrong label for each sample, uniform among them: a function of the seed, the step, and the sample."""
         if not isinstance(y, Tensor) or y.is_floating_point() or y.shape != (len(x),) or classes < 2:
             raise UsageError("ff tells right labels from wrong ones: give class numbers (N,), of at least 2 classes")
+        if not is_traced() and (int(y.max()) >= classes or int(y.min()) < 0):
+            raise UsageError(
+                f"the targets run from {int(y.min())} to {int(y.max())}, and the network has {classes} outputs: give class "
+                f"numbers from 0 to {classes - 1}"
+            )
         seed = seed_of(self.seed, "wrong labels")
         drawn = self.drawn((len(x), classes - 1), 0, x, seed=seed, offset=self.shard.first)
         return (y + 1 + drawn.argmax(1)) % classes

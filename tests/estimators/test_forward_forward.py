@@ -124,6 +124,7 @@ X, Y = torch.randn(4, 6), torch.tensor([0, 1, 2, 1])
         (torch.zeros(4, 6, dtype=torch.long), Y, "one tensor of real numbers"),
         ((X, X), Y, "one tensor of real numbers"),
         (X, torch.randn(4, 3), "give class numbers"),
+        (X, Y + 1, "the targets run from 1 to 3, and the network has 3 outputs"),
         (X[:, :2], Y, "no room for one of 3 labels"),
     ],
 )
