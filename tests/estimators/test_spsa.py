@@ -202,6 +202,22 @@ def test_a_loss_that_fails_leaves_the_weights_as_they_were() -> None:
         estimator.estimate(x, y)  # and nothing is in the way of the next step
 
 
+def test_an_interrupt_between_two_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y, _, _ = by_name("mlp").build()
+    estimator, moves = SPSA(copy.deepcopy(model)), iter(range(100))
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        if next(moves) == 9:  # on the way from the one side to the other
+            raise KeyboardInterrupt
+        shift(*arguments, **options)
+
+    monkeypatch.setattr("onward.estimators.spsa.shift", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        estimator.estimate(x, y)
+    for a, b in zip(model.parameters(), estimator.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-15)
+
+
 def test_the_loss_may_be_any_number() -> None:
     model, x, y, _, _ = by_name("mlp").build()
 

@@ -56,6 +56,7 @@ def build(kind: str, **options: Any) -> onward.Estimator:
         "bp-checkpoint": partial(onward.Backprop, checkpoint=True),
         "local": partial(onward.LocalLoss, heads=heads()),
         "spsa": onward.SPSA,
+        "node": onward.NodePerturbation,
         "brsf": onward.BRSF,
         "kp": onward.KolenPollack,
         "ff": onward.ForwardForward,
@@ -74,6 +75,7 @@ def plain() -> Iterator[tuple[str, Options]]:
         yield kind, {"low_memory": True}
     yield "fdfa", {"directions": 2, "noise": "rademacher"}
     yield "spsa", {"directions": 2}
+    yield "node", {"directions": 2}
     yield "fg", {"directions": 3, "orthogonal": True}
     yield "fg", {"directions": 2, "scaling": "projection", "engine": "reverse", "space": "weight"}
     yield "fg", {"guess": "local", "eps": 0.01}
