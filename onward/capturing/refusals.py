@@ -23,6 +23,8 @@ def check(estimator: Estimator) -> None:
     """Raise :class:`Untraceable` for what a traced step would leave out."""
     if estimator.observe is not None:
         raise Untraceable("somebody observes its error signals")
+    if estimator.kept is not None:
+        raise Untraceable("its estimate is kept as numbers, which onward.Lean follows")
     for name, module in estimator.named_modules():
         if any(vars(module)[hooks] for hooks in HOOKS):
             raise Untraceable(f"{called(name, module)} has hooks, which a traced step would not run")

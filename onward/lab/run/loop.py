@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -316,4 +317,21 @@ def progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[.
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=done)
-        yield lambda description, steps=1: bar.update(task, advance=steps, description=description)
+        with _library_told(lambda said: bar.update(task, description=said)):
+            yield lambda description, steps=1: bar.update(task, advance=steps, description=description)
+
+
+@contextlib.contextmanager
+def _library_told(show: Callable[[str], object]) -> Iterator[None]:
+    """Within the block, what the library is at (tracing and compiling a step, which takes a while) is shown."""
+    handler = logging.Handler(logging.INFO)
+    handler.emit = lambda record: show(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("onward")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)

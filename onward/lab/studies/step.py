@@ -48,6 +48,7 @@ from onward.phases import phase, timed
 PHASES = ("primal", "tangent", "backward", "optimizer", "other")
 PROCESSES = 3
 """How many fresh processes measure memory, one after the other."""
+_MOST_TO_SETTLE = 20
 SECONDS = 0.5
 """How long the first candidate's timed steps of a turn should take, if their number is not given."""
 
@@ -131,7 +132,9 @@ def take_turn(learner: Learner, device: torch.device, steps: int | None, *, coun
 
     If `steps` is None, as many are timed as half a second holds, at most 20. FLOPs are counted if `count` is true.
     """
-    for _ in range(2 if learner.estimator.captured is None else 6):  # capturing takes some steps
+    for done in range(_MOST_TO_SETTLE):
+        if done >= 2 and getattr(learner.estimator.captured, "settled", True):  # traced, and a backend chosen
+            break
         learner.step()
     if steps is None:
         steps = min(20, max(1, round(SECONDS / seconds_of(learner.step, device))))
