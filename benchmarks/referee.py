@@ -73,7 +73,7 @@ def config_of(name: str, task: str, folder: str, options: argparse.Namespace) ->
     return Train(
         algorithm=name if name != "inference" else "bp",
         model=f"hf:{folder}",
-        cuts=tuple(f"{block}.{k}" for k in range(options.layers - 1)),
+        cuts=None if name in LEAN else tuple(f"{block}.{k}" for k in range(options.layers - 1)),
         lr=CANDIDATES.get(name, {task: 1e-3})[task],
         optimizer=Optimizer("lean" if name in LEAN else "adam"),
         network=Network(lora=RANK if task == "lora" else None),

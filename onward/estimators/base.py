@@ -146,6 +146,11 @@ class Estimator(nn.Module):
         return False
 
     @classmethod
+    def measures_whole(cls, **settings: Any) -> bool:
+        """Whether, with these settings and no cuts, it estimates the gradient of the network as a whole."""
+        return False
+
+    @classmethod
     def learns_feedback(cls, **settings: Any) -> bool:
         """Whether, with these settings, it has feedback matrices that learn."""
         return False

@@ -106,7 +106,7 @@ def test_every_setting_can_be_written_and_read(name: str) -> None:
         ("fdaf", "unknown algorithm 'fdaf': did you mean 'fdfa'"),
         ("fg:gues=local", "algorithm 'fg:gues=local': unknown setting 'gues': did you mean 'guess'"),
         ("fg:guess=locl", "unknown guess 'locl': did you mean 'local'"),
-        ("dfa:directions=2", r"unknown setting 'directions' \(known: low_memory, allow_bypass\)"),
+        ("dfa:directions=2", r"unknown setting 'directions': .* \(known: positions, low_memory, allow_bypass\)"),
         ("dfa:feedback.lr=2", r"unknown setting 'feedback.lr' .*known: low_memory, allow_bypass, lr, compile, optimizer.name"),
         ("dfa:heads.kind=cnn", "unknown setting 'heads.kind'"),
         ("bp:checkpoint", "'checkpoint' is no setting=value, write it as in fg:guess=local"),

@@ -10,6 +10,7 @@ import torch
 
 from onward.errors import UsageError
 from onward.lab.networks.models import build
+from onward.lab.run.algorithms import with_cuts
 from onward.lab.run.loop import train
 from onward.lab.settings import Network, Text, Train
 from onward.network.run import call
@@ -60,6 +61,16 @@ def test_it_is_trained_as_any_other(algorithm: str, lora: int | None, drawn: str
     )  # fmt: skip
     rows = train(config, advance=lambda _: None)
     assert rows[1]["train_loss"] < rows[0]["train_loss"]
+
+
+def test_cuts_are_proposed_where_some_are_needed(drawn: str) -> None:
+    x = torch.randint(7, (2, LENGTH))
+    model = build(drawn, (LENGTH,), 7, Network(), x, vocabulary=7, positions=(LENGTH,))
+    proposed = {
+        entry: with_cuts(Train(model=drawn, algorithm=entry), model, x).cuts for entry in ("fdfa", "fg", "fg:space=avg-weight")
+    }
+    assert proposed["fdfa"] == proposed["fg"] == tuple(f"network.transformer.h.{k}" for k in range(3))
+    assert proposed["fg:space=avg-weight"] is None  # which measures the whole network, as for any other
 
 
 @pytest.mark.parametrize(

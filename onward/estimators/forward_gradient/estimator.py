@@ -115,7 +115,7 @@ class ForwardGradient(Rule, name="fg"):
         if engine == "reverse" and passes is not None:
             raise UsageError(f"passes={passes!r} is for engine='forward', and the engine is 'reverse': leave it out")
         passes = passes or ("one" if guess == "random" else "block")
-        uncut = space == "avg-weight" and guess == "random" and target == "global"
+        uncut = self.measures_whole(target=target, guess=guess, space=space)
         if uncut and not cuts:
             cuts = ()
         super().__init__(model, cuts, uncut=uncut, **options)
@@ -200,6 +200,11 @@ class ForwardGradient(Rule, name="fg"):
     @classmethod
     def needs_heads(cls, **settings: Any) -> bool:
         return bool({settings.get("target"), settings.get("guess")} & OF_HEADS)
+
+    @classmethod
+    def measures_whole(cls, **settings: Any) -> bool:
+        asked = {"target": "global", "guess": "random", "space": "activation", **settings}
+        return (asked["target"], asked["guess"], asked["space"]) == ("global", "random", "avg-weight")
 
     @classmethod
     def learns_feedback(cls, **settings: Any) -> bool:

@@ -136,8 +136,10 @@ def _of_run(algorithm: type[onward.Estimator], settings: Mapping[str, Any], give
 
 
 def with_cuts(config: Train, model: nn.Module, x: Any) -> Train:
-    """The configuration with the cuts that a trial run proposes, where none are given for a network of Hugging Face's."""
-    if config.cuts or not config.model.startswith(models.HUGGING_FACE):
+    """The configuration with the cuts that a trial run proposes, where a network of Hugging Face's has to have some."""
+    name, given = read(config.algorithm)
+    algorithm = find(name)
+    if config.cuts or not config.model.startswith(models.HUGGING_FACE) or algorithm.measures_whole(**parsed(algorithm, given)):
         return config
     return dataclasses.replace(config, cuts=onward.suggest_cuts(model, x) or None)
 

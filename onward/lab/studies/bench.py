@@ -172,7 +172,7 @@ def _with_cuts(runs: dict[str, Train], shape: Sequence[int], classes: int) -> di
     if first.cuts or not first.model.startswith(models.HUGGING_FACE):
         return runs
     model, x = network_for(replace(first, batch_size=2), shape, classes)
-    return {name: replace(run, cuts=algorithms.with_cuts(first, model, x).cuts) for name, run in runs.items()}
+    return {name: algorithms.with_cuts(run, model, x) for name, run in runs.items()}
 
 
 def shape_of(config: Bench) -> tuple[int, ...]:
