@@ -63,8 +63,8 @@ class Block(NamedTuple):
     """The cosines behind ``signal.cosine``, one for each estimate and sample."""
 
 
-STEP = 1e-2
-"""The length of the step that ``descent`` is measured with, relative to that of all trained parameters together."""
+STEPS = (1e-2, 1e-3, 1e-4, 1e-5)
+"""The lengths of a step that ``descent`` may be measured with, relative to that of all trained parameters together."""
 
 
 class Alignment(dict[str, Block]):
@@ -72,18 +72,18 @@ class Alignment(dict[str, Block]):
 
     descent: float | None
     """``(L(theta) - L(theta - s g_i / |g_i|)) / (L(theta) - L(theta - s g / |g|))``, the mean over estimates g_i: what a step
-    along the estimate brings, as a part of what one along the true gradient g brings. Both steps have the length
-    ``s = 0.01 |theta|``, with theta all trained parameters of the network. Cosines say where an estimate points, descent what
-    that is worth. It is 1 for the true gradient; None where a step along that does not lower the loss."""
+    along the estimate brings, as a part of what one along the true gradient g brings. Cosines say where an estimate points,
+    descent what that is worth. It is 1 for the true gradient; None where no step along that lowers the loss."""
+    step: float | None
+    """``s / |theta|``, with theta all trained parameters of the network: 0.01, or a tenth, hundredth or thousandth of it where
+    the gradient's own step would go too far, and bring less than half of what its slope ``s |g|`` promises."""
 
-    def __init__(self, blocks: dict[str, Block], descent: float | None) -> None:
+    def __init__(self, blocks: dict[str, Block], descent: float | None, step: float | None) -> None:
         super().__init__(blocks)
-        self.descent = descent
+        self.descent, self.step = descent, step
 
 
-def measure(
-    estimator: Estimator, x: Any, y: Any = None, *, estimates: int = 1, cuts: Sequence[str] | None = None
-) -> Alignment:
+def measure(estimator: Estimator, x: Any, y: Any = None, *, estimates: int = 1, cuts: Sequence[str] | None = None) -> Alignment:
     """How so many estimates on one batch agree with the true gradient of the network's loss, for each block of the network.
 
     Blocks have the names of the cuts at their ends, the last is ``output``. ``cuts`` are those to look at where the estimator
@@ -148,7 +148,7 @@ def measure(
             [*cuts, last], [*signals, None], parameters, truth.blocks, [*feedback, None], strict=True
         )
     }
-    return Alignment(blocks, descent.mean())
+    return Alignment(blocks, descent.mean(), descent.step)
 
 
 def cosines(estimator: Estimator, x: Any, y: Any = None) -> dict[str, Tensor]:
@@ -185,17 +185,26 @@ class _Descent:
         self.fall: list[float] = []
         parameters = dict(self.model.named_parameters())
         self.parameters = {name: parameters[name] for name in gradients}
-        self.length = STEP * _length({name: p.detach() for name, p in self.parameters.items()})
         self.loss = lambda: compute_loss(loss, call(self.model, x), y).double().item()
-        with self.again.frozen():
+        with self.again.frozen(), torch.enable_grad():  # which a network may ask for in its forward
             self.before = self.loss()
-        self.most = self._fall(gradients)
+        whole, slope = _length({name: p.detach() for name, p in self.parameters.items()}), _length(gradients)
+        self.step: float | None = None
+        for step in STEPS:
+            self.length = step * whole
+            self.most = self._fall(gradients)
+            if self.most > 0 and self.most >= 0.5 * self.length * slope:
+                self.step = step
+                break
 
     def add(self, gradients: dict[str, Tensor]) -> None:
-        self.fall.append(self._fall(gradients))
+        if self.step is not None:
+            self.fall.append(self._fall(gradients))
 
     def mean(self) -> float | None:
-        found = sum(self.fall) / len(self.fall) / self.most if self.most > 0 else math.nan
+        if self.step is None:
+            return None
+        found = sum(self.fall) / len(self.fall) / self.most
         return found if math.isfinite(found) else None
 
     def _fall(self, gradients: dict[str, Tensor]) -> float:
@@ -208,7 +217,7 @@ class _Descent:
             for name, p in self.parameters.items():
                 p.data = held[name] - (self.length / length) * gradients[name].to(p.dtype)
             torch.clear_autocast_cache()  # it knows a parameter by its object, and not by what that holds
-            with self.again.frozen(), torch.enable_grad():  # which a network may ask for in its forward
+            with self.again.frozen(), torch.enable_grad():
                 return self.before - self.loss()
         finally:
             for name, p in self.parameters.items():

@@ -291,7 +291,9 @@ def test_descent_by_hand() -> None:
     """(L(theta) - L(theta - s g_i / |g_i|)) / (L(theta) - L(theta - s g / |g|)), s = 0.01 |theta|, in plain matrices."""
     model, x, y, loss = quadratic()
     estimator = onward.DFA(model, ["0"], loss=loss)
-    found = measure(estimator, x, y).descent
+    aligned, step = measure(estimator, x, y), 0.01
+    found = aligned.descent
+    assert aligned.step == step
     estimator.initialize(x)
     w, v, b = model[0].weight.detach(), model[1].weight.detach(), estimator.feedback[0].detach()
     e = 2 * (x @ w.T @ v.T - y) / len(x)
@@ -299,7 +301,7 @@ def test_descent_by_hand() -> None:
     true, estimate = ((e @ v).T @ x, last), ((e @ b).T @ x, last)
 
     def after(g: tuple[Tensor, Tensor]) -> float:
-        s = 0.01 * math.sqrt(w.square().sum() + v.square().sum()) / math.sqrt(g[0].square().sum() + g[1].square().sum())
+        s = step * math.sqrt(w.square().sum() + v.square().sum()) / math.sqrt(g[0].square().sum() + g[1].square().sum())
         return ((x @ (w - s * g[0]).T @ (v - s * g[1]).T - y) ** 2).mean().item()
 
     before = ((x @ w.T @ v.T - y) ** 2).mean().item()
@@ -308,7 +310,7 @@ def test_descent_by_hand() -> None:
 
 
 def test_descent_of_a_small_step_is_the_cosine_of_all_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onward.alignment.STEP", 1e-6)
+    monkeypatch.setattr("onward.alignment.STEPS", (1e-6,))
     model, x, y, loss = quadratic()
     estimator = onward.DFA(model, ["0"], loss=loss)
     found = measure(estimator, x, y).descent
@@ -316,6 +318,22 @@ def test_descent_of_a_small_step_is_the_cosine_of_all_parameters(monkeypatch: py
     estimator.estimate(x, y)
     estimate = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert found == pytest.approx(F.cosine_similarity(estimate, true, dim=0).item(), rel=1e-4)
+
+
+def test_a_step_is_shorter_where_the_gradient_would_go_too_far() -> None:
+    """At L = w^2 with w = (1, a): the slope promises 2 a s along the second, and curvature takes s^2 from it."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Identity(), nn.Linear(1, 1, bias=False)).double()
+    model[0].weight.requires_grad_(False).fill_(1.0)
+    x, y = torch.ones(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    for distance, step in ((1e-1, 1e-2), (1.2e-2, 1e-2), (4e-3, 1e-3), (4e-4, 1e-4)):
+        with torch.no_grad():
+            model[2].weight.fill_(1 + distance)
+        found = measure(onward.Backprop(model, loss=F.mse_loss), x, y, cuts=["0"])
+        assert (found.descent, found.step) == (pytest.approx(1), step), distance
+    with torch.no_grad():
+        model[2].weight.fill_(1.0)  # the least loss there is
+    found = measure(onward.Backprop(model, loss=F.mse_loss), x, y, cuts=["0"])
+    assert (found.descent, found.step) == (None, None)
 
 
 def test_descent_of_lazy_layers() -> None:

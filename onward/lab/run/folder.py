@@ -228,7 +228,7 @@ def write_lines(folder: Path, rows: Sequence[dict[str, Any]], aligned: Sequence[
 def alignment_entry(epoch: int, estimates: int, measured: Alignment) -> dict[str, Any]:
     """A line of alignment.jsonl: for each block the agreement of error `signal`, `parameters` and `feedback` with the truth,
     as far as it has them; of the error signals' cosines the `mean`, and how many fall into each bin (`counts`). `descent` is of
-    the whole network."""
+    the whole network, by a `step` of that length."""
     blocks: dict[str, dict[str, Any]] = {}
     for name, block in measured.items():
         blocks[name] = {
@@ -240,7 +240,8 @@ def alignment_entry(epoch: int, estimates: int, measured: Alignment) -> dict[str
             counts = block.cosines.float().clamp(-1, 1).histc(BINS, -1, 1).int().tolist()
             blocks[name] = {"mean": blocks[name]["signal"]["cosine"], "counts": counts, **blocks[name]}
     bins = {"from": -1, "to": 1}
-    return {"epoch": epoch, "estimates": estimates, "descent": measured.descent, **bins, "blocks": blocks}
+    worth = {"descent": measured.descent, "step": measured.step}
+    return {"epoch": epoch, "estimates": estimates, **worth, **bins, "blocks": blocks}
 
 
 def note_failure(folder: Path, reason: str | None) -> None:
