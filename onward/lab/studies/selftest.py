@@ -151,6 +151,15 @@ def _spsa(trial: Trial) -> list[Tensor]:
     return [(losses[0] - losses[1]) / (2 * estimator.eps) * v for v in drawn]
 
 
+def _node(trial: Trial) -> list[Tensor]:
+    sigma, w = trial.estimator.sigma, trial.weights
+    drawn = [trial.estimator.direction(k, h, 0) for k, h in enumerate(trial.h)]
+    h2 = torch.tanh((trial.h[0] + sigma * drawn[0]) @ w[2].T + w[3]) + sigma * drawn[1]
+    losses = [-(torch.log_softmax(h @ w[4].T + w[5], 1) * trial.targets).sum(1) for h in (h2, trial.h[1])]
+    slopes = (losses[0] - losses[1]).unsqueeze(1) / (sigma * len(trial.x))
+    return trial.gradients([slopes * u for u in drawn])
+
+
 def _ff(trial: Trial) -> list[Tensor]:
     estimator, count = trial.estimator, len(trial.x)
     rows = torch.cat([trial.x, trial.x])
@@ -190,6 +199,7 @@ REFERENCES: dict[str, Callable[[Trial], list[Tensor]]] = {
     "grape": _grape,
     "kp": _kp,
     "local": lambda trial: trial.gradients(trial.local()),
+    "node": _node,
     "spsa": _spsa,
     "usf": _usf,
 }
