@@ -79,7 +79,7 @@ def make_heads(
         try:
             if kind == "auglocal":
                 head = auglocal(model, cuts, outputs, k, depth or 2)
-            elif h.dim() == output.dim() == 3 and h.shape[:2] == output.shape[:2]:
+            elif kind != "cnn" and h.dim() == output.dim() == 3 and h.shape[:2] == output.shape[:2]:
                 head = _of_positions(kind, h, output)
             else:
                 sizes = (groups or 1, patches or 1) if kind == "pieces" else (width or default_width(kind, len(cuts)) or 1,)

@@ -107,7 +107,7 @@ def test_every_setting_can_be_written_and_read(name: str) -> None:
         ("fg:gues=local", "algorithm 'fg:gues=local': unknown setting 'gues': did you mean 'guess'"),
         ("fg:guess=locl", "unknown guess 'locl': did you mean 'local'"),
         ("dfa:directions=2", r"unknown setting 'directions': .* \(known: positions, low_memory, allow_bypass\)"),
-        ("dfa:feedback.lr=2", r"unknown setting 'feedback.lr' .*known: low_memory, allow_bypass, lr, compile, optimizer.name"),
+        ("dfa:feedback.lr=2", r"unknown setting 'feedback.lr' .*known: positions, low_memory, allow_bypass, lr, compile, optimizer.name"),
         ("dfa:heads.kind=cnn", "unknown setting 'heads.kind'"),
         ("bp:checkpoint", "'checkpoint' is no setting=value, write it as in fg:guess=local"),
         ("bp:", "'' is no setting=value"),
@@ -164,7 +164,8 @@ def test_names_of_folders_cannot_lead_elsewhere() -> None:
 def test_cuts_are_those_asked_for(name: str) -> None:
     config = variant(name, Train(cuts=("3",), heads=Heads("linear")))
     estimator = build(network(), config, X)
-    assert estimator.cuts == (() if name in ("bp", "spsa") else ("3",))
+    whole = ("bp", "spsa", "fa", "kp", "usf", "brsf", "frsf")  # cut nothing
+    assert estimator.cuts == (() if name in whole else ("3",))
 
 
 def test_an_input_that_is_not_the_datas_is_refused() -> None:
