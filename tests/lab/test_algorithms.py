@@ -107,7 +107,10 @@ def test_every_setting_can_be_written_and_read(name: str) -> None:
         ("fg:gues=local", "algorithm 'fg:gues=local': unknown setting 'gues': did you mean 'guess'"),
         ("fg:guess=locl", "unknown guess 'locl': did you mean 'local'"),
         ("dfa:directions=2", r"unknown setting 'directions': .* \(known: positions, low_memory, allow_bypass\)"),
-        ("dfa:feedback.lr=2", r"unknown setting 'feedback.lr' .*known: positions, low_memory, allow_bypass, lr, compile, optimizer.name"),
+        (
+            "dfa:feedback.lr=2",
+            r"unknown setting 'feedback.lr' .*known: positions, low_memory, allow_bypass, lr, compile, optimizer.name",
+        ),
         ("dfa:heads.kind=cnn", "unknown setting 'heads.kind'"),
         ("bp:checkpoint", "'checkpoint' is no setting=value, write it as in fg:guess=local"),
         ("bp:", "'' is no setting=value"),
