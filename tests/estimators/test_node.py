@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from cases import CASES, by_name
+from cases import by_name
 from torch import Tensor, nn
 
 import onward
@@ -40,9 +40,12 @@ def signals(model: nn.Module, x: Any, y: Tensor, cuts: Any, loss: Any, sigma: fl
     return total
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_against_loops(case: Any) -> None:
-    model, x, y, cuts, loss = case.build()
+NAMES = ["cnn-batch-norm", "transformer", "tied", "dict-of-inputs", "in-place", "dropout", "regression"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_against_loops(name: str) -> None:
+    model, x, y, cuts, loss = by_name(name).build()
     errors = signals(model, x, y, cuts, loss, 1e-2, "rademacher", 2)
     expected = reference.delivered(model, x, y, cuts, loss, errors)
     for low_memory in (False, True):
@@ -52,10 +55,9 @@ def test_against_loops(case: Any) -> None:
         )
         torch.manual_seed(reference.MASKS)
         estimator.estimate(x, y)
-        for name, p in mine.named_parameters():
-            torch.testing.assert_close(p.grad, expected.get(name), rtol=1e-7, atol=1e-9)
-    moved = [name for name, buffer in mine.named_buffers() if name.endswith("num_batches_tracked") and buffer != 1]
-    assert not moved
+        for parameter, p in mine.named_parameters():
+            torch.testing.assert_close(p.grad, expected.get(parameter), rtol=1e-7, atol=1e-9)
+        assert all(buffer == 1 for part, buffer in mine.named_buffers() if part.endswith("num_batches_tracked"))
 
 
 def test_small_noise_gives_the_derivative_of_forward_mode() -> None:
