@@ -46,8 +46,7 @@ def results(config: Results) -> str:
     """
     folder = Path(config.keep) if config.keep else None
     found = [entry for path in config.runs for entry in _found(Path(path))]
-    if folder and folder.is_dir():
-        found += _found(folder)
+    found += map(_read, sorted(folder.glob("*.json")) if folder else ())
     entries = _once(found)
     text = table(entries)
     page = _page(Path(config.into), text) if config.into else None  # before anything is written
