@@ -37,7 +37,7 @@ def padding(x: Any, cut: str | None = None, y: Any = None) -> Tensor | None:
     mask = x.get(name)
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.is_floating_point():
         # There is none, or one of pairs of positions, or of numbers to be added to scores.
-        return None if labels is None or not decodes else labels.ne(IGNORED).flip(1).cummax(1).values.flip(1)
+        return None if labels is None or not decodes else labels.ne(IGNORED).flip(1).cumsum(1).ne(0).flip(1)
     real = mask.ne(0)
     if labels is not None and labels.shape == real.shape:
         counts = labels.ne(IGNORED)

@@ -96,19 +96,23 @@ def test_half_precision_is_that_of_autograd() -> None:
 
 def shard(rank: int, name: str, kind: str, shards: tuple[slice, ...]) -> tuple[Tensor, dict[str, Tensor]]:
     model, batch, cuts = built(name)
-    estimator = onward.distribute(ACCUMULATED[kind](model, cuts))
-    return estimator.estimate(part(batch, shards[rank])).loss, gradients(model)
+    estimator = onward.distribute(DIVIDED[kind](model, cuts))
+    return estimator.estimate(part(batch, shards[rank])).loss, gradients(estimator)
+
+
+DIVIDED = {**ACCUMULATED, "fdfa": onward.FDFA, "fg": onward.ForwardGradient}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bp", "dfa low memory"])
+@pytest.mark.parametrize("kind", ["bp", "dfa low memory", "fdfa", "fg"])
 def test_processes_share_a_loss_by_their_labels(kind: str) -> None:
     """Of sentences of different lengths, divided: the mean is over labels, and so are its parts."""
     model, batch, cuts = built("gpt2")
-    whole = ACCUMULATED[kind](model, cuts).estimate(batch).loss
+    estimator = DIVIDED[kind](model, cuts)
+    whole = estimator.estimate(batch).loss
     for loss, found in together(2, shard, "gpt2", kind, (slice(0, 1), slice(1, 3))):
         torch.testing.assert_close(loss, whole, rtol=1e-6, atol=0)
-        torch.testing.assert_close(found, gradients(model), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, gradients(estimator), rtol=1e-5, atol=1e-6)
 
 
 def test_what_is_in_the_batch_twice_or_too_much_is_said() -> None:
