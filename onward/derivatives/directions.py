@@ -7,6 +7,7 @@ on them without a message.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onward.errors import unknown
-from onward.phases import during
+from onward.phases import during, phase
 
 # A direction is drawn in pieces, each from a seed of its own: a shard of a batch can draw its own samples, and pieces can be
 # drawn side by side (a generator is serial, and on a processor it would cost as much as a convolution).
@@ -25,7 +26,6 @@ _NUMBERS = 1 << 17  # numbers in a piece of a parameter's direction, and the lea
 _threads = ThreadPoolExecutor(thread_name_prefix="onward-directions")
 
 
-@during("tangent")
 def draw(
     shape: Sequence[int],
     *,
@@ -51,7 +51,11 @@ def draw(
     """
     if noise not in NOISES:
         raise unknown("noise", noise, NOISES)
-    with torch._C._DisableTorchDispatch():  # random numbers have no tangent: nobody has to follow how they are made
+    # Random numbers have no tangent: nobody has to follow how they are made.
+    with phase("tangent"), torch._C._DisableTorchDispatch():
+        if offset == 0 and not isinstance(block, str) and shape[0] <= _SAMPLES:
+            rows = torch.empty((_SAMPLES, *shape[1:]), dtype=dtype, device=device)
+            return NOISES[noise](rows, _seeded(device, seed_of(seed, step, block, direction, 0)))[: shape[0]]
         return _drawn(shape, (seed, step, block, direction), block, offset, NOISES[noise], dtype, device)
 
 
@@ -74,7 +78,7 @@ def _drawn(
         out, pieces = rows[start : start + shape[0]], rows.split(_SAMPLES)
 
     def fill_piece(index: int, piece: Tensor) -> None:
-        fill(piece, torch.Generator(device=device).manual_seed(seed_of(*key, index)))
+        fill(piece, _seeded(device, seed_of(*key, index)))
 
     _each(fill_piece, enumerate(pieces, start=first), out)
     return out
@@ -117,7 +121,7 @@ def shift(
     kept = None if without is None else tensor[without].clone()
 
     def move(index: int, piece: Tensor) -> None:
-        drawn = fill(torch.empty_like(piece), torch.Generator(device=piece.device).manual_seed(seed_of(*key, index)))
+        drawn = fill(torch.empty_like(piece), _seeded(piece.device, seed_of(*key, index)))
         for scale in scales:
             piece.add_(drawn, alpha=scale)
 
@@ -129,6 +133,18 @@ def shift(
             tensor.add_(drawn, alpha=scale)
     if kept is not None:
         tensor[without] = kept
+
+
+def _seeded(device: torch.device | str, seed: int) -> torch.Generator:
+    """A generator that starts from a seed, for use at once: on a processor each thread has one, and seeds it again."""
+    if device != "cpu" and getattr(device, "type", None) != "cpu":
+        return torch.Generator(device=device).manual_seed(seed)
+    if not hasattr(_own, "generator"):
+        _own.generator = torch.Generator()
+    return _own.generator.manual_seed(seed)
+
+
+_own = threading.local()
 
 
 def without_row(direction: Tensor, row: int | None, dim: int = 0) -> Tensor:
@@ -144,8 +160,8 @@ def seed_of(*key: int | str) -> int:
     >>> seed_of(0, 7, "weight") == seed_of(0, 7, "weight") != seed_of(0, 8, "weight")
     True
     """
-    key = tuple(part if isinstance(part, str) else int(part) for part in key)  # NumPy shows its own numbers otherwise
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    known = [part if type(part) is int or isinstance(part, str) else int(part) for part in key]  # else NumPy's show a type
+    return int.from_bytes(hashlib.blake2b(repr(tuple(known)).encode(), digest_size=8).digest(), "little")
 
 
 def _gaussian(out: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,26 +3,65 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.graph
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from onward.phases import phase
 
 
-def backward(*args: Any, **kwargs: Any) -> None:
+def backward(
+    roots: Tensor | Sequence[Tensor],
+    signals: Tensor | Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = False,
+    inputs: Sequence[Any] | None = None,
+) -> None:
     """:func:`torch.autograd.backward`, as the phase of that name."""
     with phase("backward"):
-        torch.autograd.backward(*args, **kwargs)
+        if (ends := _plain(roots, signals)) is None:
+            torch.autograd.backward(roots, signals, retain_graph=retain_graph, inputs=inputs)
+        else:
+            _run(*ends, retain_graph, False, tuple(inputs or ()), allow_unreachable=True, accumulate_grad=True)
 
 
-def grad(*args: Any, **kwargs: Any) -> Any:
-    """:func:`torch.autograd.grad`, as the phase ``backward``."""
+def grad(
+    roots: Tensor | Sequence[Tensor],
+    edges: Sequence[Any],
+    signals: Tensor | Sequence[Tensor] | None = None,
+    *,
+    retain_graph: bool = False,
+    allow_unused: bool = False,
+) -> Sequence[Tensor | None]:
+    """:func:`torch.autograd.grad`, as the phase ``backward``: what arrives at each edge, a tensor or a place in the graph."""
     with phase("backward"):
-        return torch.autograd.grad(*args, **kwargs)
+        if (ends := _plain(roots, signals)) is None:
+            return torch.autograd.grad(roots, edges, signals, retain_graph=retain_graph, allow_unused=allow_unused)
+        return _run(*ends, retain_graph, False, tuple(edges), allow_unused, accumulate_grad=False)
+
+
+_run = torch.autograd.graph._engine_run_backward
+
+
+def _plain(roots: Any, signals: Any) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None:
+    """Roots with their signals as autograd's engine takes them; None where :mod:`torch.autograd` has to look at them first.
+
+    In Python it looks for longer than a small block takes to be differentiated.
+    """
+    if signals is None:
+        return None
+    if isinstance(roots, Tensor):
+        roots, signals = (roots,), (signals,)
+    for root, signal in zip(roots, signals, strict=True):
+        if type(root) is not Tensor or type(signal) is not Tensor:
+            return None
+        if root.shape != signal.shape or root.dtype is not signal.dtype:
+            return None
+    return tuple(roots), tuple(signals)
 
 
 def is_traced() -> bool:

@@ -256,6 +256,7 @@ def _rows_are_samples(h: Tensor, uses: Sequence[Use], signal: Tensor, arrived: S
         found = grad(h, [use.output for use, _ in asked], scaled, retain_graph=True)
         for (use, b), other in zip(asked, found, strict=True):
             wanted = weighted_sum([b], [scales])
+            assert other is not None
             alike = bool((other - wanted).abs().max() <= 1e-3 * wanted.abs().max() / len(h))
             if not alike or bool((b.flatten(1) != 0).any(1).all()):  # where nothing arrives (dead units), another batch tells
                 _seen.setdefault(use.layer, {})[use.count] = alike
@@ -278,8 +279,8 @@ def by_rows(h: Tensor, parameters: Sequence[nn.Parameter], signals: Sequence[Ten
             row = torch.zeros_like(signal)
             row[n] = signal[n]
             # A custom function may return no gradient.
-            found = grad(h, parameters, row, retain_graph=True, allow_unused=True, materialize_grads=True)
+            found = grad(h, parameters, row, retain_graph=True, allow_unused=True)
             for rows, gradient in zip(held, found, strict=True):
-                rows[i][n] = gradient.to_dense() if gradient.is_sparse else gradient
+                rows[i][n] = 0 if gradient is None else gradient.to_dense() if gradient.is_sparse else gradient
     for p, rows in zip(parameters, held, strict=True):
         yield p, Rows(rows)

@@ -19,6 +19,7 @@ from onward.errors import UsageError, unknown
 from onward.estimators.settings import check_settings
 from onward.network.cuts import Elsewhere, check_names
 from onward.network.labels import OwnLoss, default_loss, divided
+from onward.network.parts import parameters_of, submodule
 from onward.network.probe import Mixing, mixing, mixing_seen, refuse_disagreement
 from onward.network.replay import Replay, understudy
 from onward.network.run import Loss, batch_statistics, leaves, output_error
@@ -203,7 +204,7 @@ class Estimator(nn.Module):
 
         Raises :class:`onward.UsageError` where the rows of a cut's output are not the samples, or forward mode is wrong.
         """
-        if any(isinstance(self.model.get_submodule(cut), Elsewhere) for cut in self.cuts):
+        if any(isinstance(submodule(self.model, cut), Elsewhere) for cut in self.cuts):
             return  # the other blocks are in other processes
         if not self.reads_rows and self.tangents_on is None:
             return
@@ -246,7 +247,7 @@ class Estimator(nn.Module):
         It raises where a cut is not the only way forward, and where something hides a block's graph. It looks on the first
         batch, and again when other parameters are to be trained than then.
         """
-        trained = [p.requires_grad for p in self.model.parameters()]
+        trained = [p.requires_grad for p in parameters_of(self.model)]
         if trained == self._separated_for:
             yield lambda k, *outputs: None
             return

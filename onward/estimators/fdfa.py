@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
 
 from onward.derivatives.directions import NOISES
@@ -17,6 +18,18 @@ class ForwardFeedback(Feedback):
     """``grad B_k = B_k - (1/N) ydot^T u_k``: B_k follows the Jacobian of the outputs, as forward mode measures it."""
 
     directions = 1
+
+    def learn(self, k: int, h: Tensor, known: Known) -> None:
+        matrix = self.small(k, h, known.e)
+        other = type(self).differentiate is not ForwardFeedback.differentiate  # a child's own rule
+        if matrix is None or matrix.grad is not None or known.share != 1 or other or not (self.learns and known.tangents):
+            super().learn(k, h, known)
+            return
+        gradient: Tensor = matrix  # the same sum, from its first term on instead of from zeros
+        scale = -1 / (known.e.shape[0] * self.directions)
+        for tangent, u in zip(known.tangents, known.directions(k, h), strict=True):
+            gradient = torch.addmm(gradient, tangent.to(matrix.dtype).T, u.to(matrix.dtype), alpha=scale)
+        matrix.grad = gradient
 
     def differentiate(self, k: int, h: Tensor, known: Known, gradient: Tensor) -> None:
         gradient.add_(self[k], alpha=known.share)

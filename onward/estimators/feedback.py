@@ -88,9 +88,23 @@ class Feedback(nn.ParameterList):
 
         Where positions share B_k, each gets what belongs to it: its own outputs, or an equal part of the sample's.
         """
+        small = self.small(k, h, rows)
+        if small is not None:
+            return rows @ small
         layout = self.layout(k, h, known)
         matrix = self.sized(k, layout)
         return layout.spread(layout.rows(rows).to(matrix.dtype) @ matrix)
+
+    def small(self, k: int, h: Tensor, rows: Tensor) -> nn.Parameter | None:
+        """B_k, where it is there, and rows and h are matrices that it fits as they are: there is nothing to be laid out.
+
+        For a small layer that would take longer than the product.
+        """
+        matrix = self._parameters.get(str(k))
+        shape, given = h.shape, rows.shape
+        if len(shape) != 2 or type(matrix) is not nn.Parameter or matrix.dtype is not rows.dtype:
+            return None
+        return matrix if given[0] == shape[0] and matrix.shape == (given[1], shape[1]) else None
 
     def learn(self, k: int, h: Tensor, known: Known) -> None:
         """Add to B_k's ``.grad`` what it learns from this step."""
@@ -210,8 +224,10 @@ class DirectFeedback(SignalEstimator):
             self.feedback.sized(k, self.feedback.layout(k, h, known))
 
     def signal(self, k: int, h: Tensor, known: Known) -> Tensor:
-        delta = self.feedback.carry(k, h, known.e, known)
-        self.feedback.learn(k, h, known)
+        feedback = self.feedback
+        delta = feedback.carry(k, h, known.e, known)
+        if feedback.learns:
+            feedback.learn(k, h, known)
         return delta
 
     def set_extra_state(self, state: Tensor | Mapping[str, int]) -> None:

@@ -20,7 +20,7 @@ from onward.network.gradients import allocate_gradients, forget_unused
 from onward.network.padding import padding, without_padding
 from onward.network.positions import LAST, Outputs, feature_axis
 from onward.network.replay import Replay, check_same_output
-from onward.network.run import LossGradient, as_rows, call, detached, from_rows, leaves, output_error, without_graph
+from onward.network.run import LossGradient, as_rows, call, detached, from_rows, in_full, leaves, output_error, without_graph
 
 _TOGETHER = 1 << 18  # bytes of error signals that are delivered in one call of autograd
 
@@ -103,9 +103,13 @@ class SignalEstimator(Estimator):
 
         def deliver(k: int, h: Tensor) -> Tensor:
             check(k, h)
-            outputs[k], versions[k] = h, h._version
-            passed_on = h.detach()
-            if tangents is not None:
+            outputs[k] = h
+            if self.reads_outputs:
+                versions[k] = h._version
+            if tangents is None:
+                return h.detach()
+            with tangents.unseen(h):
+                passed_on = h.detach()
                 drawn[k] = perturb(tangents, h, passed_on, self._draw(x, y, k, passed_on))
             return passed_on
 
@@ -130,18 +134,22 @@ class SignalEstimator(Estimator):
         """
         # Nothing has to wait for a later block, so the first blocks, with most to forget and the fewest parameters, go first.
         waiting = list(passed.outputs)
+        ends = list(zip(at, from_rows(known.e, at), strict=True)) if self.ends_here else []
         while waiting:
-            if signals := self._signals(waiting, passed, known):
+            signals = self._signals(waiting, passed, known)
+            if not (waiting or self.allow_bypass) and sum(delta.nbytes for _, delta in signals) < _TOGETHER:
+                signals, ends = signals + ends, []
+            if signals:
                 backward(*zip(*signals, strict=True), retain_graph=self.allow_bypass)
-        if self.ends_here:
-            backward(list(at), from_rows(known.e, at))
+        if ends:
+            backward(*zip(*ends, strict=True))
 
     def _signals(self, waiting: list[int], passed: Passed, known: Known) -> list[tuple[Tensor, Tensor]]:
         """The outputs of the next blocks that are waiting, with their error signals: of as many as one call of autograd is
         worth, which costs as much as a small block. Large signals come alone, so that only one is there at a time."""
         found: list[tuple[Tensor, Tensor]] = []
         size = 0
-        with torch.no_grad(), torch.autocast(known.e.device.type, enabled=False):
+        with torch.no_grad(), in_full(known.e.device.type):
             while waiting and size < _TOGETHER:
                 k = waiting.pop(0)
                 h = passed.outputs.pop(k)
@@ -156,20 +164,20 @@ class SignalEstimator(Estimator):
         """What the rule says, checked: a rule of the user's own may say anything."""
         version = known.e._version
         delta = self.signal(k, h, known)
+        if isinstance(delta, Tensor) and delta.shape == h.shape and known.e._version == version:
+            return delta if delta.dtype is h.dtype else delta.to(h.dtype)
         who = f"{type(self).__name__}.signal for block {k}, which ends at cut {self.cuts[k]!r},"
         if not isinstance(delta, Tensor) or delta.shape != h.shape:
             said = f"a tensor of shape {tuple(delta.shape)}" if isinstance(delta, Tensor) else f"a {type(delta).__name__}"
             raise UsageError(f"{who} returned {said}: return one of the block's output's shape {tuple(h.shape)}")
-        if known.e._version != version:
-            raise UsageError(
-                f"{who} has changed known.e in place, which every other block reads too: compute something new from it, such "
-                "as known.e.sign() instead of known.e.sign_()"
-            )
-        return delta.to(h.dtype)
+        raise UsageError(
+            f"{who} has changed known.e in place, which every other block reads too: compute something new from it, such as "
+            "known.e.sign() instead of known.e.sign_()"
+        )
 
     def _differentiate(self, k: int, h: Tensor, known: Known) -> None:
         """Hand block k its error signal, and let it find the gradients of its own parameters."""
-        with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+        with torch.no_grad(), in_full(h.device.type):
             delta = self._signal(k, h.detach(), known)
         if h.requires_grad:
             backward(h, self.observed(k, delta))
@@ -214,8 +222,11 @@ def perturb(tangents: Tangents, h: Tensor, passed_on: Tensor, drawn: list[Tensor
 
     Where none arrives, no earlier cut leads here (two towers side by side).
     """
-    arrived = [tangents.get(h, index) for index in range(len(drawn))]
-    tangents.set(passed_on, *(u.clone() if t is None else t + u for t, u in zip(arrived, drawn, strict=True)))
+    moved = []
+    for index, u in enumerate(drawn):
+        arrived = tangents.get(h, index)
+        moved.append(u.clone() if arrived is None else arrived + u)
+    tangents.set(passed_on, *moved)
     return drawn
 
 
@@ -242,8 +253,10 @@ def measure_output(
     """
 
     def pass_on(k: int, h: Tensor) -> Tensor:
-        passed_on = h.detach()
-        if tangents is not None:
+        if tangents is None:
+            return h.detach()
+        with tangents.unseen(h):
+            passed_on = h.detach()
             perturb(tangents, h, passed_on, draw(k, passed_on))
         return passed_on
 

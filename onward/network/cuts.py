@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils.hooks import BackwardHook, RemovableHandle
+from torch.utils.hooks import BackwardHook
 
 from onward.errors import UsageError, unknown
 from onward.network import source
 from onward.network.hidden import hidden_state, walled
+from onward.network.parts import submodule
 from onward.phases import phase
 
 Deliver = Callable[[int, Tensor], Tensor]
@@ -88,26 +90,24 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
     >>> model[0].weight.grad is None
     True
     """
-    here = {name: k for k, name in enumerate(cuts) if not isinstance(model.get_submodule(name), Elsewhere)}
+    here = {name: (k, module) for k, name in enumerate(cuts) if not isinstance(module := submodule(model, name), Elsewhere)}
     order, done = list(here), list[str]()
     with_gradients = torch.is_grad_enabled()
-    handles: list[RemovableHandle] = []
+    removes: list[Callable[[], object]] = []
     watching: dict[str, BackwardHook] = {}
 
     def hook(k: int, name: str) -> Callable[..., Any]:
         def deliver_output(module: nn.Module, args: Any, output: Any) -> Any:
             if torch._C._current_graph_task_id() != -1:  # a backward pass recomputes the block
                 return None
-            h, put = _checked(name, module, output, with_gradients)
-            _check_turn(name, module, order, done)
+            h, replace = _checked(name, module, output, with_gradients)
+            if len(done) == len(order) or order[len(done)] != name:
+                raise _out_of_turn(name, module, order, done)
             done.append(name)
-            watched = watching.pop(name, None)
+            watched = watching.pop(name, None) if watching else None
             h = h if watched is None or not h.requires_grad else watched.setup_output_hook(h)
-            # Where the block runs under checkpointing, what is done about its output does not.
-            saving = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-            with torch.autograd.graph.saved_tensors_hooks(_itself, _itself) if saving else nullcontext(), phase("other"):
-                passed_on = deliver(k, h)
-            return passed_on if h is output else walled(model, name, put(passed_on))
+            passed_on = _unsaved(deliver, k, h)
+            return passed_on if h is output or isinstance(output, Tensor) else walled(model, name, replace(passed_on))
 
         return deliver_output
 
@@ -122,11 +122,10 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
 
         return bind
 
-    for name, k in here.items():
-        module = model.get_submodule(name)
+    for name, (k, module) in here.items():
         if not entered and (module._backward_pre_hooks or (module._backward_hooks and module._is_full_backward_hook)):
-            handles.append(module.register_forward_pre_hook(watch(name)))
-        handles.append(module.register_forward_hook(hook(k, name)))
+            removes.append(_hooked(module._forward_pre_hooks, watch(name)))
+        removes.append(_hooked(module._forward_hooks, hook(k, name)))
     try:
         with _cuttable():
             yield
@@ -145,27 +144,55 @@ def cut_graph(model: nn.Module, cuts: Sequence[str], deliver: Deliver, *, entere
                 "(calling a module's .forward() directly, or only its weight, does not count)"
             )
     finally:
-        for handle in handles:
-            handle.remove()
+        for remove in removes:
+            remove()
+
+
+def _hooked(hooks: dict[Any, Any], function: Callable[..., Any]) -> Callable[[], object]:
+    """Register a hook; returns what takes it away.
+
+    PyTorch's handle takes longer to make than a small layer takes to run.
+    """
+    key = object()
+    hooks[key] = function
+    return partial(hooks.pop, key, None)
+
+
+def _unsaved(deliver: Deliver, k: int, h: Tensor) -> Tensor:
+    """What ``deliver`` returns, where autograd saves tensors as they are.
+
+    Where the block runs under checkpointing, what is done about its output does not.
+    """
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        with phase("other"):
+            return deliver(k, h)
+    torch._C._autograd._push_saved_tensors_default_hooks(_itself, _itself)
+    try:
+        with phase("other"):
+            return deliver(k, h)
+    finally:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
 
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _check_turn(name: str, module: nn.Module, order: Sequence[str], done: Sequence[str]) -> None:
-    """Raise a :class:`onward.UsageError` where a cut has run already, or runs before those that were named before it."""
+def _out_of_turn(name: str, module: nn.Module, order: Sequence[str], done: Sequence[str]) -> UsageError:
+    """Where a cut has run already, or runs before those that were named before it."""
     if name in done:
-        raise UsageError(
+        return UsageError(
             f"cut {name!r} ({type(module).__name__}) runs more than once in a forward pass: cut at a module that "
             "runs once, or give each use a module of its own"
         )
-    if name != order[len(done)]:
-        raise UsageError(f"cut {name!r} ran before cut {order[len(done)]!r}: name the cuts in the order in which they run")
+    return UsageError(f"cut {name!r} ran before cut {order[len(done)]!r}: name the cuts in the order in which they run")
 
 
 def _checked(name: str, module: nn.Module, output: Any, with_gradients: bool) -> tuple[Tensor, Callable[[Tensor], Any]]:
     """The :func:`hidden_state` of a cut's output; raise a :class:`onward.UsageError` where it cannot be cut, or not there."""
+    seen = not with_gradients or torch.is_grad_enabled()
+    if seen and isinstance(output, Tensor) and torch._C._functorch.peek_interpreter_stack() is None:
+        return output, _itself
     where = f"cut {name!r} ({type(module).__name__})"
     h, put = hidden_state(output)
     if h is None:
@@ -178,7 +205,7 @@ def _checked(name: str, module: nn.Module, output: Any, with_gradients: bool) ->
             f"{where} runs inside a torch.func transform (grad, jvp, vmap, ...), where its graph belongs to the transform and "
             "cannot be cut: cut outside of it, or use Backprop"
         )
-    if not with_gradients or torch.is_grad_enabled():
+    if seen:
         return h, put
     if not torch._C._is_fwd_grad_enabled() and not torch.is_inference_mode_enabled():  # so it is inside a Function's forward
         raise UsageError(

@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from onward.derivatives.graph import is_traced
 from onward.errors import UsageError
+from onward.network.parts import modules_of, parameters_of
 
 
 class ParameterNames(dict[nn.Parameter, str]):
@@ -52,7 +53,11 @@ def _add(p: nn.Parameter, gradient: Tensor, taken: set[int]) -> None:
 
 def with_sparse_gradients(module: nn.Module) -> set[nn.Parameter]:
     """The parameters of layers that ask for sparse gradients, such as ``nn.Embedding(sparse=True)``."""
-    return {p for part in module.modules() if getattr(part, "sparse", False) is True for p in part.parameters()}
+    return {p for part in modules_of(module) if _asks_for_sparse(part) for p in part.parameters()}
+
+
+def _asks_for_sparse(part: nn.Module) -> bool:
+    return vars(part).get("sparse", False) is True or getattr(type(part), "sparse", False) is True
 
 
 def as_asked(module: nn.Module) -> None:
@@ -66,15 +71,20 @@ def allocate_gradients(module: nn.Module) -> list[nn.Parameter]:
     """Give parameters that have no ``.grad`` zeros as theirs; returns these parameters.
 
     What outlives a pass comes first, so that it does not lie scattered among what the blocks allocate and free. Gradients that
-    will be sparse are left to autograd.
+    will be sparse are left to autograd, and small ones, which lie anywhere.
     """
     if is_traced():
         return []  # what is traced allocates when it is replayed
-    sparse = with_sparse_gradients(module)
-    fresh = [p for p in module.parameters() if p.requires_grad and not is_lazy(p) and p.grad is None and p not in sparse]
+    fresh = [p for p in parameters_of(module) if p.requires_grad and p.grad is None and not is_lazy(p) and p.numel() > _SMALL]
+    if fresh:
+        sparse = with_sparse_gradients(module)
+        fresh = [p for p in fresh if p not in sparse]
     for p in fresh:
         p.grad = torch.zeros_like(p)
     return fresh
+
+
+_SMALL = 1 << 10  # numbers in a gradient that takes longer to allocate and add to than to be made
 
 
 def forget_unused(fresh: Iterable[nn.Parameter]) -> None:

@@ -249,8 +249,9 @@ class Heads(nn.Module):
         parameters = [p for p in self.by_cut[k].parameters() if p.requires_grad] if learn else []
         with torch.enable_grad(), self.randomness(k, seed, step):
             value, z = local_loss(self.by_cut[k], leaf, y, loss)
-            signal, *gradients = grad(value, [leaf, *parameters], allow_unused=True, materialize_grads=True)
-        accumulate(parameters, gradients)
+            signal, *gradients = grad(value, [leaf, *parameters], torch.ones_like(value), allow_unused=True)
+        accumulate(parameters, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
+        signal = torch.zeros_like(leaf) if signal is None else signal
         return without_padding(signal, real), value.detach(), detached(z)
 
     @contextmanager

@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from onward.derivatives.graph import is_traced
 from onward.errors import UsageError
+from onward.network.parts import modules_of, parameters_of
 
 _Generator = tuple[Callable[[], Any], Callable[[Any], None]]
 """How to read the state of a generator, and how to put it back."""
@@ -174,7 +175,7 @@ def frozen_statistics(model: nn.Module, start: dict[nn.Module, dict[str, Tensor 
     >>> int(norm.num_batches_tracked)
     0
     """
-    held = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    held = [(module, dict(module._buffers)) for module in modules_of(model) if module._buffers]
     for module, buffers in held:
         for name, buffer in (buffers if start is None else start.get(module, buffers)).items():
             module._buffers[name] = None if buffer is None else buffer.clone()
@@ -212,7 +213,7 @@ def _copies(model: nn.Module) -> dict[nn.Module, dict[str, Tensor | None]]:
 def _generators(model: nn.Module) -> list[_Generator]:
     """Every generator that the network may draw from."""
     found: list[_Generator] = [(torch.get_rng_state, torch.set_rng_state), (random.getstate, random.setstate)]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in parameters_of(model)), torch.device("cpu"))
     if device.type == "cuda":
         generator = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
         found.append(_accessors(generator))

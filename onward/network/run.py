@@ -6,7 +6,7 @@ import dataclasses
 import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from onward.derivatives.graph import backward, grad, nodes_behind
 from onward.errors import UsageError
 from onward.network.labels import inputs_of, without_cache
+from onward.network.parts import parameters_of
 from onward.phases import phase
 
 Loss = Callable[[Any, Any], Tensor]
@@ -132,6 +133,11 @@ def compute_number(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> Tens
     return torch.tensor(float(value), dtype=torch.float64, device=found[0].device if found else None)
 
 
+def in_full(device: str) -> AbstractContextManager[object]:
+    """Within the block operations keep the precision that their arguments have, whatever autocast says."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
 def _scalar(value: Tensor) -> Tensor:
     if value.dim() != 0:
         raise UsageError(f"the loss has shape {tuple(value.shape)}: it must return a scalar, the mean over samples")
@@ -143,7 +149,7 @@ def _value_of(loss: Callable[[Any, Any], Any], output: Any, y: Any) -> Any:
     output = replaced(output, lambda z: z.float() if z.dtype in (torch.float16, torch.bfloat16) else z)
     found = leaves(output)
     try:
-        with torch.autocast(found[0].device.type if found else "cpu", enabled=False):
+        with in_full(found[0].device.type if found else "cpu"):
             return loss(output, y)
     except ValueError as error:
         if "batch_size" not in str(error) and "batch size" not in str(error):
@@ -228,7 +234,9 @@ def output_error(loss: Loss, output: Any, y: Any, moves: Callable[[Tensor], bool
         if moves(value):
             raise _reads_more("something that carries a tangent")
         _check_behind(value, behind)
-        found = grad(value, behind, allow_unused=True) if value.requires_grad else [None] * len(behind)
+        found: Sequence[Tensor | None] = [None] * len(behind)
+        if value.requires_grad:
+            found = grad(value, behind, torch.ones_like(value), allow_unused=True)
     which = [i for i, e in enumerate(found) if e is not None]
     if not which:
         raise UsageError("the loss does not depend on the network's output: compute it from what the network returns")
@@ -319,7 +327,7 @@ def without_graph(model: nn.Module) -> Iterator[None]:
 
     This is :func:`torch.no_grad` for a pass whose tangents are to stop where the network itself says ``torch.no_grad()``.
     """
-    trained = [p for p in model.parameters() if p.requires_grad and not is_lazy(p)]
+    trained = [p for p in parameters_of(model) if p.requires_grad and not is_lazy(p)]
     for p in trained:
         p.requires_grad_(False)
     try:

@@ -22,10 +22,12 @@ from onward.estimators.lean import Along, deliver
 from onward.estimators.signals import Known, measure_output
 from onward.network.cuts import Elsewhere, cut_graph
 from onward.network.gradients import ParameterNames, accumulate, allocate_gradients, forget_unused
+from onward.network.parts import submodule
 from onward.network.replay import Replay, check_same_output
-from onward.network.run import call, detached, leaves
+from onward.network.run import call, detached, in_full, leaves
 
 Guess = Callable[[], list[Tensor]]
+_KEPT = 1 << 15  # bytes of guesses that are kept from one pass to the next
 
 
 def estimate(fg: Rule, x: Any, y: Any) -> Step:
@@ -46,29 +48,33 @@ def estimate(fg: Rule, x: Any, y: Any) -> Step:
 def _activations(fg: Rule, x: Any, y: Any, again: Replay, known: Known | None) -> Step:
     """Measure along guesses at the blocks' outputs, then deliver to each block its own, weighted."""
     slopes: dict[Site, Tensor] = {}
+    small: dict[Site, Tensor] = {}  # random guesses that take no longer to keep than to draw again
     measured = None
     if fg.space != "random-sign-weight":  # which compares with nothing
-        here = [k for k, name in enumerate(fg.cuts) if not isinstance(fg.model.get_submodule(name), Elsewhere)]
+        here = [k for k, name in enumerate(fg.cuts) if not isinstance(submodule(fg.model, name), Elsewhere)]
         sites = [Site(k, None, i) for k in here for i in range(fg.directions)]
         slots = _slots(fg, sites)
 
         def inject(h: Tensor, wanted: Sequence[Site]) -> list[Tensor]:
             found = fg.guesses(wanted[0].block, h, y, known, [site.direction for site in wanted])
+            if fg.guess == "random" and len(small) * found[0].nbytes < _KEPT:
+                small.update(zip(wanted, found, strict=True))
             if not _signed(fg):
                 return found
             return [weighted_sum([u], [_sign(fg, s, (len(h),))]) for s, u in zip(wanted, found, strict=True)]
 
         measured = measure(fg, x, y, again, slots, at_output=inject)
         slopes = measured.slopes
-        for site, slope in slopes.items():
+        for site, slope in slopes.items() if _signed(fg) else ():
             sign = _sign(fg, site, slope.shape[:1])
             slopes[site] = slope * (sign if slope.dim() == 1 else sign.unsqueeze(1))
     of_samples = fg.comparison.in_samples
     recording: AbstractContextManager[list[Use]] = record_uses(fg.model) if of_samples else nullcontext([])
 
     def learn(k: int, h: Tensor, guess: Guess) -> None:
-        guesses = guess()
-        with torch.autocast(h.device.type, enabled=False):
+        kept = [small[site] for i in range(fg.directions) if (site := Site(k, None, i)) in small]
+        guesses = kept if len(kept) == fg.directions else guess()
+        with in_full(h.device.type):
             differentiate(k, h, guesses)
 
     def differentiate(k: int, h: Tensor, guesses: list[Tensor]) -> None:
@@ -237,7 +243,7 @@ def _block_by_block(
             learn(k, h, lambda: of_head or fg.guesses(k, h, y, known))
         if fg.feedback is not None:
             assert known is not None
-            with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+            with torch.no_grad(), in_full(h.device.type):
                 fg.feedback.learn(k, h.detach(), known)
         after()
         return h.detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -101,8 +101,15 @@ class _Pass:
     ) -> None:
         self.fg, self.y, self.slots, self.tangents, self.slopes = fg, y, slots, tangents, slopes
         self.at_output, self.on_parameters, self.members = at_output, on_parameters, members
-        self.names = ParameterNames(fg.model)
+        self.sites: dict[int, dict[int, Site]] = {}  # of each block, by slot
+        for j, slot in enumerate(slots):
+            for site in slot:
+                self.sites.setdefault(site.block, {})[j] = site
         self.shapes: dict[int, torch.Size] = {}
+
+    @cached_property
+    def names(self) -> ParameterNames:
+        return ParameterNames(self.fg.model)
 
     def enter(self, k: int) -> None:
         """Give the parameters of block k their tangents."""
@@ -128,18 +135,20 @@ class _Pass:
         moved = [self.tangents.get(h, j) for j in range(len(self.slots))]
         if self.fg.target == "above" and k > 0:
             self.at_head(k, h, moved)
-        if self.at_output is not None:
-            wanted = {j: site for j, slot in enumerate(self.slots) for site in slot if site.block == k}
+        ours = [False] * len(moved)
+        if self.at_output is not None and (wanted := self.sites.get(k)):
             with self.tangents.aside():
-                entering = self.at_output(h, list(wanted.values())) if wanted else []
-            for j, u in zip(wanted, entering, strict=True):
-                arrived = moved[j]
-                moved[j] = u if arrived is None else arrived + u
+                entering = self.at_output(h, list(wanted.values()))
+            with self.tangents.unseen(h):
+                for j, u in zip(wanted, entering, strict=True):
+                    arrived = moved[j]
+                    moved[j], ours[j] = u.clone() if arrived is None else arrived + u, True
         if self.fg.target in ("local", "sum"):
             self.at_head(k, h, moved)
-        passed_on = h.detach()
-        if self.fg.target != "local":
-            self.give(passed_on, moved)
+        with self.tangents.unseen(h):
+            passed_on = h.detach()
+            if self.fg.target != "local":
+                self.give(passed_on, moved, ours)
         self.enter(k + 1)
         return passed_on
 
@@ -147,17 +156,19 @@ class _Pass:
         """Run the head of block k on its output, with these tangents."""
         assert self.fg.heads is not None
         probe = without_padding(h.detach(), self.fg.real[k])
-        self.give(probe, [None if t is None else without_padding(t, self.fg.real[k]) for t in moved])
+        self.give(probe, [None if t is None else without_padding(t, self.fg.real[k]) for t in moved], [False] * len(moved))
         with self.fg.heads.randomness(k, self.fg.mask_seed, self.fg.step):
             pieces = self.fg.pieces(k)
             parts = None if pieces is None else pieces.parts(probe)
             output = self.fg.heads[k](probe) if pieces is None or parts is None else parts.sum(1) + pieces.classify.bias
             self.read(k, self.fg.loss, output, parts)
 
-    def give(self, tensor: Tensor, moved: Sequence[Tensor | None]) -> None:
-        """Let a tensor have these tangents."""
+    def give(self, tensor: Tensor, moved: Sequence[Tensor | None], ours: Sequence[bool]) -> None:
+        """Let a tensor have these tangents, those that are ours as they are."""
         if any(t is not None for t in moved):
-            self.tangents.set(tensor, *(torch.zeros_like(tensor) if t is None else t.clone() for t in moved))
+            found = zip(moved, ours, strict=True)
+            given = [torch.zeros_like(tensor) if t is None else t if mine else t.clone() for t, mine in found]
+            self.tangents.set(tensor, *given)
 
     def read(self, point: int, criterion: Loss, output: Any, parts: Tensor | None = None) -> Tensor:
         """The loss of an output; its derivative along each slot's tangent counts for the sites whose target it is part of.

@@ -20,6 +20,7 @@ from onward.estimators.signals import Known
 from onward.network.heads import Heads
 from onward.network.padding import without_padding
 from onward.network.pieces import Pieces
+from onward.network.run import in_full
 
 TARGETS = {
     "global": "the network's loss",
@@ -78,7 +79,7 @@ class Rule(Estimator):
             case "feedback":
                 assert self.feedback is not None
                 assert known is not None
-                with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
+                with torch.no_grad(), in_full(h.device.type):
                     return [without_padding(self.feedback.carry(k, h.detach(), known.e, known).to(h.dtype), self.real[k])]
         heads = self.heads if self.guess == "local" else self.frozen_heads
         assert heads is not None
