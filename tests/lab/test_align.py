@@ -10,6 +10,7 @@ from PIL import Image
 
 from onward.errors import UsageError
 from onward.lab.cli import main
+from onward.lab.report.alignment import maps
 from onward.lab.report.page import read
 from onward.lab.run import checkpoint
 from onward.lab.run.loop import TrainingFailed, train
@@ -183,3 +184,14 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
 def test_the_command_takes_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["align", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.endswith("none holds no run: give a folder that `onward train` has written\n")
+
+
+def test_descent_is_printed_and_on_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    entry = {"label": "dfa", "epoch": 2, "estimates": 1, "descent": 0.625, "step": 0.01, "blocks": {}}
+    module.show(entry)
+    assert "a small step brings 0.625 of what" in " ".join(capsys.readouterr().out.split())
+    module.show({**entry, "descent": None})  # or of an older version
+    assert "small step" not in capsys.readouterr().out
+    (found,) = maps({"dfa": [[entry, {**entry, "epoch": 3, "descent": 0.5}]]})
+    assert (found.title, found.fold) == ("Descent of a small step over the gradient's own", False)
+    assert found.figures[0][1]["data"][0]["z"] == [[0.625, 0.5]]
