@@ -23,9 +23,8 @@ from onward.lab.system.memory import STATUS
 from tests.lab.test_resume import FAMILIES
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
+    **{name: {"algorithm": name} for name, algorithm in ALGORITHMS.items() if not algorithm.needs_heads()},
     **FAMILIES,
-    "drtp": {"algorithm": "drtp"},
-    "node": {"algorithm": "node"},
     "bp-checkpoint": {"algorithm": "bp:checkpoint=true"},
     "dfa-low-memory": {"algorithm": "dfa:low_memory=true"},
     "fg-local": {"algorithm": "fg:guess=local", "heads": Heads("mlp")},
