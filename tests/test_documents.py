@@ -100,7 +100,8 @@ def test_the_documents_commands_can_be_parsed(name: str, asked: list[Any]) -> No
             algorithms.variant(entry, Train())
         if (model := getattr(one, "model", None)) and model != MINE:
             models.check(model)
-        assert (data := getattr(one, "data", "digits")) in DATASETS or ".py:" in data or Path(data).suffix in (".txt", ".csv") or data == "owner/name"
+        data = getattr(one, "data", "digits")
+        assert data in (*DATASETS, "owner/name") or ".py:" in data or Path(data).suffix in (".txt", ".csv")
 
 
 @pytest.mark.parametrize("name", TEXTS)

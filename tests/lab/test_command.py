@@ -103,7 +103,8 @@ def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["list"]) == 0
     printed = capsys.readouterr().out
     words = [line.split()[0] for line in printed.splitlines() if re.match(r"  \S", line)]
-    tables = (ALGORITHMS, MODELS, HEADS, TARGETS, GUESSES, SPACES, ENGINES, PASSES, FEEDBACK, SCALINGS, TASKS, DATASETS, RECIPES)
+    of_fg = (TARGETS, GUESSES, SPACES, ENGINES, PASSES, FEEDBACK, SCALINGS)
+    tables = (ALGORITHMS, MODELS, HEADS, *of_fg, TASKS, DATASETS, RECIPES)
     assert {name for table in tables for name in table} <= set(words)
     for name, algorithm in ALGORITHMS.items():
         for setting in settings_of(algorithm):

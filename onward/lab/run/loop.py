@@ -322,7 +322,7 @@ def progress(console: Console, total: int, done: int = 0) -> Iterator[Callable[.
 
 
 @contextlib.contextmanager
-def _library_told(show: Callable[[str], object]) -> Iterator[None]:
+def _library_told(show: Callable[[str], None]) -> Iterator[None]:
     """Within the block, what the library is at (tracing and compiling a step, which takes a while) is shown."""
     handler = logging.Handler(logging.INFO)
     handler.emit = lambda record: show(record.getMessage())  # type: ignore[method-assign]

@@ -56,9 +56,9 @@ def together(
                 process.start()
             theirs.close()
             at_work[ours] = place, process
-        for ours in connection.wait(list(at_work), timeout=0.2):
-            assert isinstance(ours, connection.Connection)
-            place, process = at_work[ours]
+        for ready in connection.wait(list(at_work), timeout=0.2):
+            assert isinstance(ready, connection.Connection)
+            ours, (place, process) = ready, at_work[ready]
             try:
                 said = ours.recv()
             except EOFError:
