@@ -43,7 +43,7 @@ KINDS: dict[str, Callable[..., Estimator]] = {
     "fg-above-ntk": headed(ForwardGradient, target="above", guess="ntk", space="avg-weight"),
     "local": headed(LocalLoss),
 }
-RANDOM = ("brsf", "fg-activation", "fg-weight", "fg-random-reverse", "fg-local-one", "fg-above-ntk")  # another estimate each time
+RANDOM = ("brsf", "fg-activation", "fg-weight", "fg-random-reverse", "fg-local-one", "fg-above-ntk")  # never twice the same
 SEEDLESS = (
     "bp",
     "bp-checkpoint",
