@@ -112,7 +112,7 @@ def _seen_through_views(node: Any) -> nn.Parameter | None:
     while node is not None and node.name() in _VIEWS:
         node = node.next_functions[0][0]
     p = getattr(node, "variable", None)
-    return p if isinstance(p, nn.Parameter) else None
+    return p if type(p) is nn.Parameter or isinstance(p, nn.Parameter) else None  # the second takes long
 
 
 _VIEWS = {

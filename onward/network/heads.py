@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from onward.network.gradients import accumulate
 from onward.network.labels import logits_of
 from onward.network.later import auglocal
 from onward.network.padding import without_padding
+from onward.network.parts import parameters_of
 from onward.network.pieces import Pieces
 from onward.network.run import Loss, as_rows, check_samples, compute_loss, detached, device_of
 from onward.network.shapes import outputs_at
@@ -235,7 +235,9 @@ class Heads(nn.Module):
             self.requires_grad_(False)
 
     def __getitem__(self, k: int) -> nn.Module:
-        return self.by_cut[k]
+        head = self.by_cut._modules[str(k)]
+        assert head is not None
+        return head
 
     def differentiate(
         self, k: int, h: Tensor, y: Any, loss: Loss, seed: int, step: int, *, learn: bool, real: Tensor | None = None
@@ -246,25 +248,24 @@ class Heads(nn.Module):
         head sees zeros, and nothing comes back.
         """
         leaf = without_padding(h.detach(), real).requires_grad_()
-        parameters = [p for p in self.by_cut[k].parameters() if p.requires_grad] if learn else []
+        head = self[k]
+        parameters = [p for p in parameters_of(head) if p.requires_grad] if learn else []
         with torch.enable_grad(), self.randomness(k, seed, step):
-            value, z = local_loss(self.by_cut[k], leaf, y, loss)
+            value, z = local_loss(head, leaf, y, loss)
             signal, *gradients = grad(value, [leaf, *parameters], torch.ones_like(value), allow_unused=True)
         accumulate(parameters, [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)])
         signal = torch.zeros_like(leaf) if signal is None else signal
         return without_padding(signal, real), value.detach(), detached(z)
 
-    @contextmanager
-    def randomness(self, k: int, seed: int, step: int) -> Iterator[None]:
+    def randomness(self, k: int, seed: int, step: int) -> _Seeded:
         """Within the block head k draws its own masks, the same each time, and leaves the network's generator alone."""
-        with _seeded(device_of(self.by_cut[k]), seed_of(seed, step, "masks of the head", k)):
-            yield
+        return _Seeded(self[k], seed_of(seed, step, "masks of the head", k))
 
     def redraw(self, k: int, seed: int, step: int) -> None:
         """Fresh initial weights for head k, a function of (seed, step, k): by the ``reset_parameters`` of the head, or else of
         its parts."""
-        with torch.no_grad(), _seeded(device_of(self.by_cut[k]), seed_of(seed, step, "weights of the head", k)):
-            _reset(self.by_cut[k])
+        with torch.no_grad(), _Seeded(self[k], seed_of(seed, step, "weights of the head", k)):
+            _reset(self[k])
 
 
 def _reset(module: nn.Module) -> None:
@@ -280,22 +281,28 @@ def _reset(module: nn.Module) -> None:
         _reset(child)
 
 
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Within the block, what is drawn on the CPU and on a device is a function of the seed; afterwards nothing has been drawn.
+class _Seeded:
+    """Within the block, what is drawn where a module is, or on the CPU, is a function of the seed; then nothing has been drawn.
 
     It is so much cheaper than :func:`torch.random.fork_rng` that heads which draw nothing may run in it too.
     """
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index])
-    states = [generator.get_state() for generator in generators]
-    try:
-        for generator in generators:
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
+
+    __slots__ = ("_generators", "_seed", "_states")
+
+    def __init__(self, module: nn.Module, seed: int) -> None:
+        self._seed = seed
+        self._generators = [torch.default_generator]
+        device = next((p.device for p in parameters_of(module)), None)
+        if device is not None and device.type == "cuda":
+            self._generators.append(torch.cuda.default_generators[device.index])
+
+    def __enter__(self) -> None:
+        self._states = [generator.get_state() for generator in self._generators]
+        for generator in self._generators:
+            generator.manual_seed(self._seed)
+
+    def __exit__(self, *failure: Any) -> None:
+        for generator, state in zip(self._generators, self._states, strict=True):
             generator.set_state(state)
 
 

@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from onward.derivatives import shortcuts
 from onward.derivatives.tangents import Tangents
 from onward.errors import UsageError
 
@@ -1282,3 +1284,42 @@ def test_cuda_softmax_to_single_precision(function: Callable[..., Tensor]) -> No
         mode.set(x, t)
         out = operation(x, 1, True)
     torch.testing.assert_close(mode.get(out), expected)
+
+
+def test_shortcuts_do_what_the_operations_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, with tangents on inputs, weights and biases; and PyTorch's own functions come back, also after a failure."""
+    own = F.linear, F.relu
+    layers = [nn.Linear(5, 4), nn.Linear(4, 1, bias=False), nn.Linear(1, 3)]
+    x = torch.randn(6, 5)
+    u = [torch.randn_like(t) for t in (x, layers[0].weight, layers[2].bias)]
+
+    def run() -> list[Tensor | None]:
+        with Tangents(2) as tangents:
+            tangents.set(x, u[0], -u[0])
+            tangents.set(layers[0].weight, u[1], u[1] * 2)
+            tangents.set(layers[2].bias, u[2], u[2])
+            h = x
+            for layer in layers:
+                h = F.relu(F.linear(h, layer.weight, layer.bias))
+        return [h.detach(), tangents.get(h), tangents.get(h, 1)]
+
+    short = run()
+    assert (F.linear, F.relu) == own
+    monkeypatch.setattr(shortcuts, "install", lambda: None)
+    assert all(torch.equal(a, b) for a, b in zip(short, run(), strict=True))
+    monkeypatch.undo()
+    with pytest.raises(ZeroDivisionError), Tangents():
+        _ = 1 / int(F.linear is own[0])
+    assert (F.linear, F.relu) == own
+
+
+def test_no_shortcut_where_somebody_else_listens_or_gradients_are_off() -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    with Tangents() as tangents:
+        tangents.set(x, torch.randn_like(x))
+        with torch.no_grad():
+            stopped = F.relu(layer(x))
+        with FlopCounterMode(display=False) as counted:
+            layer(x)
+    assert tangents.get(stopped) is None
+    assert counted.get_total_flops() >= 2 * 4 * 3 * 2

@@ -22,7 +22,7 @@ from onward.estimators.forward_gradient.rule import Rule
 from onward.estimators.signals import Known, known_at, perturb, tangents_of
 from onward.network.cuts import cut_graph, enter
 from onward.network.gradients import ParameterNames, accumulate
-from onward.network.run import LossGradient, call, detached, leaves, output_error
+from onward.network.run import LossGradient, call, detached, in_full, leaves, output_error
 
 SWEPT = ("global", "above", "sum")  # gradients that reach a block through the blocks after it
 
@@ -105,7 +105,7 @@ def estimate(fg: Rule, x: Any, y: Any) -> Step:
     if fg.feedback is not None:
         moved = tangents_of(tangents, fg.cuts, found.at)
         known = known_at(fg, x, y, found, moved, lambda k, h: drawn[k])
-    with torch.autocast(ends[0].device.type, enabled=False):
+    with in_full(ends[0].device.type):
         _sweep(fg, blocks, found, sweep, known, y)
     return Step(found.loss, detached(output), seen)
 
