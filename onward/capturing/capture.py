@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from onward.capturing import backends
 from onward.capturing.backends import BACKENDS
 from onward.capturing.kinds import Capture
+from onward.errors import UsageError
 from onward.estimators.base import Estimator, Step
 from onward.estimators.settings import OneOf
 
@@ -57,6 +58,11 @@ def capture(estimator: Any, *optimizers: Optimizer, backend: Annotated[str, OneO
     'feedback, forward, replayed'
     """
     backends.check(backend)
+    for other in optimizers:
+        if not isinstance(other, Optimizer):
+            raise UsageError(
+                f"capture(..., {other!r}): after the estimator come optimizers; name a backend as backend='replay'"
+            )
     if optimizers:
         return TrainingStep(estimator, optimizers, backend)
     estimator.captured = Capture(estimator, backend)
