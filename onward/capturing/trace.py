@@ -80,7 +80,7 @@ def trace(
 
     inputs: list[Tensor] = [nn.Parameter(p.detach().clone(), p.requires_grad) for p in parameters]
     inputs += [b.clone() for b in held[len(parameters) :]]
-    inputs += [leaves[i] for i in at] + directions.draw(estimator.step)
+    inputs += [leaves[i].detach() for i in at] + directions.draw(estimator.step)
     if updates is not None:
         inputs += [t.clone() for t in updates.inputs()]
     watch = Watch(estimator, held)
