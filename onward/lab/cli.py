@@ -147,8 +147,6 @@ def _asked(argv: Sequence[str]) -> Any:
     )
     if isinstance(asked, Train) and asked.recipe != (recipe and recipe.name):
         raise UsageError(f"--recipe {asked.recipe} comes too late, or twice: give one, right behind onward train")
-    if isinstance(asked, Train) and asked.recipe != (recipe and recipe.name):
-        raise UsageError(f"--recipe {asked.recipe} comes too late, or twice: give one, right behind onward train")
     if (left := os.environ.get("WORLD_SIZE", "1")) != "1" and processes.asked_for() == 1 and isinstance(asked, Train):
         print(f"WORLD_SIZE={left} is not from torchrun: this process trains alone", file=sys.stderr)
     if processes.asked_for() > 1 and not isinstance(asked, Train):
