@@ -160,6 +160,10 @@ def test_every_algorithm_has_its_page_and_picture() -> None:
         assert all(len(block.splitlines()) <= 10 for block in re.findall(r"```text\n(.*?)```", page.read_text(), re.DOTALL))
 
 
+def test_the_reference_has_what_is_public() -> None:
+    assert set(re.findall(r"^::: onward\.(\w+)", TEXTS["docs/reference.md"], re.MULTILINE)) == set(onward.__all__)
+
+
 def test_the_network_of_ones_own_learns() -> None:
     main = runpy.run_path(str(ROOT / "examples" / "own_network.py"))["main"]
     assert main() > 0.8

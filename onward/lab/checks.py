@@ -21,7 +21,7 @@ FROM_1 = {
     "log_interval",
     "align_estimates",
 }
-FROM_1 |= {"network.heads", "network.lora", "text.window"}
+FROM_1 |= {"heads.depth", "heads.groups", "heads.patches", "network.heads", "network.lora", "text.window"}
 FROM_1 |= {"schedule.step_size", "subset.train", "subset.test", "lr_epochs", "jobs", "turns", "steps", "classes"}
 FROM_0 = {
     "lr",

@@ -426,7 +426,7 @@ def test_a_number_out_of_range_is_named(
         ("algorithm", "nonsense", "unknown algorithm 'nonsense' (known: bp, dfa,"),
         ("model", "nonsense", "unknown model 'nonsense'"),
         ("model", "nowhere.py:make", "nowhere.py"),
-        ("data", "nonsense", "unknown data set 'nonsense' (known: digits, diabetes, mnist,"),
+        ("data", "nonsense", "unknown data set 'nonsense' (known: digits, diabetes, python-reference, mnist,"),
         ("data_dir", "/nowhere", "data folder /nowhere does not exist"),
         ("device", "nonsense", "--device nonsense cannot be used"),
         ("input", "nonsense", "--input nonsense"),

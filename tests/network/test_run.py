@@ -108,10 +108,11 @@ def test_only_outputs_that_the_loss_reads_count() -> None:
     assert estimator.feedback[0].shape == (3, 6)
     assert model.a.weight.grad.any()
     assert model.b.weight.grad is None
+    nameless = Two(lambda a, b: {"read": a, "unread": b.sum()})
     with pytest.raises(UsageError, match=r"returns a dict, and only its loss tells .* call estimate"):
-        DFA(model, ["body"]).initialize(x)
+        DFA(nameless, ["body"]).initialize(x)
     with pytest.raises(UsageError, match=r"returns a dict, and heads are made for one tensor"):
-        make_heads(model, x, "linear", cuts=["body"])
+        make_heads(nameless, x, "linear", cuts=["body"])
 
 
 def test_alignment_of_a_network_with_two_outputs() -> None:

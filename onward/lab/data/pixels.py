@@ -82,8 +82,8 @@ def _cut_out(x: Tensor, side: int) -> Tensor:
     """Set a square of each image to 0, which is the mean of normalised pixels; its middle is anywhere on the image, so that a
     part of it may be beside it. (DeVries and Taylor, 2017)
 
-    >>> torch.manual_seed(0).initial_seed(), (_cut_out(torch.ones(1, 1, 3, 3), 2) == 0).sum().item()
-    (0, 4)
+    >>> (_cut_out(torch.ones(1, 1, 3, 3), 2) == 0).sum().item() in (1, 2, 4)
+    True
     """
 
     def across(edge: int) -> Tensor:

@@ -117,7 +117,7 @@ def options_of(name: str) -> set[str]:
     """The fields of `Network` that this network takes.
 
     >>> sorted(options_of("mlp"))
-    ['layers', 'width']
+    ['dropout', 'layers', 'leaky', 'width']
     """
     return {entry.name for entry in dataclasses.fields(Network)} & inspect.signature(_maker(name)).parameters.keys()
 
