@@ -53,7 +53,11 @@ def test_right_or_refused_where_a_process_can_die(case: Case) -> None:
     assert not any(problems.values()), report(problems)
 
 
-@pytest.mark.parametrize("names", GROUPS, ids=["exact and direct", "measured", "swept"])
+@pytest.mark.parametrize(
+    "names",
+    [GROUPS[0], *(pytest.param(names, marks=pytest.mark.slow) for names in GROUPS[1:])],
+    ids=["exact and direct", "measured", "swept"],
+)
 def test_right_or_refused_on_two_processes(names: tuple[str, ...]) -> None:
     problems = {}
     for name, *everyone in zip(names, *together(len(SHARDS), divided, names, SHARDS), strict=True):

@@ -80,6 +80,7 @@ def test_words_that_an_encoding_does_not_have_are_replaced(options: str, tmp_pat
     assert run(["--help"], tmp_path, options=options, PYTHONIOENCODING="latin-1").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_system_that_prefers_ascii_reads_what_was_written(tmp_path: Path) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     (tmp_path / "runs" / "dfa-s0").mkdir(parents=True)
@@ -132,7 +133,10 @@ def make():
 """
 
 
-@pytest.mark.parametrize("place", OF_OTHERS)
+SELDOM = [pytest.param(name, marks=pytest.mark.slow if name in ("a developer", "a launcher") else ()) for name in OF_OTHERS]
+
+
+@pytest.mark.parametrize("place", SELDOM)
 def test_what_others_leave_in_the_environment_stops_nothing(place: str, tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(WARNS)
     small = ["--epochs", "1", "--subset.train", "64", "--subset.test", "32", "--device", "cpu", "--model", "net.py:make"]
@@ -253,6 +257,7 @@ def test_a_program_that_drawing_lacks_is_not_the_disk(tmp_path: Path, capsys: py
     assert "a.png could not be drawn (RuntimeError: [Errno 2] No such file or directory: 'latex')" in said
 
 
+@pytest.mark.slow
 def test_no_columns_at_all_are_a_few(tmp_path: Path) -> None:
     for columns in ("0", "-3", "5"):
         assert b"written to run" in run(["train", *SMALL, "--overwrite", "--out", "run"], tmp_path, COLUMNS=columns).stdout
