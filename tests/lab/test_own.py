@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -55,6 +56,16 @@ def test_of_several_files_the_one_that_fails_is_named(write: Callable[..., Path]
             fail["net"](fail["rule"])  # as a rule that is called from inside the network's forward
         with pytest.raises(OwnError, match=r"net.py, line 4: ValueError: of net"), own.errors(order):
             fail["rule"](fail["net"])
+
+
+def test_a_file_that_is_changed_within_a_second_is_read_anew(write: Callable[..., Path]) -> None:
+    """Its size and the second of its change say nothing then."""
+    for _ in range(20):
+        for number in (1, 2):
+            path = write("mine.py", f"def make(): return {number}\n")
+            os.utime(path, (1_000_000_000, 1_000_000_000))
+            found = own.load(Own("--model", path, "make"))
+            assert found() == number
 
 
 def test_errors_of_others_pass(write: Callable[..., Path]) -> None:

@@ -13,8 +13,9 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -140,6 +141,13 @@ def _line(error: BaseException, files: Sequence[Path]) -> str | None:
     return "{}, line {}".format(*(lines or beside)[-1]) if lines or beside else None
 
 
+class _AsItIs(SourceFileLoader):
+    """Compile what is in the file now: bytecode that Python keeps is taken for it if size and second of the change agree."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def _run(own: Own) -> ModuleType:
     """The file as a module, run with its own folder on the import path, as `python file.py` does.
 
@@ -147,7 +155,8 @@ def _run(own: Own) -> ModuleType:
     can be registered only once: if it fails now and the same text was run before without an error, the module of then is taken.
     """
     path = own.path.resolve()
-    spec = importlib.util.spec_from_file_location(path.stem + MARK, own.path)
+    name = path.stem + MARK
+    spec = importlib.util.spec_from_file_location(name, own.path, loader=_AsItIs(name, str(own.path)))
     assert spec is not None
     assert spec.loader is not None
     source = path.read_bytes()
