@@ -210,7 +210,7 @@ def test_a_comparison_shows_the_tasks_metric(config: Make, capsys: Any, tmp_path
     assert compare(asked) == table  # all runs are there, and say their task
 
 
-@pytest.mark.parametrize("rates", [(), (1e-3, 1e-2)])
+@pytest.mark.parametrize("rates", [(), pytest.param((1e-3, 1e-2), marks=pytest.mark.slow)])
 def test_a_finished_comparison_on_data_that_have_changed_is_refused(config: Make, tmp_path: Path, rates: Any) -> None:
     asked = config("numbers", kind=Compare, algorithms=("bp", "dfa"), seeds=2, epochs=1, lr_grid=rates)
     table = compare(asked)

@@ -133,7 +133,9 @@ def make():
 """
 
 
-SELDOM = [pytest.param(name, marks=pytest.mark.slow if name in ("a developer", "a launcher") else ()) for name in OF_OTHERS]
+SELDOM = [
+    pytest.param(name, marks=pytest.mark.slow if name in ("a developer", "a launcher", "threads") else ()) for name in OF_OTHERS
+]
 
 
 @pytest.mark.parametrize("place", SELDOM)

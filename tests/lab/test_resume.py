@@ -124,7 +124,7 @@ def kill_and_resume(start: Callable[..., Any], family: str, tmp_path: Path, kill
     assert_same(outcome(tmp_path / "broken"), outcome(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize("family", ["fdfa", "local"])
+@pytest.mark.parametrize("family", ["fdfa", pytest.param("local", marks=pytest.mark.slow)])
 def test_killed_runs_end_as_if_they_had_not_been(start: Callable[..., Any], family: str, tmp_path: Path) -> None:
     kill_and_resume(start, family, tmp_path, kills=2, seed=0)
 

@@ -168,7 +168,7 @@ def scalar_only_run(rank: int, processes: int, width: int, steps: int, kind: str
     return max(sent), model.state_dict()
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("fg", STEPS), ("spsa", 30)])
+@pytest.mark.parametrize(("kind", "steps"), [pytest.param("fg", STEPS, marks=pytest.mark.slow), ("fg", 100), ("spsa", 30)])
 def test_only_scalars_travel_and_weights_stay_bitwise_equal(kind: str, steps: int) -> None:
     everyone = together(2, scalar_only_run, 2, 12, steps, kind)
     _, alone = scalar_only_run(0, 1, 12, steps, kind)
