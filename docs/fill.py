@@ -1,4 +1,4 @@
-"""Fill the marked regions of the algorithms' pages: settings from the registry, figures from `docs/figures/*.json`.
+"""Fill the marked regions of the algorithms' pages: settings from the registry, costs from `docs/figures/*.json`.
 
 `python docs/fill.py` writes them, and a test finds them as they should be.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,27 @@ def settings(name: str) -> str:
 
 
 def figures(name: str) -> str:
-    """What was measured of an algorithm: a sentence and a table for each file of figures that has it."""
+    """What a step costs: a sentence and a table for each file that `onward bench --json` has written into `docs/figures`."""
     parts = []
-    for path in sorted((DOCS / "figures").glob("*.json")):
+    for path in sorted((DOCS / "figures").glob("bench-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
-        rows = [row for row in found["rows"] if row["algorithm"].partition(":")[0] in (name, "bp")]
-        if any(row["algorithm"] != "bp" for row in rows) or name == "bp":
-            parts += [f"{found['what']}:\n\n{_table(found['columns'], rows)}"]
+        rows = [row for row in found["rows"] if row["algorithm"].partition(":")[0] in (name, "bp") and not row["error"]]
+        asked, where = found["config"], found["environment"]
+        if name == "bp" or any(not row["algorithm"].startswith("bp") for row in rows):
+            what = (
+                f"A step of `{asked['model']}`, inputs of {asked['input']}, batch {asked['batch_size']}, {asked['precision']}"
+            )
+            parts.append(f"{what}; {where['device']}, torch {where['torch']}, by `onward bench`:\n\n{_table(rows)}")
     return "\n\n".join(parts) if parts else "Nothing yet."
 
 
-def _table(columns: Mapping[str, str], rows: list[dict[str, Any]]) -> str:
-    lines = [f"| algorithm | {' | '.join(columns.values())} |", f"|---|{'---|' * len(columns)}"]
-    return "\n".join(
-        lines + [f"| `{row['algorithm']}` | {' | '.join(str(row.get(key, '')) for key in columns)} |" for row in rows]
-    )
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| algorithm | time / bp | memory / bp | GFLOP |", "|---|---|---|---|"]
+    for row in rows:
+        low, high = row["time / bp range"]
+        cells = [f"{row['time / bp']:.2f} ({low:.2f} to {high:.2f})", f"{row['memory / bp']:.2f}", f"{row['flops'] / 1e9:.2f}"]
+        lines.append(f"| `{row['algorithm']}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def algorithms() -> str:
