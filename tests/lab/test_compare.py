@@ -222,7 +222,7 @@ def test_rates_that_fail_are_never_taken(config: Compare, tmp_path: Path, capsys
     assert printed.count("\nbp, lr 1e+38 failed: the training loss is nan") == 2  # in either comparison
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 @pytest.mark.parametrize(
     ("when", "message"),
     [("before", r"SIG\w+ after step 1 of epoch 1, which .*bp-s0 keeps: .*"), ("after", r"SIG\w+ after run 1 of 2")],

@@ -683,6 +683,7 @@ def test_runs_that_start_in_the_same_second_do_not_meet(
         assert f"written to {folder.relative_to(tmp_path)}\n" in capsys.readouterr().out or folder != folders[0]
 
 
+@pytest.mark.slow
 def test_runs_that_start_at_once(tmp_path: Path) -> None:
     write_digits(tmp_path / "images", train=2, test=1)
     line = "--train-mode BP --data-dir images --batch-size 8 --epochs 1 --no-cuda"

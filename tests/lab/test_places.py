@@ -134,7 +134,8 @@ def make():
 
 
 SELDOM = [
-    pytest.param(name, marks=pytest.mark.slow if name in ("a developer", "a launcher", "threads") else ()) for name in OF_OTHERS
+    pytest.param(name, marks=pytest.mark.slow if name in ("a developer", "a launcher", "a narrow terminal", "threads") else ())
+    for name in OF_OTHERS
 ]
 
 
