@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from onward.derivatives.directions import _NUMBERS, _SAMPLES, NOISES, draw, seed_of
 from onward.estimators.base import Estimator
@@ -48,7 +48,7 @@ class Piece(NamedTuple):
     number: int
 
 
-@torch.library.custom_op("onward::direction", mutates_args=())
+@library.custom_op("onward::direction", mutates_args=())
 def _direction(
     step: Tensor,
     shape: Sequence[int],
