@@ -25,6 +25,16 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 Gradients = dict[str, Tensor]
 
 
+def close(actual: Tensor | None, expected: Tensor | None, name: str = "", tolerance: float = 1e-9) -> None:
+    """Equal to nine digits; no gradient and a gradient of zeros are the same."""
+    if actual is None or expected is None:
+        rest = expected if actual is None else actual
+        assert rest is None or not rest.any(), f"{name}: {actual} against {expected}"
+        return
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-3 * tolerance * scale, msg=lambda m: f"{name}: {m}")
+
+
 def call(model: nn.Module, x: Any) -> Tensor:
     if isinstance(x, tuple):
         return model(*x)

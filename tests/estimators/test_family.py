@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, SAMPLES, Built, Case, by_name
 from family_reference import GUESSES, SPACES, TARGETS, WEIGHT_SPACES, Family, heads_for
-from test_feedback import close
+from reference import close
 from torch import Tensor, nn
 
 from onward import ForwardGradient, LocalLoss, UsageError, make_heads

@@ -11,6 +11,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import CASES, DIRECT, Case, by_name
+from reference import close
 from torch import Tensor, nn
 
 from onward import DFA, DKP, DRTP, FDFA, Backprop, GrAPE, UsageError
@@ -24,16 +25,6 @@ KINDS = {
 STARTS: list[tuple[Any, dict[str, str]]] = [(DKP, {"start": "random"}), (DFA, {})]
 RANDOM = (DFA, DRTP, GrAPE)
 LOW_MEMORY = pytest.mark.parametrize("low_memory", [False, True], ids=["", "low-memory"])
-
-
-def close(actual: Tensor | None, expected: Tensor | None, name: str = "", tolerance: float = 1e-9) -> None:
-    """Equal to nine digits; no gradient and a gradient of zeros are the same."""
-    if actual is None or expected is None:
-        rest = expected if actual is None else actual
-        assert rest is None or not rest.any(), f"{name}: {actual} against {expected}"
-        return
-    scale = max(1.0, expected.abs().max().item())
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-3 * tolerance * scale, msg=lambda m: f"{name}: {m}")
 
 
 def randomised(estimator: Any, x: Any) -> Any:

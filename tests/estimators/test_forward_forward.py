@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CLASSES, by_name
-from test_feedback import close
+from reference import close
 from torch import Tensor, nn
 
 import onward

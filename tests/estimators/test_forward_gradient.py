@@ -10,7 +10,8 @@ import reference
 import torch
 from cases import CASES, SAMPLES, Case, by_name
 from family_reference import Family
-from test_feedback import SEED, close
+from reference import close
+from test_feedback import SEED
 from torch import Tensor
 
 from onward import ForwardGradient

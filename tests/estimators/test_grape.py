@@ -9,7 +9,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import by_name
-from test_feedback import close
+from reference import close
 
 from onward import GrAPE, UsageError, capture
 from onward.estimators.grape import away

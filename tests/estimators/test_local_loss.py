@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, Case, by_name
 from family_reference import Family, heads_for
-from test_feedback import close
+from reference import close
 from torch import Tensor, nn
 
 from onward import ForwardGradient, LocalLoss, UsageError, make_heads

@@ -11,7 +11,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import DIRECT, normal
-from test_feedback import close
+from reference import close
 from torch import Tensor, nn
 
 from onward import DFA, DRTP, FDFA, Known, UsageError, alignment, capture

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from reference import close
 from test_estimators import ALL, all_gradients, built
-from test_feedback import close
 from torch import Tensor, nn
 
 from onward import DFA, Estimator, UsageError

@@ -12,7 +12,8 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import CASES, Case, by_name, headed
-from test_feedback import close, randomised
+from reference import close
+from test_feedback import randomised
 from torch import Tensor, nn
 
 from onward import DFA, DKP, FDFA, Backprop, Estimator, ForwardGradient, LocalLoss

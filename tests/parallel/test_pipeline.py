@@ -16,7 +16,7 @@ import pytest
 import torch
 from cases import CLASSES, any_heads, normal
 from cases import DIRECT as RULES
-from test_feedback import close
+from reference import close
 from together import in_group, start, together
 from torch import Tensor, nn
 
